@@ -1,0 +1,35 @@
+"""Errors that a user reads: one sentence that names the site or the file, and what to do about it."""
+
+from __future__ import annotations
+
+
+class FederationError(Exception):
+    """Anything that a user can put right. The CLI and the trainers show its text instead of a traceback."""
+
+
+class ConfigurationError(FederationError):
+    """A file, an option or an environment variable is wrong."""
+
+
+class RefusedError(FederationError):
+    """The coordinator refuses what a site asks for: unknown site, other study, start without ``--c``, wrong schema."""
+
+
+class DisagreementError(FederationError):
+    """The sites differ where they must agree."""
+
+
+class DeadlineError(FederationError):
+    """A wait reached its deadline."""
+
+
+class UnreachableError(FederationError):
+    """The coordinator did not answer within the patience of the caller."""
+
+
+class NoContributionError(FederationError):
+    """A mean closed without a single site of positive weight (rule 4 of the protocol)."""
+
+
+class RoundClosedError(FederationError):
+    """The round went on without this site, which has to catch up (rule 5 of the protocol)."""

@@ -1,0 +1,204 @@
+"""The study: who takes part, which method, how long. Read from ``federation.toml`` (and ``site.toml`` at a site)."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from nnunet_fed.errors import ConfigurationError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+SITE_FILE_VARIABLE = "nnUNet_fed_site"
+PLANS_KEY = "federation"
+"""Key of nnU-Net's plans under which the study travels to the trainers."""
+
+_T = TypeVar("_T", bound=BaseModel)
+SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
+
+
+def canonical_json(value: Any) -> bytes:
+    """JSON with sorted keys and no spaces: equal values give equal bytes. NaN and infinity are refused."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def digest_of(value: Any) -> str:
+    """SHA-256 over :func:`canonical_json`, as 64 hexadecimal digits."""
+    return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FedAvg(_Table):
+    """Federated averaging (McMahan et al. 2017, Algorithm 1): the mean of the sites' weights after local training."""
+
+    name: Literal["fedavg"]
+
+
+Method = Annotated[FedAvg, Field()]
+"""The method's table: ``name`` and the options of that method. A new method adds its table to this union."""
+
+
+class Federation(_Table):
+    """A study as all sites agree on it.
+
+    Fields marked *operational* may change while the study runs; all others change the mathematics, and with it
+    :attr:`digest`. Source: ours; the names of the training settings are nnU-Net's.
+    """
+
+    name: str = Field(min_length=1, max_length=100)
+    sites: tuple[str, ...] = Field(min_length=1)
+    """*Operational.* Names of the sites, sorted."""
+    method: Method
+    planner: str = "nnUNetPlannerFed"
+    plans_name: str | None = None
+    """*Operational.* Name of the plans file; ``None``: the planner's own name."""
+    configuration: str = "3d_fullres"
+    """*Operational.* What sites preprocess and train unless they say otherwise; part of a run's identity."""
+    fold: int | Literal["all"] = 0
+    """Cross-validation fold that the sites train; a site may map it to another one or to ``all`` (site.toml)."""
+    rounds: int = Field(ge=1)
+    local_epochs: int = Field(default=1, ge=1)
+    iterations_per_epoch: int = Field(default=250, ge=1)
+    val_iterations_per_epoch: int = Field(default=50, ge=1)
+    initial_lr: float = Field(default=1e-2, gt=0, lt=float("inf"))
+    momentum: float = Field(default=0.99, ge=0, lt=1)
+    momentum_on_round: Literal["keep", "reset"] = "keep"
+    weighting: Literal["cases", "uniform"] = "cases"
+    """Weight of a site in a mean: its number of training cases, or 1."""
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    min_sites: int | None = Field(default=None, ge=1)
+    """*Operational.* A round closes at its deadline with at least so many sites; ``None``: all."""
+    deadline_minutes: float = Field(default=720.0, gt=0)
+    """*Operational.* From a round's first contribution until it closes without the sites that are missing."""
+    planning_deadline_minutes: float = Field(default=720.0, gt=0)
+    """*Operational.* The same for planning, which fails at its deadline, since it is exact only with all sites."""
+
+    @field_validator("sites")
+    @classmethod
+    def _sites_are_names(cls, sites: tuple[str, ...]) -> tuple[str, ...]:
+        for site in sites:
+            if not SITE_NAME.fullmatch(site):
+                raise ValueError(f"site name {site!r}: use letters, digits, '_', '-' and '.', at most 63 of them")
+        twice = sorted({site for site in sites if sites.count(site) > 1})
+        if twice:
+            raise ValueError(f"site name given twice: {', '.join(twice)}")
+        return tuple(sorted(sites))
+
+    @model_validator(mode="after")
+    def _quorum_is_possible(self) -> Federation:
+        if self.min_sites is not None and self.min_sites > len(self.sites):
+            raise ValueError(f"min_sites is {self.min_sites}, but the study has only {len(self.sites)} sites")
+        return self
+
+    @property
+    def quorum(self) -> int:
+        """Least number of sites with which a training round may close."""
+        return len(self.sites) if self.min_sites is None else self.min_sites
+
+    @property
+    def epochs(self) -> int:
+        """nnU-Net epochs of the whole training."""
+        return self.rounds * self.local_epochs
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of everything that changes the mathematics (rule 6 of the protocol)."""
+        return digest_of(self.model_dump(mode="json", exclude=OPERATIONAL))
+
+    @classmethod
+    def read(cls, path: Path) -> Federation:
+        """Read and check ``federation.toml``; raises :class:`ConfigurationError` that names file, key and remedy."""
+        return _read(cls, path)
+
+
+OPERATIONAL = {
+    "name", "sites", "plans_name", "configuration", "min_sites", "deadline_minutes", "planning_deadline_minutes",
+}  # fmt: skip
+
+
+class Site(_Table):
+    """A site's own settings: ``site.toml``, found through the environment variable ``nnUNet_fed_site``."""
+
+    name: str
+    coordinator: str
+    """``host:port`` of the coordinator."""
+    insecure: bool = False
+    """Talk without TLS; accepted for a loopback address only."""
+    fold: int | Literal["all"] | None = None
+    """This site's fold for the study's fold; ``None``: the same, or ``all``."""
+    connect_minutes: float = Field(default=1.0, gt=0)
+    """How long to wait for a coordinator that does not answer when a command starts."""
+
+    @field_validator("name")
+    @classmethod
+    def _name(cls, name: str) -> str:
+        if not SITE_NAME.fullmatch(name):
+            raise ValueError(f"site name {name!r}: use letters, digits, '_', '-' and '.', at most 63 of them")
+        return name
+
+    @field_validator("coordinator")
+    @classmethod
+    def _address(cls, address: str) -> str:
+        host, _, port = address.rpartition(":")
+        if not host or not port.isdigit() or not 0 < int(port) < 65536:
+            raise ValueError(f"{address!r} is no HOST:PORT, for example 127.0.0.1:7464")
+        return address
+
+    @classmethod
+    def read(cls, path: Path) -> Site:
+        """Read and check ``site.toml``; raises :class:`ConfigurationError` that names file, key and remedy."""
+        return _read(cls, path)
+
+    @classmethod
+    def from_environment(cls) -> Site:
+        """Read the file that ``nnUNet_fed_site`` names; raises :class:`ConfigurationError`."""
+        path = os.environ.get(SITE_FILE_VARIABLE)
+        if not path:
+            raise ConfigurationError(
+                f"The environment variable {SITE_FILE_VARIABLE} is not set. Point it at this site's site.toml "
+                "('nnunet_fed init' writes one to start from)."
+            )
+        return cls.read(Path(path))
+
+
+def _read(cls: type[_T], path: Path) -> _T:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{path} cannot be read: {error}. 'nnunet_fed init' writes one to start from.") from None
+    try:
+        return cls.model_validate(tomllib.loads(text))
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigurationError(f"{path} is no valid TOML: {error}.") from None
+    except ValidationError as error:
+        raise ConfigurationError(f"{path}: {_explain(error, cls)}") from None
+
+
+def _explain(error: ValidationError, cls: type[BaseModel]) -> str:
+    """All of pydantic's complaints as one sentence each, with the nearest known key for a typo."""
+    sentences = []
+    for problem in error.errors(include_url=False):
+        place = ".".join(str(part) for part in problem["loc"]) or "the file"
+        if problem["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(str(problem["loc"][-1]), list(cls.model_fields), n=1)
+            sentences.append(f"unknown key '{place}'" + (f", did you mean '{near[0]}'?" if near else "."))
+        elif problem["type"] == "missing":
+            sentences.append(f"the key '{place}' is missing.")
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            sentences.append(f"{place}: {message[0].lower() + message[1:]} (found {problem['input']!r}).")
+    return " ".join(sentences)
