@@ -5,14 +5,21 @@ The word *communicator* is MPI's: a site's seat in a federation. Source: ours.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+import copy
+import json
+import math
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
-Array = npt.NDArray[Any]
-Tensors = Mapping[str, Array]
+from nnunet_fed.errors import DeadlineError, NoContributionError, RefusedError
+from nnunet_fed.payload import Array, Tensors, exact_sum, layout_of, schema_of, weighted_mean
+
+T = TypeVar("T")
 
 
 class Collectives(Protocol):
@@ -77,3 +84,114 @@ class Gossip(Protocol):
 
 class Communicator(Collectives, Gossip, Protocol):
     """All four verbs: the whole network that a method sees."""
+
+
+def check_weight(weight: float) -> float:
+    """The weight; raises :class:`RefusedError` for a negative or non-finite one (rule 4 of the protocol)."""
+    if not (math.isfinite(weight) and weight >= 0):
+        raise RefusedError(f"The weight of a site must be a finite number of at least 0, not {weight}.")
+    return weight
+
+
+class LocalFederation:
+    """Sites as threads. Each verb returns once all sites have called it with the same key.
+
+    Args:
+        sites: names of the sites.
+        deadline: seconds after which a verb that still misses a site raises :class:`DeadlineError`.
+    """
+
+    def __init__(self, sites: Sequence[str], deadline: float = 60.0):
+        self.sites = tuple(sorted(sites))
+        self.deadline = deadline
+        self._changed = threading.Condition()
+        self._contributions: dict[str, dict[str, Any]] = {}
+        self._inboxes: dict[str, deque[tuple[str, dict[str, Array], dict[str, Any]]]] = {s: deque() for s in sites}
+
+    def communicator(self, site: str) -> LocalCommunicator:
+        """The seat of one site."""
+        return LocalCommunicator(self, site)
+
+    def run(self, function: Callable[[LocalCommunicator], T]) -> dict[str, T]:
+        """Call ``function`` once per site, each in a thread of its own; returns the answers by site.
+
+        Raises:
+            Exception: the first error of any site, in the order of the names; errors that only follow from another
+                site's absence (:class:`DeadlineError`) come last.
+        """
+        with ThreadPoolExecutor(len(self.sites)) as pool:
+            futures = {site: pool.submit(function, self.communicator(site)) for site in self.sites}
+        errors = [error for future in futures.values() if (error := future.exception()) is not None]
+        for error in sorted(errors, key=lambda error: isinstance(error, DeadlineError)):
+            raise error
+        return {site: future.result() for site, future in futures.items()}
+
+    def exchange(self, key: str, site: str, value: Any) -> dict[str, Any]:
+        """Hand in a value and wait for those of all sites; returns them in the order of the site names."""
+        with self._changed:
+            contributions = self._contributions.setdefault(key, {})
+            contributions.setdefault(site, value)
+            self._changed.notify_all()
+            if not self._changed.wait_for(lambda: len(contributions) == len(self.sites), self.deadline):
+                missing = ", ".join(s for s in self.sites if s not in contributions)
+                raise DeadlineError(f"'{key}' still misses {missing} after {self.deadline:g} s.")
+            return {name: contributions[name] for name in self.sites}
+
+    def deliver(self, sender: str, peer: str, tensors: Tensors, meta: Mapping[str, Any]) -> None:
+        """Put a copy into a peer's inbox."""
+        if peer not in self._inboxes or peer == sender:
+            raise RefusedError(f"Site '{sender}' cannot push to '{peer}': no such peer.")
+        parcel = {name: np.array(array) for name, array in tensors.items()}
+        self._inboxes[peer].append((sender, parcel, copy.deepcopy(dict(meta))))
+
+    def collect(self, site: str) -> list[tuple[str, dict[str, Array], dict[str, Any]]]:
+        """Empty a site's inbox."""
+        inbox, collected = self._inboxes[site], []
+        while inbox:
+            collected.append(inbox.popleft())
+        return collected
+
+
+class LocalCommunicator:
+    """The four verbs of :class:`nnunet_fed.communicator.Communicator` at one site of a :class:`LocalFederation`."""
+
+    def __init__(self, federation: LocalFederation, site: str):
+        if site not in federation.sites:
+            raise RefusedError(f"There is no site '{site}' in this federation of {', '.join(federation.sites)}.")
+        self._federation = federation
+        self.site = site
+        self.sites = federation.sites
+
+    def mean(self, key: str, tensors: Tensors, weight: float) -> dict[str, Array]:
+        """See :meth:`nnunet_fed.communicator.Collectives.mean`."""
+        given = {name: np.array(array) for name, array in tensors.items()} if check_weight(weight) > 0 else None
+        collected = self._federation.exchange(key, self.site, (given, weight))
+        payloads = [tensors for tensors, _ in collected.values() if tensors is not None]
+        weights = [weight for _, weight in collected.values() if weight > 0]
+        if not payloads:
+            raise NoContributionError(f"No site contributed to '{key}'.")
+        if any(schema_of(layout_of(payload)) != schema_of(layout_of(payloads[0])) for payload in payloads):
+            raise RefusedError(f"The sites' tensors for '{key}' differ in names, shapes or dtypes.")
+        return {
+            name: np.concatenate([*weighted_mean([p[name] for p in payloads], weights), first.reshape(-1)[:0]]).reshape(
+                first.shape
+            )
+            for name, first in payloads[0].items()
+        }
+
+    def sum(self, key: str, array: Array) -> Array:
+        """See :meth:`nnunet_fed.communicator.Collectives.sum`."""
+        return exact_sum(list(self._federation.exchange(key, self.site, np.array(array)).values()))
+
+    def gather(self, key: str, value: Any) -> dict[str, Any]:
+        """See :meth:`nnunet_fed.communicator.Collectives.gather`."""
+        collected = self._federation.exchange(key, self.site, json.dumps(value, allow_nan=False))
+        return {site: json.loads(text) for site, text in collected.items()}
+
+    def push(self, peer: str, tensors: Tensors, meta: Mapping[str, Any]) -> None:
+        """See :meth:`nnunet_fed.communicator.Gossip.push`."""
+        self._federation.deliver(self.site, peer, tensors, meta)
+
+    def inbox(self) -> list[tuple[str, dict[str, Array], dict[str, Any]]]:
+        """See :meth:`nnunet_fed.communicator.Gossip.inbox`."""
+        return self._federation.collect(self.site)

@@ -86,6 +86,8 @@ class Federation(_Table):
     """*Operational.* From a round's first contribution until it closes without the sites that are missing."""
     planning_deadline_minutes: float = Field(default=720.0, gt=0)
     """*Operational.* The same for planning, which fails at its deadline, since it is exact only with all sites."""
+    keep_rounds: int = Field(default=3, ge=2)
+    """*Operational.* Means of so many rounds are kept at the coordinator; the newest are never deleted."""
 
     @field_validator("sites")
     @classmethod
@@ -127,6 +129,7 @@ class Federation(_Table):
 
 OPERATIONAL = {
     "name", "sites", "plans_name", "configuration", "min_sites", "deadline_minutes", "planning_deadline_minutes",
+    "keep_rounds",
 }  # fmt: skip
 
 
@@ -179,7 +182,9 @@ def _read(cls: type[_T], path: Path) -> _T:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"{path} cannot be read: {error}. 'nnunet_fed init' writes one to start from.") from None
+        raise ConfigurationError(
+            f"{path} cannot be read: {error}. 'nnunet_fed init' writes one to start from."
+        ) from None
     try:
         return cls.model_validate(tomllib.loads(text))
     except tomllib.TOMLDecodeError as error:

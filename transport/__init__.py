@@ -1,0 +1,1 @@
+"""Adapter to the network: the coordinator and its sites on gRPC."""

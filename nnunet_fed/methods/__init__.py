@@ -1,0 +1,1 @@
+"""The mathematics of the federated methods: pure torch, no input or output."""

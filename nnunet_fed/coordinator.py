@@ -1,0 +1,417 @@
+"""The one process that all sites reach: it keeps members, closes rounds, reduces and stores. It knows no method.
+
+A state machine without a network: :mod:`nnunet_fed.transport.server` puts it on gRPC. Its state is the store's, so a
+restarted coordinator goes on where the last one stopped. The rules are those of docs/protocol.md.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import threading
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from nnunet_fed.communicator import check_weight
+from nnunet_fed.errors import ConfigurationError, RefusedError
+from nnunet_fed.federation import Federation
+from nnunet_fed.payload import decode, encode, exact_sum, layout_of, mean_payload, measure, open_payload, schema_of
+from nnunet_fed.store import Collective, Contribution, Store, scope_of
+
+logger = logging.getLogger(__name__)
+
+KEY = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)+")
+LONGEST_KEY = 200
+
+Verb = Literal["mean", "sum", "gather"]
+Verdict = Literal["send", "stands", "differs", "closed"]
+"""Answer to an offer: send the payload; these bytes stand; other bytes stand; the round closed without this site."""
+
+
+class Coordinator:
+    """Members, rounds, deadlines, quorum and reduction of one study. Thread-safe.
+
+    Args:
+        study: the study as ``federation.toml`` has it now.
+        store: its memory.
+        new_attempt: open a new attempt: sites plan and train from the start, what was contributed before is left aside.
+
+    Raises:
+        ConfigurationError: the store belongs to a study of other mathematics.
+    """
+
+    def __init__(self, study: Federation, store: Store, new_attempt: bool = False):
+        self.study = study
+        self._store = store
+        self._changed = threading.Condition()
+        self._reducing: set[tuple[str, str]] = set()
+        self._started = time.time()
+        self._seen: dict[str, float] = {}
+        self._progress: dict[str, dict[str, Any]] = {}
+        known = store.latest_study()
+        if known is not None and Federation.model_validate(known).digest != study.digest:
+            raise ConfigurationError(
+                f"The state directory {store.folder} belongs to another study: what changes the mathematics "
+                "(method, planner, rounds, learning rate, ...) was edited since. Undo that, or give the new study "
+                "another --state."
+            )
+        with store.transaction():
+            if known != study.model_dump(mode="json"):
+                store.add_study(study.model_dump(mode="json"))
+            if new_attempt or store.fact("attempt") is None:
+                store.set_fact("attempt", (store.fact("attempt") or 0) + 1)
+                store.add_event(None, None, f"attempt {store.fact('attempt')} opened")
+        self.attempt: int = store.fact("attempt")
+
+    def join(
+        self,
+        site: str,
+        purpose: Literal["planning", "training"],
+        digest: str = "",
+        configuration: str = "",
+        trainer: str = "",
+        fresh: bool = False,
+    ) -> dict[str, Any]:
+        """Give a site its seat in a run, which its arguments name (rule 1 of the protocol).
+
+        Args:
+            site: name of the site.
+            purpose: what the run is for.
+            digest: of the study in the site's plans (training).
+            configuration: of nnU-Net (training).
+            trainer: name of the trainer class (training).
+            fresh: the training starts without ``--c``.
+
+        Returns:
+            ``run`` (its id), ``attempt`` and ``study``.
+
+        Raises:
+            RefusedError: the site is not in the study, has plans of another study, or starts afresh a run that it has
+                contributed to.
+        """
+        if site not in self.study.sites:
+            raise RefusedError(
+                f"Site '{site}' is not in the study '{self.study.name}' (sites: {', '.join(self.study.sites)}). "
+                "Correct 'name' in site.toml, or add the site to federation.toml at the coordinator and restart it."
+            )
+        if purpose == "training" and digest != self.study.digest:
+            raise RefusedError(
+                f"The plans at site '{site}' belong to another study than '{self.study.name}', which this coordinator "
+                "serves. Run 'nnunet_fed plan_and_preprocess' again, or correct 'coordinator' in site.toml."
+            )
+        parts = [configuration, trainer, f"fold_{self.study.fold}"] if purpose == "training" else ["planning"]
+        run = "-".join([self.study.digest[:12], *parts, str(self.attempt)])
+        with self._changed, self._store.transaction():
+            if fresh and self._store.has_contributed(run, site):
+                raise RefusedError(
+                    f"Site '{site}' has already contributed to this training (attempt {self.attempt}). Continue it "
+                    "with --c, or let the coordinator open a new attempt (nnunet_fed coordinator ... --new-attempt)."
+                )
+            described = {"purpose": purpose, "configuration": configuration, "trainer": trainer}
+            self._store.add_run(run, {**described, "attempt": self.attempt})
+            self._store.set_standing(run, site, "active")
+            self._store.add_event(run, site, "joined" if fresh or purpose == "planning" else "joined with --c")
+            self._seen[site] = time.time()
+        return {"run": run, "attempt": self.attempt, "study": self.study.model_dump(mode="json")}
+
+    def offer(self, run: str, key: str, site: str, verb: Verb, weight: float, digest: str, size: int) -> Verdict:
+        """Hear what a site is about to contribute. A site of weight 0 has contributed with that.
+
+        Raises:
+            RefusedError: unknown run, malformed key, another verb than the other sites', or a bad weight.
+        """
+        check_weight(weight)
+        with self._changed:
+            if site not in self._store.standing(run):
+                raise RefusedError(f"Site '{site}' has not joined the run '{run}'.")
+            if not KEY.fullmatch(key) or len(key) > LONGEST_KEY:
+                raise RefusedError(f"{key!r} cannot name a collective.")
+            self._seen[site] = time.time()
+            self._welcome_back(run, site)
+            collective = self._store.collective(run, key)
+            if collective is not None and collective.verb != verb:
+                raise RefusedError(f"'{key}' is a {collective.verb} at the other sites, not a {verb}.")
+            if collective is not None and collective.status == "failed":
+                collective.status, collective.error, collective.opened = "open", None, time.time()
+                with self._store.transaction():
+                    self._store.put_collective(collective)
+            standing = self._store.contributions(run, key).get(site)
+            if standing is not None:
+                return "stands" if (standing.digest, standing.weight) == (digest, weight) else "differs"
+            participants = self._store.participants(run, scope_of(key))
+            if (collective is not None and collective.status != "open") or (
+                participants is not None and site not in participants
+            ):
+                return "closed"
+            if weight > 0:
+                return "send"
+            self._accept(Contribution(run, key, site, 0.0, digest, 0, None, time.time()), verb, None)
+        self._close_if_due(run, key)
+        return "stands"
+
+    def upload_path(self, run: str, key: str, site: str, digest: str) -> Path:
+        """Where to spool an upload."""
+        return self._store.upload_path(run, key, site, digest)
+
+    def accept(self, run: str, key: str, site: str, verb: Verb, weight: float, digest: str, part: Path) -> Verdict:
+        """Take over a complete, verified upload; the file is moved.
+
+        Raises:
+            RefusedError: no payload of this verb, or another schema than the other sites'.
+        """
+        schema = _check_content(verb, part)
+        with self._changed:
+            verdict = self.offer(run, key, site, verb, weight, digest, part.stat().st_size)
+            if verdict == "send":
+                collective = self._store.collective(run, key)
+                if collective is not None and schema is not None and collective.schema not in (None, schema):
+                    raise RefusedError(
+                        f"The tensors of site '{site}' for '{key}' differ in names, shapes or dtypes from those of the "
+                        "other sites. Do all sites train the same plans and configuration?"
+                    )
+                kept = self._store.keep_upload(part)
+                size = (self._store.spool / kept).stat().st_size
+                self._accept(Contribution(run, key, site, weight, digest, size, kept, time.time()), verb, schema)
+                verdict = "stands"
+        self._close_if_due(run, key)
+        return verdict
+
+    def wait(self, run: str, key: str, seconds: float) -> Collective | None:
+        """The collective once it is no longer open, or as it is after so many seconds; ``None``: never heard of."""
+        end = time.time() + seconds
+        while True:
+            self._close_if_due(run, key)
+            with self._changed:
+                collective = self._store.collective(run, key)
+                now = time.time()
+                if collective is None or (collective.status != "open") or now >= end:
+                    return collective
+                self._changed.wait(max(0.01, min(end, self.closes_at(collective)) - now))
+
+    def closes_at(self, collective: Collective) -> float:
+        """Deadline as seconds since the epoch. A restart of the coordinator gives the sites the whole time again."""
+        planning = self._is_planning(collective.run)
+        minutes = self.study.planning_deadline_minutes if planning else self.study.deadline_minutes
+        return max(collective.opened, self._started) + 60 * minutes
+
+    def missing(self, collective: Collective) -> list[str]:
+        """The sites that an open collective waits for."""
+        with self._changed:
+            given = self._store.contributions(collective.run, collective.key)
+            return [site for site in self._expected(collective.run, collective.scope) if site not in given]
+
+    def weights(self, collective: Collective) -> dict[str, float]:
+        """Who contributed to a collective, and with which weight."""
+        with self._changed:
+            given = self._store.contributions(collective.run, collective.key)
+            return {site: contribution.weight for site, contribution in given.items()}
+
+    def result_file(self, collective: Collective) -> Path:
+        """Where the result of a closed collective stands."""
+        return self._store.result_path(collective.run, collective.key)
+
+    def newest(self, run: str, name: str) -> str | None:
+        """Key of the newest closed mean called ``SCOPE/name`` whose result is kept: where a late site goes on."""
+        with self._changed:
+            keys = [c.key for c in self._store.collectives(run) if c.verb == "mean" and c.status == "closed"]
+            return next((key for key in reversed(keys) if key.partition("/")[2] == name), None)
+
+    def report(self, site: str, progress: dict[str, Any]) -> None:
+        """Note what a site is doing, for those who watch."""
+        if site in self.study.sites:
+            with self._changed:
+                self._seen[site] = time.time()
+                self._progress[site] = progress
+
+    def note(self, run: str, site: str, text: str) -> None:
+        """Journal something that happened at a site, for the record."""
+        with self._changed, self._store.transaction():
+            self._store.add_event(run, site, text)
+
+    def leave(self, run: str, site: str, reason: str) -> None:
+        """A site takes its leave in order; no later round waits for it."""
+        with self._changed:
+            with self._store.transaction():
+                self._store.set_standing(run, site, "left")
+                self._store.add_event(run, site, f"left: {reason}")
+            keys = [collective.key for collective in self._store.collectives(run) if collective.status == "open"]
+        for key in keys:
+            self._close_if_due(run, key)
+
+    def status(self, record: bool = False) -> dict[str, Any]:
+        """What is going on, as JSON; with ``record`` also all that happened, collective by collective."""
+        with self._changed:
+            runs = self._store.runs()
+            standing = self._store.standing(next(reversed(runs))) if runs else {}
+            status: dict[str, Any] = {
+                "study": self.study.model_dump(mode="json"),
+                "digest": self.study.digest,
+                "attempt": self.attempt,
+                "now": time.time(),
+                "sites": {
+                    site: {
+                        "last_seen": self._seen.get(site),
+                        "standing": standing.get(site),
+                        "progress": self._progress.get(site),
+                    }
+                    for site in self.study.sites
+                },
+                "open": [
+                    {"run": run, "key": c.key, "missing": self.missing(c), "closes_at": self.closes_at(c)}
+                    for run in runs
+                    for c in self._store.collectives(run)
+                    if c.status == "open"
+                ],
+            }
+            if record:
+                status["runs"] = {run: {**described, **self._record(run)} for run, described in runs.items()}
+                status["events"] = self._store.events()
+            return status
+
+    def _record(self, run: str) -> dict[str, Any]:
+        return {
+            "collectives": [
+                {
+                    "key": c.key, "verb": c.verb, "status": c.status, "opened": c.opened, "closed": c.closed,
+                    "digest": c.digest, "bytes": c.size, "error": c.error,
+                    "sites": {
+                        site: {"weight": given.weight, "bytes": given.size, "digest": given.digest, "at": given.at}
+                        for site, given in self._store.contributions(run, c.key).items()
+                    },
+                }
+                for c in self._store.collectives(run)
+            ]
+        }  # fmt: skip
+
+    def _is_planning(self, run: str) -> bool:
+        return bool(self._store.runs()[run]["purpose"] == "planning")
+
+    def _expected(self, run: str, scope: str) -> list[str]:
+        participants = self._store.participants(run, scope)
+        if participants is not None:
+            return participants
+        standing = self._store.standing(run)
+        return [site for site in self.study.sites if standing.get(site) not in ("absent", "left")]
+
+    def _welcome_back(self, run: str, site: str) -> None:
+        if self._store.standing(run)[site] == "absent":
+            with self._store.transaction():
+                self._store.set_standing(run, site, "active")
+                self._store.add_event(run, site, "came back")
+
+    def _accept(self, contribution: Contribution, verb: Verb, schema: str | None) -> None:
+        with self._store.transaction():
+            collective = self._store.collective(contribution.run, contribution.key)
+            if collective is None:
+                collective = Collective(
+                    run=contribution.run, key=contribution.key, verb=verb, status="open", opened=time.time(),
+                    closed=None, schema=schema, digest=None, size=None, file=None, error=None,
+                )  # fmt: skip
+            collective.schema = collective.schema or schema
+            self._store.put_collective(collective)
+            self._store.add_contribution(contribution)
+        logger.info("%s: %s from %s (%d bytes)", contribution.key, verb, contribution.site, contribution.size)
+
+    def _close_if_due(self, run: str, key: str) -> None:
+        """Close a collective when all have contributed or its deadline has passed, and reduce it outside the lock."""
+        with self._changed:
+            collective = self._store.collective(run, key)
+            if collective is None or collective.status != "open" or (run, key) in self._reducing:
+                return
+            given = self._store.contributions(run, key)
+            missing = self.missing(collective)
+            planning = self._is_planning(run)
+            quorum = len(self.study.sites) if planning else self.study.quorum
+            overdue = time.time() >= self.closes_at(collective)
+            if (missing or len(given) < quorum) and not overdue:
+                return
+            if len(given) < quorum or (planning and missing):
+                self._fail(collective, missing or [site for site in self.study.sites if site not in given], quorum)
+                return
+            self._reducing.add((run, key))
+        try:
+            self._reduce(collective, given)
+            with self._changed, self._store.transaction():
+                collective.closed = time.time()
+                self._store.put_collective(collective)
+                if self._store.participants(run, collective.scope) is None:
+                    self._store.freeze(run, collective.scope, list(given))
+                for site in missing:
+                    self._store.set_standing(run, site, "absent")
+                    self._store.add_event(run, site, f"absent from {collective.key}")
+        finally:
+            with self._changed:
+                self._reducing.discard((run, key))
+                self._changed.notify_all()
+        logger.info("%s closed over %s", key, ", ".join(given))
+        with self._changed:
+            self._store.discard_contributions(run, key)
+            self._prune(run)
+
+    def _fail(self, collective: Collective, missing: list[str], quorum: int) -> None:
+        collective.status = "failed"
+        collective.error = (
+            f"'{collective.key}' reached its deadline without {', '.join(missing)}; it needs {quorum} of "
+            f"{len(self.study.sites)} sites. Start the missing sites, then start the others again"
+            + (" (the same command)." if self._is_planning(collective.run) else " with --c.")
+        )
+        with self._store.transaction():
+            self._store.put_collective(collective)
+            self._store.add_event(collective.run, None, collective.error)
+        logger.error(collective.error)
+        self._changed.notify_all()
+
+    def _reduce(self, collective: Collective, given: dict[str, Contribution]) -> None:
+        """Write the result's file; the collective is changed in memory only."""
+        contributors = {site: c for site, c in given.items() if c.file is not None}
+        if not contributors:
+            collective.status = "empty"
+            return
+        files = {site: self._store.spool / str(c.file) for site, c in contributors.items()}
+        out = self._store.result_path(collective.run, collective.key)
+        part = out.with_name(out.name + ".part")
+        with part.open("wb") as file:
+            if collective.verb == "mean":
+                payloads = [open_payload(path) for path in files.values()]
+                written = mean_payload(payloads, [c.weight for c in contributors.values()], file)
+            else:
+                if collective.verb == "sum":
+                    arrays = [decode(path.read_bytes())["value"] for path in files.values()]
+                    result = b"".join(encode({"value": exact_sum(arrays)}))
+                else:
+                    values = {site: json.loads(path.read_bytes()) for site, path in files.items()}
+                    result = json.dumps(values).encode()
+                file.write(result)
+                written = measure([result])
+        part.replace(out)
+        collective.status, (collective.digest, collective.size) = "closed", written
+
+    def _prune(self, run: str) -> None:
+        means = [c for c in self._store.collectives(run) if c.verb == "mean" and c.status == "closed"]
+        scopes = list(dict.fromkeys(c.scope for c in means))
+        for collective in means:
+            if collective.scope not in scopes[-self.study.keep_rounds :]:
+                self.result_file(collective).unlink(missing_ok=True)
+                collective.status = "pruned"
+                with self._store.transaction():
+                    self._store.put_collective(collective)
+
+
+def _check_content(verb: Verb, part: Path) -> str | None:
+    """The schema of a payload as JSON (``None`` for gathered values); raises :class:`RefusedError`."""
+    if verb == "gather":
+        try:
+            json.loads(part.read_bytes())
+        except ValueError:
+            raise RefusedError("A gathered value is no JSON.") from None
+        return None
+    tensors = open_payload(part)
+    if verb == "sum" and list(tensors) != ["value"]:
+        raise RefusedError("A sum takes one array.")
+    if verb == "mean" and any(not np.issubdtype(array.dtype, np.floating) for array in tensors.values()):
+        raise RefusedError("A mean takes floating-point tensors only.")
+    return json.dumps(schema_of(layout_of(tensors)), sort_keys=True)

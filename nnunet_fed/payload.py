@@ -1,0 +1,222 @@
+"""Payloads: tensors as safetensors bytes on numpy, and their reduction. All that the coordinator needs of them.
+
+The format is safetensors' own (https://github.com/huggingface/safetensors#format), written here because its library
+cannot stream: a payload goes from memory to the socket and from the socket to a file without a copy of the whole.
+Tensors stand in order of falling item size, then of name, so that equal tensors give equal bytes and each is aligned.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import mmap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from nnunet_fed.errors import RefusedError
+
+Array = npt.NDArray[Any]
+Tensors = Mapping[str, Array]
+
+DTYPES = {
+    "F64": np.dtype("<f8"), "F32": np.dtype("<f4"), "F16": np.dtype("<f2"),
+    "I64": np.dtype("<i8"), "I32": np.dtype("<i4"), "I16": np.dtype("<i2"), "I8": np.dtype("i1"),
+    "U64": np.dtype("<u8"), "U32": np.dtype("<u4"), "U16": np.dtype("<u2"), "U8": np.dtype("u1"),
+    "BOOL": np.dtype("?"),
+}  # fmt: skip
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+CHUNK = 1 << 20
+"""Bytes of one message on the wire."""
+LONGEST_HEADER = 1 << 24
+"""Bytes; a stock network's header has 10 kB."""
+BLOCK = 1 << 16
+"""Elements reduced at a time: small enough that the float64 sums stay in the processor's cache."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor stands in the data part of a payload."""
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+Layout = dict[str, Entry]
+Schema = dict[str, tuple[str, tuple[int, ...]]]
+"""Names, dtypes and shapes: what must be equal at all sites."""
+
+
+def layout_of(tensors: Tensors) -> Layout:
+    """Plan the payload of these tensors; raises :class:`TypeError` for a dtype that safetensors does not have."""
+    layout: Layout = {}
+    position = 0
+    for name in sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name)):
+        array = tensors[name]
+        dtype = array.dtype.newbyteorder("<")
+        if dtype not in NAMES:
+            raise TypeError(f"tensor {name!r} has the dtype {array.dtype}, which a payload cannot hold")
+        layout[name] = Entry(dtype, array.shape, position, position + array.nbytes)
+        position += array.nbytes
+    return layout
+
+
+def schema_of(layout: Layout) -> Schema:
+    """The layout without positions."""
+    return {name: (NAMES[entry.dtype], entry.shape) for name, entry in layout.items()}
+
+
+def header_of(layout: Layout) -> bytes:
+    """The safetensors header: its length as 8 little-endian bytes, then JSON padded to a multiple of 8."""
+    table = {
+        name: {"dtype": NAMES[e.dtype], "shape": list(e.shape), "data_offsets": [e.start, e.stop]}
+        for name, e in layout.items()
+    }
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def encode(tensors: Tensors) -> Iterator[bytes | memoryview]:
+    """The payload of these tensors, piece by piece; the tensors' own memory is passed on where it is contiguous."""
+    layout = layout_of(tensors)
+    yield header_of(layout)
+    for name, entry in layout.items():
+        contiguous = np.ascontiguousarray(tensors[name], dtype=entry.dtype)
+        if contiguous.nbytes:
+            yield memoryview(contiguous.reshape(-1)).cast("B")
+
+
+def chunks(pieces: Iterable[bytes | memoryview]) -> Iterator[bytes | memoryview]:
+    """Cut pieces into messages of at most :data:`CHUNK` bytes."""
+    for piece in pieces:
+        view = memoryview(piece)
+        for start in range(0, len(view), CHUNK):
+            yield view[start : start + CHUNK]
+
+
+def measure(pieces: Iterable[bytes | memoryview]) -> tuple[str, int]:
+    """SHA-256 (hexadecimal) and length in bytes."""
+    digest, size = hashlib.sha256(), 0
+    for piece in pieces:
+        digest.update(piece)
+        size += len(piece)
+    return digest.hexdigest(), size
+
+
+def read_layout(payload: memoryview | mmap.mmap | bytes) -> tuple[Layout, int]:
+    """Check a payload's header; returns its layout and where the data part begins.
+
+    Raises:
+        RefusedError: the bytes are no safetensors payload, or not a gapless one.
+    """
+    try:
+        length = int.from_bytes(payload[:8], "little")
+        if len(payload) < 8 or length > min(LONGEST_HEADER, len(payload) - 8):
+            raise ValueError(f"its header claims {length} bytes")
+        table = json.loads(bytes(payload[8 : 8 + length]))
+        table.pop("__metadata__", None)
+        layout = {name: _entry(described) for name, described in table.items()}
+        position = 0
+        for name, entry in sorted(layout.items(), key=lambda item: (item[1].start, item[1].stop)):
+            if entry.start != position or entry.stop - entry.start != math.prod(entry.shape) * entry.dtype.itemsize:
+                raise ValueError(f"the tensor {name!r} does not stand where it must")
+            position = entry.stop
+        if 8 + length + position != len(payload):
+            raise ValueError(f"it has {len(payload)} bytes instead of {8 + length + position}")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise RefusedError(f"A payload is no valid safetensors file: {error}.") from None
+    return layout, 8 + length
+
+
+def _entry(described: Any) -> Entry:
+    shape = tuple(described["shape"])
+    start, stop = described["data_offsets"]
+    if not all(type(number) is int and number >= 0 for number in (*shape, start, stop)):
+        raise ValueError("shapes and offsets must be whole numbers")
+    return Entry(DTYPES[described["dtype"]], shape, start, stop)
+
+
+def decode(payload: memoryview | mmap.mmap | bytes) -> dict[str, Array]:
+    """Views of a payload's tensors, by name; they keep the payload's memory alive. Raises :class:`RefusedError`."""
+    layout, begin = read_layout(payload)
+    return {
+        name: np.frombuffer(payload, entry.dtype, math.prod(entry.shape), begin + entry.start).reshape(entry.shape)
+        for name, entry in layout.items()
+    }
+
+
+def open_payload(path: Path) -> dict[str, Array]:
+    """The tensors of a payload file as memory-mapped views. Raises :class:`RefusedError`."""
+    with path.open("rb") as file:
+        if path.stat().st_size == 0:
+            raise RefusedError("A payload is no valid safetensors file: it is empty.")
+        return decode(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+
+
+def weighted_mean(arrays: Sequence[Array], weights: Sequence[float]) -> Iterator[Array]:
+    """Blocks of the flattened weighted mean, in the arrays' dtype.
+
+    Products are summed in float64 in the order given, starting from the first and not from zero. So the mean of equal
+    arrays is that array, bit for bit, signed zeros included, when weights are whole numbers below 2**29 or sites few.
+    """
+    flat = [array.reshape(-1) for array in arrays]
+    total = math.fsum(weights)
+    for start in range(0, flat[0].size, BLOCK):
+        blocks = [array[start : start + BLOCK] for array in flat]
+        if len(blocks) == 1:
+            yield blocks[0]
+            continue
+        summed = np.multiply(blocks[0], weights[0], dtype=np.float64)
+        product = np.empty_like(summed)
+        for block, weight in zip(blocks[1:], weights[1:], strict=True):
+            np.multiply(block, weight, out=product, dtype=np.float64)
+            summed += product
+        summed /= total
+        yield summed.astype(flat[0].dtype)
+
+
+def mean_payload(payloads: Sequence[Mapping[str, Array]], weights: Sequence[float], out: BinaryIO) -> tuple[str, int]:
+    """Write the payload of the weighted mean, block by block; returns its digest and size in bytes.
+
+    Memory does not grow with the number of payloads when these are memory-mapped (:func:`open_payload`).
+    """
+    layout = layout_of(payloads[0])
+
+    def pieces() -> Iterator[bytes | memoryview]:
+        yield header_of(layout)
+        for name in layout:
+            for block in weighted_mean([payload[name] for payload in payloads], weights):
+                yield memoryview(np.ascontiguousarray(block)).cast("B")
+
+    def written() -> Iterator[bytes | memoryview]:
+        for piece in pieces():
+            out.write(piece)
+            yield piece
+
+    return measure(written())
+
+
+def exact_sum(arrays: Sequence[Array]) -> Array:
+    """Sum in the order given: whole numbers in int64, floating-point numbers in float64.
+
+    Raises:
+        RefusedError: a sum of whole numbers does not fit into int64.
+    """
+    if not np.issubdtype(arrays[0].dtype, np.integer):
+        return np.sum(np.stack([array.astype(np.float64) for array in arrays]), axis=0, dtype=np.float64)
+    total = arrays[0].astype(object)
+    for array in arrays[1:]:
+        total = total + array.astype(object)
+    try:
+        return np.asarray(total).astype(np.int64)
+    except OverflowError:
+        raise RefusedError("A sum of whole numbers does not fit into 64 bits.") from None

@@ -1,0 +1,266 @@
+"""A site's seat in a federation over gRPC."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime
+from typing import Any, TypeVar
+
+import grpc
+
+from nnunet_fed.communicator import check_weight
+from nnunet_fed.coordinator import Verb
+from nnunet_fed.errors import DeadlineError, NoContributionError, RefusedError, RoundClosedError, UnreachableError
+from nnunet_fed.federation import Federation, Site, canonical_json
+from nnunet_fed.payload import Array, Tensors, chunks, decode, encode, measure
+from nnunet_fed.transport import federation_pb2 as pb
+from nnunet_fed.transport.federation_pb2_grpc import CoordinatorStub
+from nnunet_fed.transport.options import CHANNEL_OPTIONS, PROTOCOL, require_loopback
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+REFUSALS = {
+    grpc.StatusCode.FAILED_PRECONDITION,
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.PERMISSION_DENIED,
+    grpc.StatusCode.UNAUTHENTICATED,
+    grpc.StatusCode.UNIMPLEMENTED,
+    grpc.StatusCode.NOT_FOUND,
+}
+"""Answers that another try would not change."""
+
+LONG_POLL = 15.0
+"""Seconds for which one call asks the coordinator to wait."""
+PAUSES = (0.2, 30.0)
+"""First and longest pause between two tries, in seconds."""
+
+
+class GrpcCommunicator:
+    """The collectives of :class:`nnunet_fed.communicator.Collectives` at a site, through the coordinator.
+
+    The channel opens with the first call and may be closed and opened again: no channel may be open while nnU-Net forks
+    its augmentation workers.
+
+    Args:
+        site: this site's settings.
+
+    Raises:
+        ConfigurationError: the coordinator's address needs TLS.
+    """
+
+    def __init__(self, site: Site):
+        if not site.insecure:
+            raise RefusedError(
+                "site.toml does not say 'insecure = true', and this version of nnunet_fed speaks without TLS only, "
+                "with a coordinator at a loopback address (a tunnel's end, between machines). Add the line."
+            )
+        require_loopback(site.coordinator)
+        self.site = site.name
+        self.bytes_sent = 0
+        self.bytes_received = 0
+        self.weights: dict[str, float] = {}
+        """Who took part in the last collective, and with which weight."""
+        self._settings = site
+        self._channel: grpc.Channel | None = None
+        self._opened: CoordinatorStub | None = None
+        self._random = random.Random()  # not the global one, whose state belongs to the training
+        self._patience = 60 * site.connect_minutes
+        self._purpose = ""
+        self.study: Federation
+        self.run = ""
+        self.attempt = 0
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Names of all sites of the study, sorted."""
+        return self.study.sites
+
+    def join(
+        self, purpose: str, digest: str = "", configuration: str = "", trainer: str = "", fresh: bool = False
+    ) -> Federation:
+        """Take the seat; returns the study as the coordinator has it.
+
+        Raises:
+            RefusedError: see :meth:`nnunet_fed.coordinator.Coordinator.join`.
+            UnreachableError: no coordinator answers within ``connect_minutes``.
+        """
+        self._patience = 60 * self._settings.connect_minutes
+        request = pb.JoinRequest(
+            protocol=PROTOCOL, site=self.site, purpose=purpose, digest=digest, configuration=configuration,
+            trainer=trainer, fresh=fresh,
+        )  # fmt: skip
+        reply = self._call(lambda: self._stub.Join(request, timeout=30))
+        self.study = Federation.model_validate_json(reply.study)
+        self.run, self.attempt, self._purpose = reply.run, reply.attempt, purpose
+        minutes = self.study.planning_deadline_minutes if purpose == "planning" else self.study.deadline_minutes
+        self._patience = 60 * minutes
+        return self.study
+
+    def mean(self, key: str, tensors: Tensors, weight: float) -> dict[str, Array]:
+        """See :meth:`nnunet_fed.communicator.Collectives.mean`."""
+        pieces = (lambda: encode(tensors)) if check_weight(weight) > 0 else None
+        return decode(self._collective(key, "mean", weight, pieces))
+
+    def sum(self, key: str, array: Array) -> Array:
+        """See :meth:`nnunet_fed.communicator.Collectives.sum`."""
+        return decode(self._collective(key, "sum", 1.0, lambda: encode({"value": array})))["value"]
+
+    def gather(self, key: str, value: Any) -> dict[str, Any]:
+        """See :meth:`nnunet_fed.communicator.Collectives.gather`."""
+        text = canonical_json(value)
+        gathered: dict[str, Any] = json.loads(bytes(self._collective(key, "gather", 1.0, lambda: iter([text]))))
+        return gathered
+
+    def newest(self, name: str) -> str | None:
+        """Key of the newest closed mean called ``SCOPE/name`` whose result is kept; ``None``: there is none."""
+        return self._call(lambda: self._stub.Newest(pb.NewestRequest(run=self.run, name=name), timeout=30)).key or None
+
+    def fetch(self, key: str) -> dict[str, Array]:
+        """The stored result of a closed mean, without contributing to it. Errors as in :meth:`mean`."""
+        return decode(self._result(key))
+
+    def report(self, progress: dict[str, Any]) -> None:
+        """Tell what this site is doing, to those who watch; never waits and never fails."""
+        request = pb.ReportRequest(run=self.run, site=self.site, progress=json.dumps(progress))
+        self._stub.Report.future(request, timeout=30)
+
+    def note(self, text: str) -> None:
+        """Tell what happened at this site, for the record."""
+        request = pb.ReportRequest(run=self.run, site=self.site, note=text)
+        self._call(lambda: self._stub.Report(request, timeout=30))
+
+    def leave(self, reason: str) -> None:
+        """Take leave in order: no later round waits for this site."""
+        request = pb.LeaveRequest(run=self.run, site=self.site, reason=reason)
+        self._call(lambda: self._stub.Leave(request, timeout=30))
+
+    def status(self, record: bool = False) -> dict[str, Any]:
+        """The coordinator's state; see :meth:`nnunet_fed.coordinator.Coordinator.status`."""
+        reply = self._call(lambda: self._stub.Status(pb.StatusRequest(record=record), timeout=30))
+        status: dict[str, Any] = json.loads(reply.status)
+        return status
+
+    def close(self) -> None:
+        """Close the channel; the next call opens another."""
+        if self._channel is not None:
+            self._channel.close()
+        self._channel = self._opened = None
+
+    @property
+    def _stub(self) -> CoordinatorStub:
+        if self._opened is None:
+            self._channel = grpc.insecure_channel(self._settings.coordinator, options=CHANNEL_OPTIONS)
+            self._opened = CoordinatorStub(self._channel)
+        return self._opened
+
+    def _collective(
+        self, key: str, verb: Verb, weight: float, pieces: Callable[[], Iterator[bytes | memoryview]] | None
+    ) -> memoryview:
+        digest, size = measure(pieces()) if pieces else ("", 0)
+        offer = pb.OfferRequest(
+            run=self.run, key=key, site=self.site, verb=verb, weight=weight, digest=digest, size=size
+        )
+        if pieces is None:
+            verdict = self._call(lambda: self._stub.Offer(offer, timeout=60)).verdict
+        else:
+            payload = pieces
+            verdict = self._call(lambda: self._contribute(offer, payload))
+        if verdict == "closed":
+            raise RoundClosedError(f"'{key}' closed without site '{self.site}'.")
+        if verdict == "differs":
+            if self._purpose == "planning":
+                raise RefusedError(
+                    f"Site '{self.site}' has already contributed other values to '{key}': its data set or software "
+                    "changed since. Undo that, or let the coordinator open a new attempt "
+                    "(nnunet_fed coordinator ... --new-attempt) and plan at all sites again."
+                )
+            logger.warning("'%s': this site has already contributed other values; those stand.", key)
+        return self._result(key)
+
+    def _contribute(self, offer: pb.OfferRequest, pieces: Callable[[], Iterator[bytes | memoryview]]) -> str:
+        verdict: str = self._stub.Offer(offer, timeout=60).verdict
+        if verdict == "send":
+
+            def messages() -> Iterator[pb.UploadChunk]:
+                yield pb.UploadChunk(offer=offer)
+                for chunk in chunks(pieces()):
+                    yield pb.UploadChunk(data=bytes(chunk))
+
+            verdict = self._stub.Upload(messages(), timeout=_transfer_seconds(offer.size)).verdict
+            self.bytes_sent += offer.size
+        return verdict
+
+    def _result(self, key: str) -> memoryview:
+        """Wait for a result and take it; whoever waits is told for whom and until when."""
+        told: Sequence[str] = ()
+        while True:
+            header, data = self._call(lambda: self._ask(key))
+            if header.status == "closed":
+                self.weights = dict(sorted(header.weights.items()))
+                return data
+            if header.status == "empty":
+                raise NoContributionError(f"No site contributed to '{key}'.")
+            if header.status == "failed":
+                raise DeadlineError(header.error)
+            if header.status == "pruned":
+                raise RoundClosedError(f"The result of '{key}' is no longer kept.")
+            if list(header.missing) != list(told):
+                told = list(header.missing)
+                until = datetime.fromtimestamp(header.closes_at).strftime("%Y-%m-%d %H:%M:%S")
+                logger.info("waiting for %s in '%s', until %s at most", ", ".join(told) or "the result", key, until)
+
+    def _ask(self, key: str) -> tuple[pb.ResultHeader, memoryview]:
+        request = pb.ResultRequest(run=self.run, key=key, site=self.site, wait_seconds=LONG_POLL)
+        replies = self._stub.Result(request, timeout=3600)
+        header = next(replies).header
+        buffer = memoryview(bytearray(header.size if header.status == "closed" else 0))
+        position = 0
+        for reply in replies:
+            buffer[position : position + len(reply.data)] = reply.data
+            position += len(reply.data)
+        if header.status == "closed" and measure([buffer])[0] != header.digest:
+            raise _DamagedError
+        self.bytes_received += position
+        return header, buffer
+
+    def _call(self, function: Callable[[], T]) -> T:
+        """Try until an answer comes or the patience ends, with growing, jittered pauses."""
+        end = time.monotonic() + self._patience
+        pause = PAUSES[0]
+        while True:
+            try:
+                return function()
+            except (grpc.RpcError, _DamagedError, ValueError) as error:
+                code = error.code() if isinstance(error, grpc.RpcError) else grpc.StatusCode.DATA_LOSS
+                details = error.details() if isinstance(error, grpc.RpcError) else "a transfer was damaged"
+                if code in REFUSALS:
+                    raise RefusedError(str(details)) from None
+                remaining = end - time.monotonic()
+                if remaining <= 0:
+                    raise UnreachableError(
+                        f"The coordinator at {self._settings.coordinator} does not answer ({details}); gave up after "
+                        f"{self._patience / 60:g} minutes. Is it running, and is the address in site.toml right?"
+                    ) from None
+                if pause == PAUSES[0]:
+                    until = datetime.fromtimestamp(time.time() + remaining).strftime("%Y-%m-%d %H:%M:%S")
+                    logger.warning(
+                        "the coordinator at %s does not answer (%s); trying until %s",
+                        self._settings.coordinator, details, until,
+                    )  # fmt: skip
+                time.sleep(min(remaining, pause * self._random.uniform(0.5, 1.0)))
+                pause = min(2 * pause, PAUSES[1])
+
+
+class _DamagedError(Exception):
+    """A download did not match its digest."""
+
+
+def _transfer_seconds(size: int) -> float:
+    """Time allowed for a transfer: a minute and what 100 kB/s need."""
+    return 60 + size / 100_000
