@@ -190,11 +190,11 @@ def _read(cls: type[_T], path: Path) -> _T:
     except tomllib.TOMLDecodeError as error:
         raise ConfigurationError(f"{path} is no valid TOML: {error}.") from None
     except ValidationError as error:
-        raise ConfigurationError(f"{path}: {_explain(error, cls)}") from None
+        raise ConfigurationError(f"{path}: {explain(error, cls)}") from None
 
 
-def _explain(error: ValidationError, cls: type[BaseModel]) -> str:
-    """All of pydantic's complaints as one sentence each, with the nearest known key for a typo."""
+def explain(error: ValidationError, cls: type[BaseModel]) -> str:
+    """All of pydantic's complaints as a sentence each, with the nearest known key for a typo."""
     sentences = []
     for problem in error.errors(include_url=False):
         place = ".".join(str(part) for part in problem["loc"]) or "the file"

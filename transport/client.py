@@ -7,6 +7,7 @@ import logging
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from datetime import datetime
 from typing import Any, TypeVar
 
@@ -49,12 +50,13 @@ class GrpcCommunicator:
 
     Args:
         site: this site's settings.
+        keep_channel: leave the channel open between the verbs. Not where others fork: nnU-Net's planning does.
 
     Raises:
         ConfigurationError: the coordinator's address needs TLS.
     """
 
-    def __init__(self, site: Site):
+    def __init__(self, site: Site, keep_channel: bool = True):
         if not site.insecure:
             raise RefusedError(
                 "site.toml does not say 'insecure = true', and this version of nnunet_fed speaks without TLS only, "
@@ -67,6 +69,7 @@ class GrpcCommunicator:
         self.weights: dict[str, float] = {}
         """Who took part in the last collective, and with which weight."""
         self._settings = site
+        self._keep_channel = keep_channel
         self._channel: grpc.Channel | None = None
         self._opened: CoordinatorStub | None = None
         self._random = random.Random()  # not the global one, whose state belongs to the training
@@ -125,20 +128,29 @@ class GrpcCommunicator:
         """The stored result of a closed mean, without contributing to it. Errors as in :meth:`mean`."""
         return decode(self._result(key))
 
-    def report(self, progress: dict[str, Any]) -> None:
-        """Tell what this site is doing, to those who watch; never waits and never fails."""
+    def report(self, progress: dict[str, Any], wait: bool = False) -> None:
+        """Tell what this site is doing, to those who watch; never fails, and waits only when told to."""
         request = pb.ReportRequest(run=self.run, site=self.site, progress=json.dumps(progress))
-        self._stub.Report.future(request, timeout=30)
+        call = self._stub.Report.future(request, timeout=30)
+        if wait:
+            with suppress(grpc.RpcError, grpc.FutureTimeoutError):
+                call.result(timeout=5)
+        if not self._keep_channel:
+            self.close()
 
     def note(self, text: str) -> None:
-        """Tell what happened at this site, for the record."""
-        request = pb.ReportRequest(run=self.run, site=self.site, note=text)
-        self._call(lambda: self._stub.Report(request, timeout=30))
+        """Tell what happened at this site, for the record; a coordinator that does not answer does not get it."""
+        self._once(lambda: self._stub.Report(pb.ReportRequest(run=self.run, site=self.site, note=text), timeout=10))
 
     def leave(self, reason: str) -> None:
-        """Take leave in order: no later round waits for this site."""
-        request = pb.LeaveRequest(run=self.run, site=self.site, reason=reason)
-        self._call(lambda: self._stub.Leave(request, timeout=30))
+        """Take leave in order: no later round waits for this site. A coordinator that does not answer is not told."""
+        self._once(lambda: self._stub.Leave(pb.LeaveRequest(run=self.run, site=self.site, reason=reason), timeout=10))
+
+    def _once(self, call: Callable[[], object]) -> None:
+        try:
+            call()
+        except grpc.RpcError as error:
+            logger.warning("the coordinator could not be told: %s", error.details())
 
     def status(self, record: bool = False) -> dict[str, Any]:
         """The coordinator's state; see :meth:`nnunet_fed.coordinator.Coordinator.status`."""
@@ -231,6 +243,13 @@ class GrpcCommunicator:
 
     def _call(self, function: Callable[[], T]) -> T:
         """Try until an answer comes or the patience ends, with growing, jittered pauses."""
+        try:
+            return self._insist(function)
+        finally:
+            if not self._keep_channel:
+                self.close()
+
+    def _insist(self, function: Callable[[], T]) -> T:
         end = time.monotonic() + self._patience
         pause = PAUSES[0]
         while True:

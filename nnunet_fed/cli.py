@@ -1,0 +1,291 @@
+"""One command with subcommands; thin. Whatever is heavy is imported by the subcommand that needs it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+from enum import Enum
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+
+from nnunet_fed import __version__
+from nnunet_fed.errors import ConfigurationError, FederationError
+from nnunet_fed.federation import Federation, Site, explain
+
+DEBUG_VARIABLE = "nnUNet_fed_debug"
+
+app = typer.Typer(
+    name="nnunet_fed",
+    help="Train one nnU-Net at several hospitals without sharing an image.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """Run the command line; errors end in one sentence, unless ``--debug`` asks for the traceback."""
+    try:
+        app(args=_repeat_option(sys.argv[1:], "-c"))
+    except FederationError as error:
+        _end(error, str(error), status=2)
+    except (KeyboardInterrupt, BrokenPipeError) as error:
+        _end(error, "interrupted", status=130)
+    except Exception as error:
+        _end(error, f"{type(error).__name__}: {error} (nnunet_fed --debug shows where)", status=1)
+
+
+def _end(error: BaseException, sentence: str, status: int) -> None:
+    if os.environ.get(DEBUG_VARIABLE):
+        raise error
+    print(f"Error: {sentence}", file=sys.stderr, flush=True)
+    sys.exit(status)
+
+
+def _repeat_option(arguments: list[str], option: str) -> list[str]:
+    """Let one option take several values, as nnU-Net's own commands do: ``-c 2d 3d_fullres``."""
+    repeated: list[str] = []
+    within = False
+    for argument in arguments:
+        if within and not argument.startswith("-") and repeated[-1] != option:
+            repeated.append(option)
+        within = argument == option or (within and not argument.startswith("-"))
+        repeated.append(argument)
+    return repeated
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    if debug:
+        os.environ[DEBUG_VARIABLE] = "1"
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+
+
+@app.command()
+def init(folder: Annotated[Path, typer.Argument(help="Where to write them.")] = Path()) -> None:
+    """Write a commented federation.toml and site.toml to start from."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = ("federation.toml", "site.toml")
+    for name in names:
+        if (folder / name).exists():
+            raise ConfigurationError(f"{folder / name} is there already; choose another folder or remove it.")
+    for name in names:
+        (folder / name).write_text(resources.files("nnunet_fed").joinpath("templates", name).read_text())
+        print(folder / name)
+
+
+@app.command()
+def coordinator(
+    study: Annotated[Path, typer.Argument(metavar="FEDERATION.toml", help="The study.")],
+    listen: Annotated[str, typer.Option(metavar="HOST:PORT", help="Address to listen on.")],
+    state: Annotated[Path, typer.Option(metavar="DIR", help="The coordinator's memory.")],
+    insecure: Annotated[bool, typer.Option("--insecure", help="No TLS; on a loopback address only.")] = False,
+    new_attempt: Annotated[bool, typer.Option("--new-attempt", help="Let all sites plan and train anew.")] = False,
+) -> None:
+    """Serve a study: all sites reach this one process, which sees weights and numbers but no image."""
+    from nnunet_fed.coordinator import Coordinator
+    from nnunet_fed.store import Store
+    from nnunet_fed.transport.server import CoordinatorServer
+
+    federation = Federation.read(study)
+    store = Store(state)
+    server = CoordinatorServer(Coordinator(federation, store, new_attempt), listen, insecure)
+    stopped = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopped.set())
+    server.start()
+    print(f"'{federation.name}' for {', '.join(federation.sites)} on {server.address}", flush=True)
+    stopped.wait()
+    server.stop()
+    store.close()
+
+
+@app.command()
+def status(
+    address: Annotated[
+        str | None, typer.Option("--coordinator", metavar="HOST:PORT", help="Default: the one in site.toml.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the whole record once, as JSON.")] = False,
+    once: Annotated[bool, typer.Option("--once", help="Print the table once.")] = False,
+) -> None:
+    """Watch a coordinator: who is doing what, and for whom the others wait."""
+    from nnunet_fed.transport.client import GrpcCommunicator
+    from nnunet_fed.watch import status_table, watch
+
+    site = Site.from_environment() if address is None else Site(name="status", coordinator=address, insecure=True)
+    seat = GrpcCommunicator(site)
+    if as_json:
+        print(json.dumps(seat.status(record=True), indent=2))
+    elif once:
+        Console().print(status_table(seat.status()))
+    else:
+        watch(seat.status, lambda: True, Console())
+
+
+@app.command("plan_and_preprocess")
+def plan_and_preprocess(
+    dataset: Annotated[int, typer.Option("-d", metavar="ID", help="nnU-Net's number of this site's data set.")],
+    configurations: Annotated[
+        list[str] | None,
+        typer.Option("-c", metavar="CONFIG ...", help="Configurations to preprocess; default: the study's."),
+    ] = None,
+    processes: Annotated[int, typer.Option("-np", help="Processes for extraction and preprocessing.")] = 4,
+) -> None:
+    """Agree with the other sites on plans, and preprocess this site's data by them."""
+    from nnunet_fed.planners.planning import plan_and_preprocess as plan
+    from nnunet_fed.transport.client import GrpcCommunicator
+
+    seat = GrpcCommunicator(Site.from_environment(), keep_channel=False)
+    study = seat.join("planning")
+
+    def report(phase: str) -> None:
+        seat.report({"phase": phase, "rounds": study.rounds}, wait=True)
+
+    try:
+        result = plan(seat, study, dataset, configurations, processes, report)
+    except BaseException:
+        report("failed")
+        raise
+    print(
+        f"{result.dataset_name}: {result.local_cases} of {result.total_cases} cases; plans {result.plans_name} "
+        f"({result.plans_digest[:12]}), the same at all {len(study.sites)} sites; "
+        f"preprocessed: {', '.join(result.configurations)}"
+    )
+
+
+@app.command("plugin-path")
+def plugin_path() -> None:
+    """Print the folder for nnUNet_extTrainer, through which nnU-Net finds the federated trainers."""
+    from nnunet_fed.simulate import plugin_folder
+
+    print(plugin_folder())
+
+
+@app.command()
+def split(
+    folder: Annotated[Path, typer.Argument(help="A pooled data set in nnU-Net's raw layout.")],
+    out: Annotated[Path, typer.Argument(help="Where the sites' folders go.")],
+    by: Annotated[str | None, typer.Option(help="Column of its cases.csv that names the site.")] = None,
+    sites: Annotated[int | None, typer.Option(help="Number of sites, filled at random.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="With --sites: Dirichlet skew of the sizes.")] = None,
+    limit: Annotated[int | None, typer.Option(help="At most so many cases a site.")] = None,
+    seed: Annotated[int, typer.Option(help="With --sites: another draw.")] = 0,
+) -> None:
+    """Make site folders from a pooled data set."""
+    from nnunet_fed.split import split_at_random, split_by_column
+
+    if (by is None) == (sites is None):
+        raise ConfigurationError("Give either --by COLUMN or --sites N.")
+    if by is not None and alpha is not None:
+        raise ConfigurationError("--alpha goes with --sites.")
+    made = (
+        split_by_column(folder, out, by, limit) if by else split_at_random(folder, out, sites or 0, alpha, limit, seed)
+    )
+    for site, cases in made.items():
+        print(f"{out / site}: {len(cases)} cases")
+
+
+@app.command()
+def phantom(
+    out: Annotated[Path, typer.Argument(help="Where the data set goes.")],
+    sites: Annotated[int, typer.Option(help="Number of sites.")] = 3,
+    cases: Annotated[int, typer.Option(help="Training cases a site.")] = 16,
+    seed: Annotated[int, typer.Option(help="Another seed, other images.")] = 0,
+) -> None:
+    """Write the built-in demo data: an organ with lesions, seen by a different scanner at each site."""
+    from nnunet_fed.phantom import write_phantom
+
+    for folder in write_phantom(out, sites, cases, seed).values():
+        print(folder)
+    print(out / "test")
+
+
+class Until(str, Enum):
+    """How far a simulation goes."""
+
+    plan = "plan"
+    train = "train"
+    validate = "validate"
+
+
+@app.command()
+def simulate(
+    sites: Annotated[list[str], typer.Option("--site", metavar="NAME=FOLDER", help="A site and its raw data.")],
+    out: Annotated[Path, typer.Option(help="A new folder for everything that the simulation writes.")],
+    method: Annotated[str, typer.Option(help="Federated method.")] = "fedavg",
+    rounds: Annotated[int, typer.Option(help="Exchanges in all.")] = 10,
+    local_epochs: Annotated[int, typer.Option(help="nnU-Net epochs between two exchanges.")] = 1,
+    iterations: Annotated[int, typer.Option(help="Steps of an epoch.")] = 250,
+    val_iterations: Annotated[int, typer.Option(help="Steps of an epoch's online validation.")] = 10,
+    config: Annotated[str, typer.Option(help="nnU-Net configuration.")] = "3d_fullres",
+    planner: Annotated[str, typer.Option(help="Planner; the small one suits a CPU.")] = "nnUNetPlannerFedSmall",
+    lr: Annotated[float, typer.Option(help="Initial learning rate.")] = 0.01,
+    momentum: Annotated[float, typer.Option(help="Momentum.")] = 0.99,
+    seed: Annotated[int, typer.Option(help="Seed of the study.")] = 0,
+    fold: Annotated[str, typer.Option(help="Cross-validation fold, or all.")] = "0",
+    weighting: Annotated[str, typer.Option(help="cases or uniform.")] = "cases",
+    min_sites: Annotated[int | None, typer.Option(help="Least number of sites in a round; default: all.")] = None,
+    deadline_minutes: Annotated[float, typer.Option(help="Deadline of a round.")] = 60.0,
+    until: Annotated[Until, typer.Option(help="Where to stop.")] = Until.validate,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    threads: Annotated[int | None, typer.Option(help="Threads of each site; default: its share of the cores.")] = None,
+) -> None:
+    """Run a whole federation on this machine: real processes, the real network, nnU-Net's own commands."""
+    from nnunet_fed.simulate import Simulation, result_table
+    from nnunet_fed.simulate import simulate as run
+
+    folders = _named_folders(sites)
+    settings: dict[str, Any] = {
+        "name": out.name, "sites": tuple(folders), "method": {"name": method}, "planner": planner,
+        "configuration": config, "fold": fold if fold == "all" else _whole_number("--fold", fold), "rounds": rounds,
+        "local_epochs": local_epochs, "iterations_per_epoch": iterations, "val_iterations_per_epoch": val_iterations,
+        "initial_lr": lr, "momentum": momentum, "weighting": weighting, "seed": seed, "min_sites": min_sites,
+        "deadline_minutes": deadline_minutes, "planning_deadline_minutes": deadline_minutes,
+    }  # fmt: skip
+    try:
+        study = Federation.model_validate(settings)
+    except ValidationError as error:
+        raise ConfigurationError(explain(error, Federation)) from None
+    console = Console(stderr=True)
+    summary = run(Simulation(folders, out, study, until.value, device, threads), console)
+    Console().print(result_table(summary))
+
+
+def _named_folders(sites: list[str]) -> dict[str, Path]:
+    folders: dict[str, Path] = {}
+    for site in sites:
+        name, separator, folder = site.partition("=")
+        if not separator or not folder:
+            raise ConfigurationError(f"--site {site}: give a name and a folder, as in --site site_a=data/site_a.")
+        if name in folders:
+            raise ConfigurationError(f"--site {name} is given twice; every site has a name of its own.")
+        folders[name] = Path(folder)
+    return folders
+
+
+def _whole_number(option: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ConfigurationError(f"{option} must be a whole number or 'all', not {text!r}.") from None

@@ -1,0 +1,204 @@
+"""A site's raw data set: find it, check it, describe it, and compare the sites' descriptions."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import nnunetv2.utilities.utils
+from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
+from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
+from nnunetv2.utilities.dataset_name_id_conversion import convert_id_to_dataset_name
+
+import nnunet_fed
+from nnunet_fed.errors import ConfigurationError, DisagreementError
+from nnunet_fed.federation import canonical_json
+
+_SHOWN_ONLY = ("training cases",)
+"""Rows of the table in which sites may differ."""
+
+
+@dataclass(frozen=True)
+class RawDataset:
+    """A data set in ``nnUNet_raw``."""
+
+    id: int
+    name: str
+    folder: Path
+    json: dict[str, Any]
+    """The content of ``dataset.json``."""
+    cases: dict[str, dict[str, Any]]
+    """nnU-Net's table of training cases: by name, ``images`` (one file a channel) and ``label``."""
+
+    @property
+    def channel_names(self) -> list[str]:
+        """Names of the channels in the order of the file."""
+        return [str(name) for name in self.json.get("channel_names", self.json.get("modality", {})).values()]
+
+    @property
+    def preprocessed(self) -> Path:
+        """nnU-Net's folder for this data set's fingerprint, plans and preprocessed cases."""
+        return Path(nnUNet_preprocessed) / self.name
+
+
+def find_dataset(dataset_id: int) -> RawDataset:
+    """Look a data set up as nnU-Net does, and check that its files are there; none is opened.
+
+    Raises:
+        ConfigurationError: nnU-Net's paths are not set, there is no such data set, or a file of it is missing.
+    """
+    for variable in ("nnUNet_raw", "nnUNet_preprocessed"):
+        if not os.environ.get(variable):
+            raise ConfigurationError(f"The environment variable {variable} is not set. Point it at nnU-Net's folder.")
+    try:
+        name = str(convert_id_to_dataset_name(dataset_id))
+    except RuntimeError as error:
+        several = str(error).startswith("More than one")
+        raise ConfigurationError(
+            f"There is {'more than one' if several else 'no'} data set with the id {dataset_id} below "
+            f"{nnUNet_raw} and {nnUNet_preprocessed}. "
+            + ("Give one of them another id." if several else f"Put it into a folder Dataset{dataset_id:03d}_NAME.")
+        ) from None
+    folder = Path(nnUNet_raw) / name
+    content = _read_dataset_json(folder / "dataset.json")
+    try:
+        cases = nnunetv2.utilities.utils.get_filenames_of_train_images_and_targets(str(folder), content)
+    except OSError as error:
+        raise ConfigurationError(f"The training cases of {folder} cannot be listed: {error}.") from None
+    dataset = RawDataset(dataset_id, name, folder, content, {str(case): files for case, files in cases.items()})
+    _check_cases(dataset)
+    return dataset
+
+
+def _read_dataset_json(path: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"{path} cannot be read: {error}. nnU-Net needs this file.") from None
+    missing = [key for key in ("labels", "numTraining", "file_ending") if key not in content]
+    if "channel_names" not in content and "modality" not in content:
+        missing.append("channel_names")
+    if missing:
+        raise ConfigurationError(f"{path} lacks {', '.join(missing)}; see nnU-Net's documentation of dataset.json.")
+    if not all(isinstance(value, int | list) for value in content["labels"].values()):
+        raise ConfigurationError(f"{path}: labels must give a number, or a list of numbers, for each name.")
+    return content
+
+
+def _check_cases(dataset: RawDataset) -> None:
+    if not dataset.cases:
+        raise ConfigurationError(
+            f"{dataset.folder / 'imagesTr'} holds no training case *_0000{dataset.json['file_ending']}; "
+            "put them there or correct file_ending in dataset.json."
+        )
+    channels = len(dataset.channel_names)
+    for case, files in dataset.cases.items():
+        if len(files["images"]) != channels:
+            raise ConfigurationError(
+                f"Case {case} of {dataset.name} has {len(files['images'])} image files, but dataset.json names "
+                f"{channels} channels. Add the missing files or correct channel_names."
+            )
+        for file in (*files["images"], files["label"]):
+            if not Path(file).is_file():
+                raise ConfigurationError(
+                    f"Case {case} of {dataset.name} lacks the file {file}. Add it, or remove the case."
+                )
+    if dataset.json["numTraining"] != len(dataset.cases):
+        raise ConfigurationError(
+            f"{dataset.folder / 'dataset.json'} says numTraining = {dataset.json['numTraining']}, but there are "
+            f"{len(dataset.cases)} training cases. Complete the data set or correct the number."
+        )
+
+
+def describe(dataset: RawDataset, planner: str) -> dict[str, Any]:
+    """What the sites compare before they plan; nothing in it tells of a single case.
+
+    Args:
+        dataset: this site's data set; its first case is opened for the number of dimensions.
+        planner: name of the planner's class.
+
+    Returns:
+        JSON values by the name of the property.
+
+    Raises:
+        ConfigurationError: the first case cannot be read.
+    """
+    first = next(iter(dataset.cases.values()))
+    try:
+        reader = determine_reader_writer_from_dataset_json(dataset.json, first["images"][0], verbose=False)
+        images, _ = reader().read_images(first["images"])
+    except Exception as error:  # the readers raise whatever their libraries do
+        raise ConfigurationError(f"{', '.join(first['images'])} cannot be read: {error}. Replace the case.") from error
+    return {
+        "channels": dataset.channel_names,
+        "labels": _ordered_labels(dataset.json["labels"]),
+        "regions_class_order": dataset.json.get("regions_class_order"),
+        "dimensions": 2 if images.shape[1] == 1 else 3,
+        "nnunetv2": ".".join(re.findall(r"\d+", version("nnunetv2"))[:3]),
+        "nnunet_fed": nnunet_fed.__version__,
+        "planner": planner,
+        "training cases": len(dataset.cases),
+    }
+
+
+def _ordered_labels(labels: Mapping[str, Any]) -> list[list[Any]]:
+    """Pairs of name and value; sorted by value unless there are regions, whose order is that of the outputs."""
+    pairs = [[name, value] for name, value in labels.items()]
+    if any(isinstance(value, list) for value in labels.values()):
+        return pairs
+    return sorted(pairs, key=lambda pair: pair[1])
+
+
+def check_agreement(descriptions: Mapping[str, Mapping[str, Any]]) -> None:
+    """Compare what :func:`describe` said at each site.
+
+    Raises:
+        DisagreementError: with a table of properties by sites; a star marks what differs from most sites.
+    """
+    rows = list(next(iter(descriptions.values())))
+    cells: dict[str, dict[str, str]] = {}
+    disagreed = []
+    for row in rows:
+        values = {site: description.get(row) for site, description in descriptions.items()}
+        odd = set() if row in _SHOWN_ONLY else _odd_ones(values)
+        if odd:
+            disagreed.append(row)
+        cells[row] = {site: _cell(row, value) + (" *" if site in odd else "") for site, value in values.items()}
+    if disagreed:
+        raise DisagreementError(
+            f"The sites' data sets differ in {', '.join(disagreed)}:\n\n{_table(list(descriptions), cells)}\n\n"
+            "Correct dataset.json, the data or the installation at the sites marked with '*', then plan again."
+        )
+
+
+def _odd_ones(values: Mapping[str, Any]) -> set[str]:
+    """Sites whose value is not that of most sites; all of them if there is no such value."""
+    texts = {site: canonical_json(value) for site, value in values.items()}
+    (most, number), *others = Counter(texts.values()).most_common()
+    if not others:
+        return set()
+    return {site for site, text in texts.items() if text != most or others[0][1] == number}
+
+
+def _cell(row: str, value: Any) -> str:
+    if row == "labels" and isinstance(value, list):
+        return ", ".join(f"{name}={number}" for name, number in value)
+    if isinstance(value, list):
+        return ", ".join(str(item) for item in value)
+    return "-" if value is None else str(value)
+
+
+def _table(sites: list[str], cells: Mapping[str, Mapping[str, str]]) -> str:
+    columns = [["", *cells], *([site, *(row[site] for row in cells.values())] for site in sites)]
+    widths = [max(map(len, column)) for column in columns]
+    lines = zip(*columns, strict=True)
+    return "\n".join(
+        "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )

@@ -1,0 +1,145 @@
+"""What makes a planner of nnU-Net a planner of a federation; a planner is a file and a class of the same name here."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import pkgutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from nnunetv2.paths import nnUNet_preprocessed
+from nnunetv2.utilities.json_export import recursive_fix_for_json_export
+
+import nnunet_fed.planners
+from nnunet_fed.errors import ConfigurationError
+from nnunet_fed.federation import PLANS_KEY, digest_of
+from nnunet_fed.plans import plans_digest
+
+_LOG = logging.getLogger(__name__)
+_ENVIRONMENT = threading.Lock()
+_NOT_PREPROCESSING = (
+    "architecture",
+    "batch_dice",
+    "batch_size",
+    "data_identifier",
+    "median_image_size_in_voxels",
+    "next_stage",
+    "previous_stage",
+    "resampling_fn_probabilities",
+    "resampling_fn_probabilities_kwargs",
+)
+"""Entries of a configuration that preprocessing does not read; whatever else a planner adds counts as read."""
+
+
+class HarmonisedPlanner:
+    """Mixin before a planner of nnU-Net, which plans from the fingerprint of all sites.
+
+    The fingerprint lies where nnU-Net puts its own (``dataset_fingerprint.json``), so that the planner reads it as
+    ever. The mixin adds the number of cases at all sites, the study, and data identifiers that several plans on the
+    same data share. Source: ours, on nnunetv2's ``ExperimentPlanner``.
+
+    Args:
+        args: arguments of the planner, as are ``kwargs``.
+        total_cases: number of training cases at all sites, for the cap of the batch size.
+        study: what the plans carry under the key ``federation``; the planner adds ``plans_digest``.
+        kwargs: see ``args``.
+    """
+
+    # of nnU-Net's planner
+    dataset: dict[str, dict[str, Any]]
+    dataset_json: dict[str, Any]
+    dataset_name: str
+    plans_identifier: str
+
+    def __init__(self, *args: Any, total_cases: int, study: dict[str, Any], **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.dataset_json["numTraining"] = total_cases
+        self.study = study
+
+    @property
+    def plans_file(self) -> Path:
+        """Where the plans go."""
+        return Path(nnUNet_preprocessed) / self.dataset_name / f"{self.plans_identifier}.json"
+
+    @classmethod
+    def static_estimate_VRAM_usage(cls, *args: Any, **kwargs: Any) -> Any:  # noqa: N802
+        """As in nnU-Net, which fails where ``nnUNet_n_proc_DA`` is 0, since torch takes no 0 threads."""
+        with _some_augmentation_process():
+            return super().static_estimate_VRAM_usage(*args, **kwargs)  # type: ignore[misc]
+
+    def save_plans(self, plans: dict[str, Any]) -> None:
+        """Complete the plans and save them; an old plans file is kept beside them as ``*.previous.json``."""
+        recursive_fix_for_json_export(plans)
+        for name, configuration in plans["configurations"].items():
+            if "inherits_from" not in configuration:
+                digest = digest_of(self._preprocessing_inputs(plans, configuration))
+                configuration["data_identifier"] = f"nnUNetFed_{name}_{digest[:8]}"
+        plans[PLANS_KEY] = {**self.study, "plans_digest": plans_digest(plans)}
+        if self.plans_file.exists():
+            # nnU-Net would merge its configurations into the new plans, and these would differ from the other sites'
+            previous = self.plans_file.with_suffix(".previous.json")
+            _LOG.info("%s is kept as %s", self.plans_file.name, previous.name)
+            self.plans_file.replace(previous)
+        super().save_plans(plans)  # type: ignore[misc]
+
+    def _preprocessing_inputs(self, plans: dict[str, Any], configuration: dict[str, Any]) -> dict[str, Any]:
+        """All that preprocessing reads, in JSON types: if it is the same, so are the preprocessed cases."""
+        return {
+            "nnunetv2": version("nnunetv2"),
+            "configuration": {key: value for key, value in configuration.items() if key not in _NOT_PREPROCESSING},
+            "plans": [
+                plans[key]
+                for key in ("image_reader_writer", "transpose_forward", "foreground_intensity_properties_per_channel")
+            ],
+            "dataset": [
+                self.dataset_json.get(key) for key in ("channel_names", "modality", "labels", "regions_class_order")
+            ],
+            "files": {
+                str(case): [_file_state(Path(file)) for file in (*files["images"], files["label"])]
+                for case, files in self.dataset.items()
+            },
+        }
+
+
+def planner_class(name: str) -> Any:
+    """The planner of a given name: a class in the module of the same name in ``nnunet_fed.planners``.
+
+    Raises:
+        ConfigurationError: there is no such module or class; lists those there are.
+    """
+    known = [module.name for module in pkgutil.iter_modules(nnunet_fed.planners.__path__)]
+    known = sorted(module for module in known if module.startswith("nnUNetPlanner"))
+    if name in known:
+        planner = getattr(importlib.import_module(f"nnunet_fed.planners.{name}"), name, None)
+        if planner is not None:
+            return planner
+    raise ConfigurationError(
+        f"There is no planner '{name}' in nnunet_fed.planners; known are {', '.join(known)}. "
+        "Set 'planner' in federation.toml to one of them, or add a file and class of that name."
+    )
+
+
+def _file_state(path: Path) -> list[Any]:
+    state = path.stat()
+    return [path.name, state.st_size, state.st_mtime_ns]
+
+
+@contextmanager
+def _some_augmentation_process() -> Iterator[None]:
+    variable = "nnUNet_n_proc_DA"
+    # sites that are threads of one process share its environment
+    with _ENVIRONMENT:
+        given = os.environ.get(variable)
+        if given == "0":
+            os.environ[variable] = "1"
+        try:
+            yield
+        finally:
+            if given == "0":
+                os.environ[variable] = given

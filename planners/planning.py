@@ -1,0 +1,196 @@
+"""Planning and preprocessing at one site, in step with the others."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nnunetv2.experiment_planning.plan_and_preprocess_api import preprocess_dataset
+
+from nnunet_fed.communicator import Collectives
+from nnunet_fed.errors import ConfigurationError, DisagreementError, FederationError
+from nnunet_fed.federation import PLANS_KEY, Federation
+from nnunet_fed.fingerprint import LocalFingerprint, fingerprint_of, harmonise
+from nnunet_fed.planners.dataset import RawDataset, check_agreement, describe, find_dataset
+from nnunet_fed.planners.extraction import extract
+from nnunet_fed.planners.harmonised import planner_class
+from nnunet_fed.plans import comparable, differences
+
+_LOG = logging.getLogger(__name__)
+_LINES_SHOWN = 30
+
+
+@dataclass(frozen=True)
+class PlanningResult:
+    """What planning and preprocessing left at this site."""
+
+    dataset_name: str
+    plans_name: str
+    plans_digest: str
+    """Digest of all that is equal in every site's plans."""
+    configurations: tuple[str, ...]
+    """Configurations that are preprocessed."""
+    total_cases: int
+    """Training cases at all sites."""
+    local_cases: int
+    """Training cases at this site."""
+
+
+def plan_and_preprocess(
+    communicator: Collectives,
+    study: Federation,
+    dataset_id: int,
+    configurations: Sequence[str] | None = None,
+    processes: int = 8,
+    report: Callable[[str], None] = lambda phase: None,
+) -> PlanningResult:
+    """Agree with the other sites on a fingerprint, plan from it, make sure that all plans are equal, and preprocess.
+
+    Every site calls this for its own data set; it returns once this site has preprocessed. Nothing is sent before the
+    local checks have passed. Plans on which the sites do not agree are set aside as ``*.refused.json``.
+
+    Args:
+        communicator: this site's seat; all keys begin with ``planning/``.
+        study: names the planner and, if it says so, the plans; travels in the plans under ``federation``.
+        dataset_id: nnU-Net's number of this site's data set.
+        configurations: what this site preprocesses; ``None``: the study's configuration.
+        processes: worker processes for extraction and preprocessing.
+        report: called with the name of each phase that begins: checking, extracting, harmonising, planning,
+            preprocessing, planned.
+
+    Raises:
+        ConfigurationError: nnU-Net's paths, the data set, the planner or a configuration is wrong.
+        DisagreementError: the sites' data sets or plans differ; shows where.
+        FederationError: a case cannot be analysed or preprocessed.
+    """
+    report("checking")
+    wanted = tuple(dict.fromkeys(configurations or [study.configuration]))
+    if "3d_cascade_fullres" in wanted:
+        raise ConfigurationError(
+            "3d_cascade_fullres needs predictions of the previous stage, which a federation does not make; "
+            "use 3d_fullres or 3d_lowres."
+        )
+    make_planner = planner_class(study.planner)
+    dataset = find_dataset(dataset_id)
+    descriptions = communicator.gather("planning/dataset", describe(dataset, study.planner))
+    check_agreement(descriptions)
+    total_cases = sum(description["training cases"] for description in descriptions.values())
+
+    report("extracting")
+    local = extract(dataset_id, total_cases, processes)
+
+    report("harmonising")
+    fingerprint = harmonise(communicator, local)
+    dataset.preprocessed.mkdir(parents=True, exist_ok=True)
+    _write_json(dataset.preprocessed / "dataset_fingerprint.json", fingerprint)
+    _write_local_fingerprint(dataset, local)
+
+    report("planning")
+    planner = _planner(make_planner, dataset, study, total_cases)
+    plans = planner.plan_experiment()
+    try:
+        _agree_on_plans(communicator, plans)
+    except FederationError:
+        planner.plans_file.replace(planner.plans_file.with_suffix(".refused.json"))
+        raise
+    _check_configurations(plans, wanted)
+
+    report("preprocessing")
+    _preprocess(communicator.site, dataset, planner.plans_identifier, plans, wanted, processes)
+    report("planned")
+    return PlanningResult(
+        dataset.name,
+        planner.plans_identifier,
+        plans[PLANS_KEY]["plans_digest"],
+        wanted,
+        total_cases,
+        len(dataset.cases),
+    )
+
+
+def _write_local_fingerprint(dataset: RawDataset, local: LocalFingerprint) -> None:
+    """For a reader who compares this site with all sites; nothing reads it."""
+    path = dataset.preprocessed / "dataset_fingerprint_local.json"
+    if all(len(channel) for channel in local.intensities):
+        _write_json(path, fingerprint_of(local))
+    else:
+        _LOG.warning("No case of %s has foreground; %s is not written", dataset.name, path.name)
+        path.unlink(missing_ok=True)
+
+
+def _planner(make_planner: Any, dataset: RawDataset, study: Federation, total_cases: int) -> Any:
+    carried = {"name": study.name, "digest": study.digest, "study": study.model_dump(mode="json")}
+    names = {} if study.plans_name is None else {"plans_name": study.plans_name}
+    try:
+        return make_planner(dataset.id, total_cases=total_cases, study=carried, **names)
+    except AssertionError:  # nnU-Net asserts without a word that raw and preprocessed folds are the same
+        raise ConfigurationError(
+            f"The folds in {dataset.folder / 'splits_final.json'} are not those in {dataset.preprocessed}. "
+            "Remove the latter file if the former is right."
+        ) from None
+
+
+def _agree_on_plans(communicator: Collectives, plans: dict[str, Any]) -> None:
+    digests = communicator.gather("planning/plans", {"digest": plans[PLANS_KEY]["plans_digest"]})
+    if len({answer["digest"] for answer in digests.values()}) == 1:
+        return
+    lines = differences(communicator.gather("planning/plans/full", comparable(plans)))
+    more = [f"... and {len(lines) - _LINES_SHOWN} more"] if len(lines) > _LINES_SHOWN else []
+    raise DisagreementError(
+        "The sites have planned from the same fingerprint, but their plans differ:\n\n"
+        + "\n".join(lines[:_LINES_SHOWN] + more)
+        + "\n\nInstall the same versions of nnU-Net and its dependencies at all sites, then plan again."
+    )
+
+
+def _check_configurations(plans: dict[str, Any], wanted: Sequence[str]) -> None:
+    there = [name for name, content in plans["configurations"].items() if "inherits_from" not in content]
+    missing = [name for name in wanted if name not in there]
+    if missing:
+        raise ConfigurationError(
+            f"The plans of this federation have no configuration {', '.join(missing)}; there are {', '.join(there)}. "
+            "Set 'configuration' in federation.toml to one of these."
+        )
+
+
+def _preprocess(
+    site: str, dataset: RawDataset, plans_name: str, plans: dict[str, Any], wanted: Sequence[str], processes: int
+) -> None:
+    # a marker stands beside the folder, in which nnU-Net would take it for a case
+    folders = {name: dataset.preprocessed / plans["configurations"][name]["data_identifier"] for name in wanted}
+    markers = {name: folder.with_name(f"{folder.name}.complete.json") for name, folder in folders.items()}
+    open_ones = [name for name in wanted if not (folders[name].is_dir() and markers[name].is_file())]
+    for name in wanted:
+        if name in open_ones:
+            markers[name].unlink(missing_ok=True)
+        else:
+            _LOG.info("%s is preprocessed already in %s", name, folders[name].name)
+    _drop_newer_references(dataset)
+    try:
+        # also without a configuration: it brings the references in gt_segmentations up to date
+        preprocess_dataset(dataset.id, plans_name, open_ones, [processes])
+    except Exception as error:  # whatever nnU-Net and its readers raise
+        raise FederationError(
+            f"Site '{site}' cannot preprocess {dataset.name}: {type(error).__name__}: {error}. "
+            "If a worker died, use fewer processes; then plan again."
+        ) from error
+    for name in open_ones:
+        _write_json(markers[name], {"configuration": name, "cases": len(dataset.cases)})
+
+
+def _drop_newer_references(dataset: RawDataset) -> None:
+    """Remove copied references that are newer than the raw ones, which nnU-Net would keep."""
+    for case, files in dataset.cases.items():
+        copy = dataset.preprocessed / "gt_segmentations" / f"{case}{dataset.json['file_ending']}"
+        if copy.is_file() and copy.stat().st_mtime > Path(files["label"]).stat().st_mtime:
+            copy.unlink()
+
+
+def _write_json(path: Path, value: Any) -> None:
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=4), encoding="utf-8")
+    temporary.replace(path)

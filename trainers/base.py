@@ -1,0 +1,388 @@
+"""Federated rounds inside nnU-Net's training loop: what every federated trainer shares."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from torch._dynamo import OptimizedModule
+
+from nnunet_fed.errors import ConfigurationError, DisagreementError, FederationError, RoundClosedError
+from nnunet_fed.federation import PLANS_KEY, Federation, Site
+from nnunet_fed.methods.fedavg import site_weight
+from nnunet_fed.payload import Array
+from nnunet_fed.plans import plans_digest
+from nnunet_fed.tensors import digest_of_tensors, load_arrays, shared_tensors, to_arrays
+from nnunet_fed.trainers import checkpoint
+from nnunet_fed.trainers.ranks import RankZeroSeat, from_rank_zero, patient_group
+from nnunet_fed.trainers.record import Record, logged_by
+from nnunet_fed.trainers.rounds import common_start, pad_log, require_agreement, round_of, scope_of_round
+from nnunet_fed.transport.client import GrpcCommunicator
+
+DEBUG_VARIABLE = "nnUNet_fed_debug"
+THREADS_VARIABLE = "nnUNet_fed_threads"
+"""Number of torch's threads; stock nnU-Net takes every core for each process on the CPU."""
+SKIP_VALIDATION_VARIABLE = "nnUNet_fed_skip_validation"
+
+
+class _TrainingOver(Exception):  # noqa: N818
+    """The last round is over, though nnU-Net's loop has epochs left, because this site skipped some."""
+
+
+@contextmanager
+def sentences_for_users() -> Iterator[None]:
+    """End the process with the error's sentence instead of a traceback, unless ``nnUNet_fed_debug`` is set."""
+    try:
+        yield
+    except FederationError as error:
+        if os.environ.get(DEBUG_VARIABLE):
+            raise
+        raise SystemExit(f"Error: {error}") from None
+
+
+class FederatedTrainer(nnUNetTrainer):
+    """nnU-Net's trainer with an exchange at the end of every round.
+
+    A method overrides :meth:`exchange` and the few hooks that it needs. One round is ``local_epochs`` epochs of nnU-Net;
+    the study comes from the plans. Prediction and ``--val`` need no network and no coordinator.
+
+    What is exchanged is saved before it is sent: ``checkpoint_latest.pth`` first holds the state *before* the exchange,
+    so that a killed training contributes the same bytes again (rule 2 of the protocol), then the state after the epoch.
+    """
+
+    method: ClassVar[str]
+    """Name of the method, as in the study's table."""
+    MODEL: ClassVar[str] = "model"
+    """Name of the mean that a late site continues from, in every scope."""
+
+    communicator: RankZeroSeat
+    """The verbs, on every rank; set when the training starts."""
+
+    def __init__(
+        self,
+        plans: dict[str, Any],
+        configuration: str,
+        fold: int,
+        dataset_json: dict[str, Any],
+        device: torch.device = torch.device("cuda"),  # noqa: B008 (nnU-Net's own signature, which it inspects)
+    ):
+        with sentences_for_users():
+            self.study = self._study_of(plans)
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.initial_lr = self.study.initial_lr
+        self.num_iterations_per_epoch = self.study.iterations_per_epoch
+        self.num_val_iterations_per_epoch = self.study.val_iterations_per_epoch
+        self.num_epochs = self.study.epochs
+        self.save_every = self.study.local_epochs
+        if self.device.type == "cpu" and os.environ.get(THREADS_VARIABLE):
+            torch.set_num_threads(int(os.environ[THREADS_VARIABLE]))
+        self._seat: GrpcCommunicator | None = None
+        self._record: Record | None = None
+        self._training_cases = 0
+        self._resumed: dict[str, Any] | None = None
+        self._pending: list[dict[str, Any]] | None = None
+        self._next_epoch = 0
+
+    def _study_of(self, plans: dict[str, Any]) -> Federation:
+        name = plans.get("plans_name")
+        if PLANS_KEY not in plans:
+            raise ConfigurationError(
+                f"The plans '{name}' were not made for a federation. Run 'nnunet_fed plan_and_preprocess' and train "
+                "with the plans that it names, for example -p nnUNetFedPlans."
+            )
+        study = Federation.model_validate(plans[PLANS_KEY]["study"])
+        if study.method.name != self.method:
+            raise ConfigurationError(
+                f"The plans '{name}' were made for the method '{study.method.name}', {type(self).__name__} does "
+                f"'{self.method}'. Use the trainer of that method, or plan for another study."
+            )
+        return study
+
+    # ------------------------------------------------------------------------------------------- for the methods
+
+    def exchange(self, scope: str) -> None:
+        """Exchange with the other sites at the end of a round; called on every rank.
+
+        Args:
+            scope: first part of this round's keys. The mean ``SCOPE/model`` must hold what a late site continues from.
+        """
+        raise NotImplementedError
+
+    @property
+    def bare_network(self) -> torch.nn.Module:
+        """The network without the wrappers of ``DistributedDataParallel`` and ``torch.compile``."""
+        network = self.network.module if self.is_ddp else self.network
+        return network._orig_mod if isinstance(network, OptimizedModule) else network
+
+    def shared_arrays(self) -> dict[str, Array]:
+        """The tensors that this site shares, as arrays."""
+        return to_arrays(shared_tensors(self.bare_network))
+
+    def load_shared(self, arrays: dict[str, Array]) -> None:
+        """Take received tensors into the network, in place."""
+        load_arrays(shared_tensors(self.bare_network), arrays)
+
+    @property
+    def site_weight(self) -> float:
+        """This site's weight in a mean."""
+        return site_weight(self.study.weighting, self._training_cases)
+
+    # ------------------------------------------------------------------------------------------- nnU-Net's hooks
+
+    def initialize(self) -> None:
+        """Build the network from the study's seed."""
+        checkpoint.seed_everything(self.study.seed + self.local_rank)
+        super().initialize()
+
+    def configure_optimizers(self) -> Any:
+        """nnU-Net's optimizer and schedule, with the study's momentum."""
+        optimizer, schedule = super().configure_optimizers()
+        for group in optimizer.param_groups:
+            group["momentum"] = self.study.momentum
+        return optimizer, schedule
+
+    def get_tr_and_val_datasets(self) -> Any:
+        """nnU-Net's data sets; notes the number of training cases."""
+        training, validation = super().get_tr_and_val_datasets()
+        self._training_cases = len(training.identifiers)
+        return training, validation
+
+    def run_training(self) -> None:
+        """nnU-Net's loop; a site that skipped rounds leaves it early. Errors of the federation end in a sentence."""
+        with sentences_for_users(), logged_by(self.print_to_log_file):
+            try:
+                try:
+                    super().run_training()
+                except _TrainingOver:
+                    self.on_train_end()
+            except BaseException as error:
+                self._report("failed", wait=True, error=str(error) or type(error).__name__)
+                raise
+
+    def on_train_start(self) -> None:
+        """Join, let nnU-Net start, then agree on initial weights or go on where the federation is."""
+        if self.current_epoch >= self.num_epochs:  # --c after the end: nothing left for which to need the others
+            super().on_train_start()
+            return
+        study = from_rank_zero(self._join)
+        super().on_train_start()
+        site = Site.from_environment().name
+        self.communicator = RankZeroSeat(self._seat, site, study.sites, patient_group(study.deadline_minutes + 10))
+        if self._record is not None and self._seat is not None:
+            self._record.describe(
+                study=study.model_dump(mode="json"), digest=study.digest, run=self._seat.run,
+                attempt=self._seat.attempt, site=site, training_cases=self._training_cases,
+            )  # fmt: skip
+        if self._resumed is None:
+            self._start_together()
+        else:
+            self._happened(f"continued with --c in epoch {self.current_epoch}")
+            self._continue(self._resumed)
+
+    def on_epoch_start(self) -> None:
+        """Skip the epochs of rounds that went on without this site."""
+        if self._next_epoch > self.current_epoch:
+            self._take_newest()
+            if self._next_epoch > self.current_epoch:
+                self._skip_to(self._next_epoch)
+        if self.current_epoch >= self.num_epochs:
+            raise _TrainingOver
+        super().on_epoch_start()
+        self._report("training")
+
+    def on_train_epoch_start(self) -> None:
+        """Do not train again what a killed training had done but not exchanged."""
+        super().on_train_epoch_start()
+        if self._pending is not None:
+            self.num_iterations_per_epoch = 0
+
+    def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
+        """Exchange at a round's end, so that this epoch's validation and checkpoints describe the model after it."""
+        resent = self._pending is not None
+        if self._pending is not None:
+            train_outputs, self.num_iterations_per_epoch = self._pending, self.study.iterations_per_epoch
+        super().on_train_epoch_end(train_outputs)
+        if (self.current_epoch + 1) % self.study.local_epochs == 0:
+            if not resent:
+                self._save_pending(train_outputs)
+            self._exchange_round(self.current_epoch // self.study.local_epochs)
+        self._pending = None
+
+    def on_epoch_end(self) -> None:
+        """Tell those who watch how the epoch went."""
+        super().on_epoch_end()
+        loss = self.logger.get_value("train_losses", step=-1)
+        dice = self.logger.get_value("mean_fg_dice", step=-1)
+        self._report("training", loss=float(loss), dice=float(dice))
+
+    def on_train_end(self) -> None:
+        """nnU-Net's final checkpoint, the global model beside it, and leave."""
+        super().on_train_end()
+        if self.local_rank == 0 and not self.disable_checkpointing:
+            self.save_global_checkpoint(Path(self.output_folder) / "checkpoint_global.pth")
+        if self._seat is not None:
+            self._seat.leave("finished")
+
+    def save_global_checkpoint(self, filename: Path) -> None:
+        """Write the last global model: unless a method personalizes, it is what the training ended with."""
+        part = filename.with_name(filename.name + ".part")
+        shutil.copyfile(filename.with_name("checkpoint_final.pth"), part)
+        part.replace(filename)
+
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        """nnU-Net's validation, watched by those who watch."""
+        if os.environ.get(SKIP_VALIDATION_VARIABLE):
+            self.print_to_log_file(f"Validation is skipped, since {SKIP_VALIDATION_VARIABLE} is set.")
+        else:
+            self._report("validating")
+            super().perform_actual_validation(save_probabilities)
+        self._report("done", wait=True)
+        if self._seat is not None:
+            self._seat.close()
+
+    # ------------------------------------------------------------------------------------------- checkpoints
+
+    def save_checkpoint(self, filename: str) -> None:
+        """nnU-Net's checkpoint with our state added; it replaces an older one only once it is complete.
+
+        It names the stock trainer, whose network it holds: so it predicts where nnunet_fed is not installed.
+        """
+        if self.local_rank != 0 or self.disable_checkpointing:
+            super().save_checkpoint(filename)
+            return
+        part = Path(filename + ".part")
+        super().save_checkpoint(str(part))
+        state = {
+            "attempt": self._seat.attempt if self._seat is not None else self._resumed and self._resumed["attempt"],
+            "pending": self._pending,
+            "next_epoch": self._next_epoch,
+            "random": checkpoint.random_states(),
+        }
+        additions = {checkpoint.FEDERATION: state, "trainer_name": nnUNetTrainer.__name__}
+        checkpoint.amend(part, Path(filename), additions)
+
+    def load_checkpoint(self, filename_or_checkpoint: Any) -> None:
+        """nnU-Net's checkpoint and our state; the random states wait until the training has started."""
+        super().load_checkpoint(filename_or_checkpoint)
+        state = checkpoint.federation_state(Path(filename_or_checkpoint))
+        if state is None:
+            return
+        self._resumed = state
+        self._pending = state["pending"]
+        self._next_epoch = state["next_epoch"]
+        if self._pending is not None:
+            for values in self.logger.get_checkpoint().values():
+                del values[self.current_epoch :]
+
+    def _save_pending(self, train_outputs: list[dict[str, Any]]) -> None:
+        """Save the state before the exchange, as of an epoch that is not over."""
+        self._pending = train_outputs
+        self.current_epoch -= 1  # nnU-Net writes the number of the next epoch
+        try:
+            self.save_checkpoint(os.path.join(self.output_folder, "checkpoint_latest.pth"))
+        finally:
+            self.current_epoch += 1
+
+    # ------------------------------------------------------------------------------------------- the federation
+
+    @property
+    def _continues(self) -> bool:
+        """Whether the command said ``--c``."""
+        return bool(self.logger.resume)
+
+    def _join(self) -> Federation:
+        """Take the seat (rank 0), with the channel closed afterwards, since nnU-Net is about to fork."""
+        site = Site.from_environment()
+        if self.fold not in (self.study.fold, "all", site.fold):
+            raise ConfigurationError(
+                f"The study trains fold {self.study.fold}, this command fold {self.fold}. Train fold "
+                f"{self.study.fold} or 'all', or set 'fold = {self.fold}' in site.toml."
+            )
+        seat = GrpcCommunicator(site)
+        study = seat.join(
+            "training", self.study.digest, self.configuration_name, type(self).__name__, fresh=not self._continues
+        )
+        seat.close()
+        if self._resumed is not None and self._resumed["attempt"] != seat.attempt:
+            raise ConfigurationError(
+                f"The checkpoint in {self.output_folder} belongs to attempt {self._resumed['attempt']}, the "
+                f"coordinator has opened attempt {seat.attempt}. Start this training without --c."
+            )
+        self._seat = seat
+        self._record = Record(Path(self.output_folder) / "federation.json", self._continues)
+        return study
+
+    def _start_together(self) -> None:
+        """Agree on initial weights; a site that comes late starts with the newest model."""
+        try:
+            scope, arrays = common_start(self.communicator, self.MODEL, self.shared_arrays)
+            self.load_shared(arrays)
+            digests = {
+                "plans": plans_digest(self.plans_manager.plans),
+                "initial weights": digest_of_tensors(shared_tensors(self.bare_network)),
+            }
+            require_agreement(self.communicator, scope, digests)
+        except RoundClosedError:
+            self._take_newest()
+
+    def _continue(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint, or from the newest model when the federation has moved on meanwhile."""
+        key = self.communicator.newest(self.MODEL)
+        own = self.current_epoch // self.study.local_epochs
+        if key is not None and round_of(key) >= own + (self._pending is not None):
+            self._pending = None
+            self._take_newest()
+        checkpoint.restore_random_states(state["random"])
+
+    def _exchange_round(self, number: int) -> None:
+        scope, started = scope_of_round(number), time.monotonic()
+        before = (self._seat.bytes_sent, self._seat.bytes_received) if self._seat is not None else (0, 0)
+        self._report("exchanging")
+        try:
+            self.exchange(scope)
+        except RoundClosedError:
+            self._happened(f"{scope} went on without this site")
+            self._take_newest()
+        if self.study.momentum_on_round == "reset":
+            self.optimizer.state.clear()
+        if self._seat is not None and self._record is not None:
+            sent, received = self._seat.bytes_sent - before[0], self._seat.bytes_received - before[1]
+            self._record.exchanged(scope, self._seat.weights, sent, received, time.monotonic() - started)
+
+    def _take_newest(self) -> None:
+        """Load the federation's newest model, and note the epoch from which to go on."""
+        key = self.communicator.newest(self.MODEL)
+        if key is None:
+            raise DisagreementError("The federation has no model yet from which this site could go on.")
+        self.load_shared(self.communicator.fetch(key))
+        self._next_epoch = (round_of(key) + 1) * self.study.local_epochs
+
+    def _skip_to(self, epoch: int) -> None:
+        self._happened(f"caught up from epoch {self.current_epoch} to epoch {epoch} with the federation's newest model")
+        pad_log(self.logger.get_checkpoint(), epoch)
+        self.current_epoch = epoch
+
+    def _report(self, phase: str, wait: bool = False, **values: Any) -> None:
+        if self._seat is not None:
+            progress = {
+                "phase": phase,
+                "round": min(self.current_epoch // self.study.local_epochs + 1, self.study.rounds),
+                "rounds": self.study.rounds,
+                "epoch": self.current_epoch,
+                **values,
+            }
+            self._seat.report(progress, wait)
+
+    def _happened(self, text: str) -> None:
+        self.print_to_log_file(text)
+        if self._record is not None:
+            self._record.happened(text)
+        if self._seat is not None:
+            self._seat.note(text)

@@ -1,0 +1,61 @@
+"""What a federated checkpoint holds besides nnU-Net's own, and how it comes safely to disk."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+FEDERATION = "federation"
+"""Key of a checkpoint under which our state stands; stock nnU-Net ignores it."""
+
+
+def random_states() -> dict[str, Any]:
+    """The states of Python's, NumPy's and torch's global random generators."""
+    states = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state_all()
+    return states
+
+
+def restore_random_states(states: Mapping[str, Any]) -> None:
+    """Set the generators to :func:`random_states`."""
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    if "cuda" in states and torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's global random generators."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def amend(part: Path, filename: Path, additions: Mapping[str, Any]) -> None:
+    """Add entries to the checkpoint ``part`` and move it to ``filename``, which never is half a file.
+
+    The tensors are memory-mapped, not read: the cost is one more write of the file.
+    """
+    checkpoint = torch.load(part, map_location="cpu", weights_only=False, mmap=True)
+    amended = filename.with_name(filename.name + ".new")
+    with amended.open("wb") as file:
+        torch.save({**checkpoint, **additions}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    amended.replace(filename)
+    part.unlink()
+
+
+def federation_state(filename: Path) -> dict[str, Any] | None:
+    """Our state in a checkpoint; ``None`` in one that a federated trainer did not write."""
+    checkpoint = torch.load(filename, map_location="cpu", weights_only=False, mmap=True)
+    state: dict[str, Any] | None = checkpoint.get(FEDERATION)
+    return state

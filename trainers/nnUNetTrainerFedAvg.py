@@ -1,0 +1,13 @@
+"""Federated averaging inside nnU-Net's training."""
+
+from nnunet_fed.trainers.base import FederatedTrainer
+
+
+class nnUNetTrainerFedAvg(FederatedTrainer):  # noqa: N801
+    """Every round ends with the weighted mean of the sites' weights (:mod:`nnunet_fed.methods.fedavg`)."""
+
+    method = "fedavg"
+
+    def exchange(self, scope: str) -> None:
+        """Replace this site's weights by the mean over the sites of the round."""
+        self.load_shared(self.communicator.mean(f"{scope}/{self.MODEL}", self.shared_arrays(), self.site_weight))

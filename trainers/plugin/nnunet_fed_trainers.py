@@ -1,0 +1,8 @@
+"""What ``nnUNet_extTrainer`` points nnU-Net at: it imports this file under a top-level name and forgets it again.
+
+So the trainers themselves are not here but imported from the installed package, where each class exists once.
+"""
+
+from nnunet_fed.trainers.nnUNetTrainerFedAvg import nnUNetTrainerFedAvg
+
+__all__ = ["nnUNetTrainerFedAvg"]

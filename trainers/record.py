@@ -1,0 +1,81 @@
+"""``federation.json``: a site's own record of a training, beside its checkpoints."""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("nnunet-fed", "nnunetv2", "torch", "grpcio")
+
+
+class Record:
+    """What this site exchanged, with whom, and what happened; on disk after every change.
+
+    Args:
+        path: the file; an existing one is continued when ``resumed``.
+        resumed: the training continues an earlier one.
+    """
+
+    def __init__(self, path: Path, resumed: bool):
+        self._path = path
+        self._content: dict[str, Any] = {"rounds": [], "events": []}
+        if resumed and path.is_file():
+            self._content = json.loads(path.read_text())
+
+    def describe(self, **facts: Any) -> None:
+        """Note facts of the training, and the versions it runs with."""
+        versions = {package: version(package) for package in PACKAGES}
+        self._content.update(facts, versions={"python": platform.python_version(), **versions})
+        self._content["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
+        self._write()
+
+    def exchanged(self, scope: str, weights: dict[str, float], sent: int, received: int, seconds: float) -> None:
+        """Note one exchange; an exchange that a resumed training repeats stands once."""
+        self._content["rounds"] = [entry for entry in self._content["rounds"] if entry["scope"] != scope]
+        self._content["rounds"].append(
+            {
+                "scope": scope, "weights": weights, "bytes_sent": sent, "bytes_received": received,
+                "seconds": round(seconds, 3), "at": time.time(),
+            }
+        )  # fmt: skip
+        self._content["bytes_sent"] = self._content.get("bytes_sent", 0) + sent
+        self._content["bytes_received"] = self._content.get("bytes_received", 0) + received
+        self._write()
+
+    def happened(self, text: str) -> None:
+        """Note an event in words."""
+        self._content["events"].append({"at": time.time(), "text": text})
+        self._write()
+
+    def _write(self) -> None:
+        part = self._path.with_name(self._path.name + ".part")
+        part.write_text(json.dumps(self._content, indent=2))
+        part.replace(self._path)
+
+
+@contextmanager
+def logged_by(write: Callable[[str], None]) -> Iterator[None]:
+    """Let nnU-Net's training log have what nnunet_fed logs."""
+
+    class _Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            write(self.format(record))
+
+    package, handler = logging.getLogger("nnunet_fed"), _Handler(logging.INFO)
+    level = package.level
+    package.addHandler(handler)
+    package.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        package.removeHandler(handler)
+        package.setLevel(level)
