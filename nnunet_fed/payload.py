@@ -125,6 +125,7 @@ def read_layout(payload: memoryview | mmap.mmap | bytes) -> tuple[Layout, int]:
         table = json.loads(bytes(payload[8 : 8 + length]))
         table.pop("__metadata__", None)
         layout = {name: _entry(described) for name, described in table.items()}
+        "".join(layout).encode()  # JSON may hold half a pair of surrogates, which the mean's header could not
         position = 0
         for name, entry in sorted(layout.items(), key=lambda item: (item[1].start, item[1].stop)):
             if entry.start != position or entry.stop - entry.start != math.prod(entry.shape) * entry.dtype.itemsize:
@@ -148,10 +149,13 @@ def _entry(described: Any) -> Entry:
 def decode(payload: memoryview | mmap.mmap | bytes) -> dict[str, Array]:
     """Views of a payload's tensors, by name; they keep the payload's memory alive. Raises :class:`RefusedError`."""
     layout, begin = read_layout(payload)
-    return {
-        name: np.frombuffer(payload, entry.dtype, math.prod(entry.shape), begin + entry.start).reshape(entry.shape)
-        for name, entry in layout.items()
-    }
+    try:
+        return {
+            name: np.frombuffer(payload, entry.dtype, math.prod(entry.shape), begin + entry.start).reshape(entry.shape)
+            for name, entry in layout.items()
+        }
+    except (ValueError, OverflowError) as error:  # too many dimensions, or too long ones in an empty tensor
+        raise RefusedError(f"A payload is no valid safetensors file: {error}.") from None
 
 
 def open_payload(path: Path) -> dict[str, Array]:
@@ -166,7 +170,8 @@ def weighted_mean(arrays: Sequence[Array], weights: Sequence[float]) -> Iterator
     """Blocks of the flattened weighted mean, in the arrays' dtype.
 
     Products are summed in float64 in the order given, starting from the first and not from zero. So the mean of equal
-    arrays is that array, bit for bit, signed zeros included, when weights are whole numbers below 2**29 or sites few.
+    float32 arrays is that array, bit for bit, signed zeros included, when weights are whole numbers below 2**29 or
+    sites few.
     """
     flat = [array.reshape(-1) for array in arrays]
     total = math.fsum(weights)
@@ -209,14 +214,16 @@ def exact_sum(arrays: Sequence[Array]) -> Array:
     """Sum in the order given: whole numbers in int64, floating-point numbers in float64.
 
     Raises:
-        RefusedError: a sum of whole numbers does not fit into int64.
+        RefusedError: a sum of whole numbers does not fit into int64, or shapes or dtypes differ.
     """
+    if len({(array.dtype, array.shape) for array in arrays}) > 1:
+        raise RefusedError("The sites' arrays differ in shape or dtype.")
     if not np.issubdtype(arrays[0].dtype, np.integer):
         return np.sum(np.stack([array.astype(np.float64) for array in arrays]), axis=0, dtype=np.float64)
     total = arrays[0].astype(object)
     for array in arrays[1:]:
         total = total + array.astype(object)
     try:
-        return np.asarray(total).astype(np.int64)
+        return np.asarray(total, dtype=object).astype(np.int64)
     except OverflowError:
         raise RefusedError("A sum of whole numbers does not fit into 64 bits.") from None

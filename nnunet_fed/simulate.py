@@ -1,0 +1,287 @@
+"""A federation of real processes on one machine: a coordinator, and nnU-Net's own commands at every site.
+
+Source: ours. Neither torch nor nnU-Net is imported here; each process imports what it needs.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+
+from nnunet_fed.errors import ConfigurationError, FederationError, UnreachableError
+from nnunet_fed.federation import SITE_FILE_VARIABLE, Federation, Site
+from nnunet_fed.processes import Process, Step, Worker, raise_first, signals_interrupt, stop, stop_workers
+from nnunet_fed.split import new_folder
+from nnunet_fed.summary import result_table, site_summary, summarise
+from nnunet_fed.transport.client import GrpcCommunicator
+from nnunet_fed.watch import watch
+
+__all__ = ["Simulation", "plugin_folder", "result_table", "simulate"]
+
+TRAINERS = {"fedavg": "nnUNetTrainerFedAvg"}
+"""nnU-Net trainer of each method."""
+HOST = "127.0.0.1"
+FOLDS = 5
+"""Of nnU-Net's cross-validation, which needs as many cases."""
+STARTUP_SECONDS = 60.0
+NNUNET_FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+AUGMENTATION_VARIABLE = "nnUNet_n_proc_DA"
+THREAD_VARIABLES = ("nnUNet_fed_threads", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """What to simulate."""
+
+    sites: dict[str, Path]
+    """Raw data set (the folder with ``imagesTr``) of each site."""
+    out: Path
+    """A new or empty folder for everything that is written."""
+    study: Federation
+    until: Literal["plan", "train", "validate"] = "validate"
+    device: str = "cpu"
+    threads: int | None = None
+    """Threads of each site; ``None``: its share of the cores."""
+
+
+def simulate(simulation: Simulation, console: Console) -> dict[str, Any]:
+    """Plan, train and validate at all sites, with the real network between them, and show the progress.
+
+    Writes ``summary.json``, the coordinator's ``record.json`` and a folder for each site below ``simulation.out``.
+    No process is left when it returns, fails or is interrupted.
+
+    Returns:
+        The content of ``summary.json``.
+
+    Raises:
+        ConfigurationError: a site's folder or ``out`` cannot be used; nothing has started then.
+        FederationError: a command failed; with its own words and its log file.
+    """
+    started = time.monotonic()
+    study = simulation.study
+    if study.plans_name is None:
+        study = study.model_copy(update={"plans_name": study.planner.replace("Planner", "") + "Plans"})
+    places = _places(simulation)
+    workers = [Worker(place.name, _steps(simulation, study, place)) for place in places]
+    out = simulation.out.resolve()
+    new_folder(out)
+    address = f"{HOST}:{_free_port()}"
+    for place in places:
+        place.make(address)
+    state, study_file = out / "coordinator", out / "federation.toml"
+    state.mkdir()
+    study_file.write_text(to_toml(study.model_dump(mode="json")), encoding="utf-8")
+
+    command = [sys.executable, "-m", "nnunet_fed", "coordinator", str(study_file)]
+    command += ["--listen", address, "--state", str(state), "--insecure"]
+    serve = Step("The coordinator", command, os.environ, state / "coordinator.log")
+    seat = GrpcCommunicator(
+        Site(name="watch", coordinator=address, insecure=True, connect_minutes=0.1), keep_channel=False
+    )
+    with signals_interrupt(), ExitStack() as stack:
+        coordinator = Process(serve)
+        stack.callback(stop, [coordinator])
+        stack.callback(stop_workers, workers)
+        _await(coordinator, address)
+
+        def running() -> bool:
+            if coordinator.exit_status() is not None:
+                raise FederationError(f"The coordinator has ended. {coordinator.last_words()}\n(log: {serve.log})")
+            raise_first([worker for worker in workers if worker.failed()])
+            going = [worker.advance() for worker in workers]
+            return any(going)
+
+        watch(_patient(seat.status), running, console)
+        _write_json(out / "record.json", seat.status(record=True))
+    sites = {place.name: site_summary(place.results(study), place.labels, place.fold) for place in places}
+    summary = summarise(study, sites, time.monotonic() - started)
+    _write_json(out / "summary.json", summary)
+    return summary
+
+
+def planning_command(study: Federation) -> list[str]:
+    """A site's command to plan and preprocess."""
+    command = [sys.executable, "-m", "nnunet_fed", "plan_and_preprocess"]
+    return [*command, "-d", "1", "-c", study.configuration, "-np", "1"]
+
+
+def training_command(study: Federation, fold: int | str, device: str) -> list[str]:
+    """A site's command to train: nnU-Net's own."""
+    name = "nnUNetv2_train"
+    beside = Path(sys.executable).parent / name
+    command = str(beside) if beside.is_file() else shutil.which(name)
+    if command is None:
+        raise ConfigurationError(f"The command {name} is not on the PATH: install nnunetv2 in this environment.")
+    trainer = ["-tr", TRAINERS[study.method.name], "-p", str(study.plans_name), "-device", device]
+    return [command, "1", study.configuration, str(fold), *trainer]
+
+
+def plugin_folder() -> Path:
+    """What ``nnUNet_extTrainer`` must name for nnU-Net to find the federated trainers."""
+    spec = importlib.util.find_spec("nnunet_fed.trainers")
+    if spec is None or not spec.submodule_search_locations:
+        raise ConfigurationError("nnunet_fed.trainers is not there: install nnunet_fed again.")
+    return Path(spec.submodule_search_locations[0]) / "plugin"
+
+
+def to_toml(values: Mapping[str, Any]) -> str:
+    """JSON values as TOML: flat ones, then a table for each mapping of flat ones; ``None`` is left out."""
+    tables = {key: value for key, value in values.items() if isinstance(value, Mapping)}
+    # TOML reads JSON's numbers, strings and lists of them, but no pair of surrogates
+    lines = [
+        f"{key} = {json.dumps(value, ensure_ascii=False)}\n"
+        for key, value in values.items()
+        if value is not None and key not in tables
+    ]
+    return "".join([*lines, *(f"\n[{key}]\n{to_toml(table)}" for key, table in tables.items())])
+
+
+@dataclass(frozen=True)
+class Place:
+    """A site's place in a simulation."""
+
+    name: str
+    source: Path
+    folder: Path
+    fold: int | str
+    """What it trains: the study's fold, or ``all`` where there are too few cases for a cross-validation."""
+
+    @property
+    def dataset(self) -> str:
+        """The data set's name for nnU-Net, which splits names at double underscores."""
+        return "Dataset001_" + re.sub(r"[^A-Za-z0-9]+", "_", self.name)
+
+    def make(self, coordinator: str) -> None:
+        """Make nnU-Net's three folders, with the raw data as a link, and ``site.toml``."""
+        for name in NNUNET_FOLDERS:
+            (self.folder / name).mkdir(parents=True)
+        raw = self.folder / "nnUNet_raw" / self.dataset
+        try:
+            raw.symlink_to(self.source.resolve(), target_is_directory=True)
+        except (OSError, NotImplementedError):
+            shutil.copytree(self.source, raw)
+        site = {"name": self.name, "coordinator": coordinator, "insecure": True}
+        (self.folder / "site.toml").write_text(to_toml(site), encoding="utf-8")
+
+    @property
+    def labels(self) -> dict[str, Any]:
+        """As ``dataset.json`` has them."""
+        labels: dict[str, Any] = json.loads((self.source / "dataset.json").read_text(encoding="utf-8"))["labels"]
+        return labels
+
+    def results(self, study: Federation) -> Path:
+        """The folder of the fold that was trained."""
+        model = f"{TRAINERS[study.method.name]}__{study.plans_name}__{study.configuration}"
+        return self.folder / "nnUNet_results" / self.dataset / model / f"fold_{self.fold}"
+
+
+def _places(simulation: Simulation) -> list[Place]:
+    names = tuple(sorted(simulation.sites))
+    if names != simulation.study.sites:
+        raise ConfigurationError(
+            f"There are folders for the sites {', '.join(names)}, but the study is of "
+            f"{', '.join(simulation.study.sites)}: give a folder for each site of the study."
+        )
+    # macOS and Windows would put 'A' and 'a' into one folder
+    if len({name.casefold() for name in names}) < len(names):
+        raise ConfigurationError(f"Two of the sites {', '.join(names)} differ in capitals only: rename one of them.")
+    places = []
+    for name in names:
+        source = simulation.sites[name]
+        split = count_cases(name, source) >= FOLDS or (source / "splits_final.json").is_file()
+        folder = simulation.out.resolve() / "sites" / name
+        places.append(Place(name, source, folder, simulation.study.fold if split else "all"))
+    return places
+
+
+def count_cases(site: str, folder: Path) -> int:
+    """Number of training cases in a raw data set; raises :class:`ConfigurationError` if it is none."""
+    for part in ("dataset.json", "imagesTr", "labelsTr"):
+        if not (folder / part).exists():
+            raise ConfigurationError(
+                f"The folder {folder} of site '{site}' has no {part}: name a data set in nnU-Net's raw layout."
+            )
+    path = folder / "dataset.json"
+    try:
+        ending = json.loads(path.read_text(encoding="utf-8"))["file_ending"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ConfigurationError(f"{path} of site '{site}' has no 'file_ending': correct it.") from None
+    pattern = re.compile(r"(.+)_\d{4}" + re.escape(ending))
+    matches = [pattern.fullmatch(image.name) for image in (folder / "imagesTr").iterdir()]
+    cases = {match[1] for match in matches if match is not None}
+    if not cases:
+        raise ConfigurationError(
+            f"{folder / 'imagesTr'} of site '{site}' has no image CASE_0000{ending}: put the training images there."
+        )
+    return len(cases)
+
+
+def _steps(simulation: Simulation, study: Federation, place: Place) -> list[Step]:
+    folder = place.folder
+    threads = str(simulation.threads or max(1, (os.cpu_count() or 1) // len(simulation.sites)))
+    common = {
+        "nnUNet_def_n_proc": "2",
+        **os.environ,
+        **{name: str(folder / name) for name in NNUNET_FOLDERS},
+        **dict.fromkeys(THREAD_VARIABLES, threads),
+        SITE_FILE_VARIABLE: str(folder / "site.toml"),
+        "nnUNet_extTrainer": str(plugin_folder()),
+        "PYTHONUNBUFFERED": "1",
+    }
+    planning = dict(common)
+    if planning.get(AUGMENTATION_VARIABLE) == "0":  # stock planning fails with it
+        del planning[AUGMENTATION_VARIABLE]
+    steps = [Step("Planning", planning_command(study), planning, folder / "plan.log")]
+    if simulation.until != "plan":
+        training = {AUGMENTATION_VARIABLE: "0", **common, "nnUNet_fed_skip_validation": ""}
+        if simulation.until == "train":
+            training["nnUNet_fed_skip_validation"] = "1"
+        command = training_command(study, place.fold, simulation.device)
+        steps.append(Step("Training", command, training, folder / "train.log"))
+    return steps
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind((HOST, 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def _await(coordinator: Process, address: str) -> None:
+    """Return once the coordinator listens."""
+    end = time.monotonic() + STARTUP_SECONDS
+    while coordinator.exit_status() is None and time.monotonic() < end:
+        with suppress(OSError), socket.create_connection((HOST, int(address.rpartition(":")[2])), timeout=1):
+            return
+        time.sleep(0.1)
+    raise FederationError(f"The coordinator did not start. {coordinator.last_words()}\n(log: {coordinator.step.log})")
+
+
+def _patient(poll: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
+    """Show the last answer while none comes: the coordinator may be busy, and whether it lives is asked elsewhere."""
+    latest: dict[str, Any] = poll()
+
+    def patient() -> dict[str, Any]:
+        with suppress(UnreachableError):
+            latest.update(poll())
+        return latest
+
+    return patient
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")

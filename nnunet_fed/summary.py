@@ -1,0 +1,114 @@
+"""What came out of a simulation: Dice by nnU-Net's own validation, and the traffic, by site. Source: ours."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from nnunet_fed.federation import Federation
+
+Numbers = Mapping[str, Any]
+ALL_NOTE = "trained and validated on all its cases; not in the mean"
+
+
+def site_summary(results: Path, labels: Numbers, fold: int | str) -> dict[str, Any]:
+    """Read what a training left; ``None`` stands for what is not there.
+
+    Args:
+        results: nnU-Net's folder of the fold.
+        labels: of ``dataset.json``.
+        fold: the fold.
+    """
+    record, validation = _read(results / "federation.json"), _read(results / "validation" / "summary.json")
+    names = {str(tuple(value) if isinstance(value, list) else value): name for name, value in labels.items()}
+    dice = _finite(validation.get("foreground_mean", {}).get("Dice"))
+    return {
+        "fold": fold,
+        "train_cases": record.get("training_cases"),
+        "val_cases": len(validation["metric_per_case"]) if validation else None,
+        # the same, as federated averaging personalizes no model
+        "dice": {"final": dice, "global": dice},
+        "dice_per_class": {
+            names.get(key, key): _finite(metrics["Dice"]) for key, metrics in validation.get("mean", {}).items()
+        }
+        or None,
+        "bytes_sent": record.get("bytes_sent"),
+        "bytes_received": record.get("bytes_received"),
+    }
+
+
+def summarise(study: Federation, sites: Mapping[str, Numbers], seconds: float) -> dict[str, Any]:
+    """The sites' summaries with their mean Dice, over the sites that kept validation cases apart."""
+    counted = [site["dice"] for site in sites.values() if site["fold"] != "all"]
+    return {
+        "method": study.method.name,
+        "rounds": study.rounds,
+        "seed": study.seed,
+        "seconds": round(seconds, 1),
+        "sites": dict(sites),
+        "mean_dice": {model: _mean([dice[model] for dice in counted]) for model in ("final", "global")},
+    }
+
+
+def result_table(summary: Numbers) -> Table:
+    """A row for each site, and one for the mean."""
+    sites = summary["sites"]
+    classes = list(dict.fromkeys(name for site in sites.values() for name in site["dice_per_class"] or ()))
+    title = f"{summary['method']}, {summary['rounds']} rounds, seed {summary['seed']}, {summary['seconds']:.0f} s"
+    notes = "\n".join(f"* {name}: {ALL_NOTE}" for name, site in sites.items() if site["fold"] == "all")
+    table = Table(title=Text(title), caption=Text(notes), caption_justify="left")
+    table.add_column("Site")
+    mean = summary["mean_dice"]
+    # one column where the model that a site keeps is the global one
+    both = any(dice["final"] != dice["global"] for dice in (mean, *(site["dice"] for site in sites.values())))
+    models = {"Dice": "final", **({"Dice, global model": "global"} if both else {})}
+    heads = ["Train. cases", "Val. cases", *models, *classes, "Sent", "Received"]
+    for head in heads:
+        table.add_column(Text(head), justify="right")
+    for name, site in sites.items():
+        per_class = site["dice_per_class"] or {}
+        table.add_row(
+            f"{name} *" if site["fold"] == "all" else name,
+            _count(site["train_cases"]),
+            _count(site["val_cases"]),
+            *(_dice(site["dice"][model]) for model in models.values()),
+            *(_dice(per_class.get(label)) for label in classes),
+            _megabytes(site["bytes_sent"]),
+            _megabytes(site["bytes_received"]),
+        )
+    table.add_section()
+    table.add_row("mean", "", "", *(_dice(mean[model]) for model in models.values()))
+    return table
+
+
+def _read(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return content
+
+
+def _finite(value: float | None) -> float | None:
+    """Without nnU-Net's NaN (a class that is nowhere), which is no JSON."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _mean(values: list[float | None]) -> float | None:
+    there = [value for value in values if value is not None]
+    return sum(there) / len(there) if there else None
+
+
+def _count(value: int | None) -> str:
+    return "-" if value is None else str(value)
+
+
+def _dice(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _megabytes(value: int | None) -> str:
+    return "-" if value is None else f"{value / 1e6:.1f} MB"

@@ -1,0 +1,32 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from harness import Planned, environment
+
+from nnunet_fed.federation import Federation
+from nnunet_fed.phantom import write_phantom
+
+
+@pytest.fixture(scope="session")
+def phantom(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Raw data of two sites and a test set."""
+    folder = tmp_path_factory.mktemp("data") / "phantom"
+    write_phantom(folder, sites=2, cases=5, test_cases=2)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def planned(phantom: Path, tmp_path_factory: pytest.TempPathFactory) -> Planned:
+    """The two sites, planned and preprocessed together by the real commands."""
+    out = tmp_path_factory.mktemp("planned") / "out"
+    sites = [argument for site in ("site_a", "site_b") for argument in ("--site", f"{site}={phantom / site}")]
+    subprocess.run(
+        [sys.executable, "-m", "nnunet_fed", "simulate", *sites, "--out", str(out), "--until", "plan", "--rounds", "3",
+         "--iterations", "4", "--val-iterations", "1", "--lr", "0.05", "--momentum", "0.9"],
+        env=environment(), check=True, timeout=300,
+    )  # fmt: skip
+    return Planned(out, Federation.read(out / "federation.toml"))

@@ -1,0 +1,206 @@
+"""A federation of real processes for the tests: stock nnU-Net commands against a real coordinator."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nnunet_fed.federation import Federation, Site
+from nnunet_fed.simulate import plugin_folder, to_toml
+from nnunet_fed.transport.client import GrpcCommunicator
+
+PLANS = "nnUNetFedSmallPlans"
+TRAINER = "nnUNetTrainerFedAvg"
+PATIENCE = 240.0
+
+
+def environment(**variables: Any) -> dict[str, str]:
+    settings = {"nnUNet_n_proc_DA": 0, "nnUNet_def_n_proc": 2, "nnUNet_fed_threads": 1, "OMP_NUM_THREADS": 1}
+    return {**os.environ, **{name: str(value) for name, value in {**settings, **variables}.items()}}
+
+
+def command(name: str) -> str:
+    return str(Path(sys.executable).parent / name)
+
+
+def until(happened: Callable[[], bool], what: str, seconds: float = PATIENCE) -> None:
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end, f"did not happen within {seconds} s: {what}"
+        time.sleep(0.05)
+
+
+@dataclass
+class Planned:
+    """Sites whose data are planned and preprocessed, for any number of studies."""
+
+    folder: Path
+    study: Federation
+
+    def dataset(self, site: str) -> Path:
+        return next((self.folder / "sites" / site / "nnUNet_preprocessed").iterdir())
+
+    def restudy(self, site: str, study: Federation, target: Path) -> str:
+        """The site's preprocessed data below ``target``, with plans that carry another study; returns its name."""
+        source = self.dataset(site)
+        dataset = target / source.name
+        dataset.mkdir(parents=True)
+        for entry in source.iterdir():
+            if entry.is_dir():
+                (dataset / entry.name).symlink_to(entry)
+            else:
+                shutil.copy(entry, dataset)
+        plans_file = dataset / f"{PLANS}.json"
+        plans = json.loads(plans_file.read_text())
+        plans["federation"].update(name=study.name, digest=study.digest, study=study.model_dump(mode="json"))
+        plans_file.write_text(json.dumps(plans))
+        return source.name
+
+
+@dataclass
+class RunningSite:
+    name: str
+    folder: Path
+    dataset: str
+    environment: dict[str, str]
+    fold: str = "0"
+    process: subprocess.Popen[bytes] | None = None
+    log: Path = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.log = self.folder / "train.log"
+
+    @property
+    def results(self) -> Path:
+        return self.folder / "results" / self.dataset / f"{TRAINER}__{PLANS}__3d_fullres" / f"fold_{self.fold}"
+
+    def start(self, *arguments: str) -> None:
+        with self.log.open("ab") as log:
+            train = [command("nnUNetv2_train"), "1", "3d_fullres", self.fold, "-tr", TRAINER, "-p", PLANS]
+            self.process = subprocess.Popen(
+                [*train, "-device", "cpu", *arguments],
+                env=self.environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+
+    def send(self, number: signal.Signals) -> None:
+        assert self.process is not None
+        os.killpg(self.process.pid, number)
+        if number == signal.SIGKILL:
+            self.process.wait()
+
+    def finish(self) -> None:
+        assert self.process is not None
+        assert self.process.wait(PATIENCE) == 0, self.log.read_text()[-3000:]
+
+    def checkpoint(self, name: str = "checkpoint_final.pth") -> dict[str, Any]:
+        loaded: dict[str, Any] = torch.load(self.results / name, map_location="cpu", weights_only=False)
+        return loaded
+
+    def record(self) -> dict[str, Any]:
+        record: dict[str, Any] = json.loads((self.results / "federation.json").read_text())
+        return record
+
+
+class RunningFederation:
+    """A coordinator process and its sites."""
+
+    def __init__(self, study: Federation, folder: Path, planned: Planned, data: dict[str, str], **variables: Any):
+        self.folder = folder
+        folder.mkdir(parents=True)
+        (folder / "federation.toml").write_text(to_toml(study.model_dump(mode="json")))
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.address = f"127.0.0.1:{free.getsockname()[1]}"
+        self.coordinator: subprocess.Popen[bytes] | None = None
+        self.sites = {name: self._site(name, data[name], study, planned, variables) for name in study.sites}
+        watcher = Site(name="watcher", coordinator=self.address, insecure=True, connect_minutes=1)
+        self.watcher = GrpcCommunicator(watcher)
+
+    def _site(
+        self, name: str, data: str, study: Federation, planned: Planned, variables: dict[str, Any]
+    ) -> RunningSite:
+        folder = self.folder / name
+        folder.mkdir()
+        (folder / "site.toml").write_text(f'name = "{name}"\ncoordinator = "{self.address}"\ninsecure = true\n')
+        dataset = planned.restudy(data, study, folder / "preprocessed")
+        paths = {f"nnUNet_{what}": folder / what for what in ("raw", "preprocessed", "results")}
+        extra = {"nnUNet_extTrainer": plugin_folder(), "nnUNet_fed_skip_validation": 1}
+        return RunningSite(
+            name, folder, dataset, environment(**paths, nnUNet_fed_site=folder / "site.toml", **{**extra, **variables})
+        )
+
+    def serve(self) -> None:
+        with (self.folder / "coordinator.log").open("ab") as log:
+            self.coordinator = subprocess.Popen(
+                [sys.executable, "-m", "nnunet_fed", "coordinator", str(self.folder / "federation.toml"), "--listen",
+                 self.address, "--state", str(self.folder / "state"), "--insecure"],
+                stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+
+    def happened(self) -> dict[str, Any]:
+        return self.watcher.status(record=True)
+
+    def collective(self, key: str) -> dict[str, Any] | None:
+        runs = self.happened()["runs"].values()
+        return next((c for run in runs for c in run["collectives"] if c["key"] == key), None)
+
+    def contributed(self, site: str, key: str) -> bool:
+        collective = self.collective(key)
+        return collective is not None and site in collective["sites"]
+
+    def closed(self, key: str) -> bool:
+        collective = self.collective(key)
+        return collective is not None and collective["status"] != "open"
+
+    def stop(self) -> None:
+        self.watcher.close()
+        for process in [site.process for site in self.sites.values()] + [self.coordinator]:
+            if process is not None and process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+@contextmanager
+def federation(
+    planned: Planned, folder: Path, data: dict[str, str], variables: dict[str, Any] | None = None, **changes: Any
+) -> Iterator[RunningFederation]:
+    """A served federation on the planned data; ``data`` says which planned site's data each site has."""
+    study = Federation.model_validate({**planned.study.model_dump(), "sites": tuple(data), **changes})
+    with ExitStack() as stack:
+        running = RunningFederation(study, folder, planned, data, **(variables or {}))
+        stack.callback(running.stop)
+        running.serve()
+        until(lambda: bool(running.watcher.status()), "the coordinator answers")
+        yield running
+
+
+def train_all(running: RunningFederation) -> None:
+    for site in running.sites.values():
+        site.start()
+    for site in running.sites.values():
+        site.finish()
+
+
+def same_bits(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two checkpoints hold the same weights and the same optimizer state."""
+    weights, others = one["network_weights"], other["network_weights"]
+    momenta, other_momenta = one["optimizer_state"]["state"], other["optimizer_state"]["state"]
+    return (
+        weights.keys() == others.keys()
+        and all(torch.equal(weights[name], others[name]) for name in weights)
+        and momenta.keys() == other_momenta.keys()
+        and all(torch.equal(momenta[i]["momentum_buffer"], other_momenta[i]["momentum_buffer"]) for i in momenta)
+    )

@@ -1,0 +1,157 @@
+"""Federated training by the stock command, on real processes: equality, crashes, absence."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from harness import PLANS, Planned, RunningFederation, environment, federation, same_bits, train_all, until
+
+pytestmark = pytest.mark.e2e
+
+PLAIN_TRAINING = """
+import random, sys
+import numpy as np, torch
+from nnunetv2.run.run_training import get_trainer_from_args
+torch.set_num_threads(1)
+trainer = get_trainer_from_args("1", "3d_fullres", 0, "nnUNetTrainer", "{plans}", device=torch.device("cpu"))
+trainer.num_epochs, trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch = {epochs}, 4, 1
+trainer.initial_lr = 0.05
+configure = trainer.configure_optimizers
+def with_momentum():
+    optimizer, schedule = configure()
+    optimizer.param_groups[0]["momentum"] = 0.9
+    return optimizer, schedule
+trainer.configure_optimizers = with_momentum
+random.seed(0), np.random.seed(0), torch.manual_seed(0)
+trainer.run_training()
+"""
+
+
+@pytest.fixture(scope="module")
+def undisturbed(planned: Planned, tmp_path_factory: pytest.TempPathFactory) -> RunningFederation:
+    """Two sites, three rounds, nothing happens."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    with federation(planned, folder, {"site_a": "site_a", "site_b": "site_b"}) as running:
+        train_all(running)
+        return running
+
+
+def test_one_site_is_plain_nnunet_and_equal_sites_are_one_site(planned: Planned, tmp_path: Path) -> None:
+    with federation(planned, tmp_path / "one", {"a": "site_a"}, rounds=2) as one:
+        train_all(one)
+    with federation(planned, tmp_path / "two", {"a": "site_a", "b": "site_a"}, rounds=2, weighting="uniform") as two:
+        train_all(two)
+    federated = one.sites["a"].checkpoint()
+
+    paths = {f"nnUNet_{what}": tmp_path / "plain" / what for what in ("raw", "preprocessed", "results")}
+    planned.restudy("site_a", planned.study, paths["nnUNet_preprocessed"])
+    script = PLAIN_TRAINING.format(plans=PLANS, epochs=2)
+    subprocess.run([sys.executable, "-c", script], env=environment(**paths), check=True, timeout=300)
+    (final,) = paths["nnUNet_results"].rglob("checkpoint_final.pth")
+    plain = torch.load(final, map_location="cpu", weights_only=False)
+
+    assert same_bits(federated, plain)
+    for site in two.sites.values():
+        assert same_bits(site.checkpoint(), federated)
+    assert federated["current_epoch"] == plain["current_epoch"]
+    assert federated["logging"]["mean_fg_dice"] == plain["logging"]["mean_fg_dice"]
+
+
+def test_everything_that_stock_nnunet_writes_is_written(undisturbed: RunningFederation) -> None:
+    for site in undisturbed.sites.values():
+        names = {path.name for path in site.results.iterdir()}
+        assert {"checkpoint_final.pth", "checkpoint_best.pth", "checkpoint_global.pth", "federation.json"} <= names
+        assert {"progress.png", "debug.json"} <= names
+        assert "checkpoint_latest.pth" not in names, "as in stock nnU-Net"
+        assert not [name for name in names if name.endswith((".part", ".new"))]
+        assert {"plans.json", "dataset.json", "dataset_fingerprint.json"} <= {
+            path.name for path in site.results.parent.iterdir()
+        }
+    a, b = (site.checkpoint() for site in undisturbed.sites.values())
+    assert all(torch.equal(a["network_weights"][name], b["network_weights"][name]) for name in a["network_weights"])
+    assert a["trainer_name"] == "nnUNetTrainer"
+    record = undisturbed.sites["site_a"].record()
+    assert [entry["scope"] for entry in record["rounds"]] == ["round-0000", "round-0001", "round-0002"]
+    assert record["rounds"][0]["weights"] == {"site_a": 4.0, "site_b": 4.0}
+    assert record["bytes_sent"] > 3 * 700_000
+
+
+def test_killed_sites_go_on_bit_identically(planned: Planned, undisturbed: RunningFederation, tmp_path: Path) -> None:
+    with federation(planned, tmp_path / "run", {"site_a": "site_a", "site_b": "site_b"}) as running:
+        a, b = running.sites["site_a"], running.sites["site_b"]
+        a.start()
+        b.start()
+        until(lambda: running.closed("round-0000/model"), "the first round is over")
+
+        # between its contribution and the checkpoint after the exchange: b cannot have contributed, it stands still
+        b.send(signal.SIGSTOP)
+        until(lambda: running.contributed("site_a", "round-0001/model"), "a has contributed")
+        assert not running.closed("round-0001/model")
+        a.send(signal.SIGKILL)
+        b.send(signal.SIGCONT)
+        a.start("--c")
+        until(lambda: running.closed("round-0001/model"), "the second round is over")
+
+        # between rounds: b trains, and its last checkpoint is the one after the second round
+        until(lambda: b.checkpoint("checkpoint_latest.pth")["federation"]["pending"] is None, "b has a checkpoint")
+        b.send(signal.SIGKILL)
+        b.start("--c")
+        a.finish()
+        b.finish()
+        events = [(event["site"], event["text"]) for event in running.happened()["events"]]
+
+        a.start()
+        assert a.process is not None
+        assert a.process.wait(120) != 0
+        refusal = a.log.read_text().splitlines()[-1]
+        assert refusal.startswith("Error: Site 'site_a' has already contributed")
+        assert "--c" in refusal
+        assert "--new-attempt" in refusal
+
+    for name, site in running.sites.items():
+        assert same_bits(site.checkpoint(), undisturbed.sites[name].checkpoint())
+    assert ("site_a", "joined with --c") in events
+    assert ("site_a", "continued with --c in epoch 1") in events
+    assert ("site_b", "continued with --c in epoch 2") in events
+    assert len(a.record()["rounds"]) == 3
+
+
+def test_a_paused_site_catches_up_and_ends_with_the_others(planned: Planned, tmp_path: Path) -> None:
+    changes = {"rounds": 8, "min_sites": 1, "deadline_minutes": 0.1}
+    with federation(planned, tmp_path / "run", {"site_a": "site_a", "site_b": "site_b"}, **changes) as running:
+        a, b = running.sites["site_a"], running.sites["site_b"]
+        a.start()
+        b.start()
+        until(lambda: running.closed("round-0000/model"), "the first round is over")
+        b.send(signal.SIGSTOP)
+        until(lambda: running.closed("round-0002/model"), "two rounds have gone on without b")
+        b.send(signal.SIGCONT)
+        a.finish()
+        b.finish()
+        status = running.happened()
+    events = [event["text"] for event in status["events"] if event["site"] == "site_b"]
+    assert "absent from round-0001/model" in events
+    assert "came back" in events
+    assert any(text.startswith("caught up from epoch 2 to epoch") for text in events)
+    final = {name: site.checkpoint() for name, site in running.sites.items()}
+    assert final["site_b"]["current_epoch"] == final["site_a"]["current_epoch"] == 8
+    assert len(final["site_b"]["logging"]["train_losses"]) == 8
+    weights = [checkpoint["network_weights"] for checkpoint in final.values()]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    last = b.record()["rounds"][-1]
+    assert last["scope"] == "round-0007"
+    assert list(last["weights"]) == ["site_a", "site_b"]
+
+
+def test_a_finished_training_needs_no_coordinator(undisturbed: RunningFederation) -> None:
+    site = undisturbed.sites["site_a"]
+    before = site.checkpoint()
+    for arguments in (["--val"], ["--c"]):
+        site.start(*arguments)
+        site.finish()
+    assert same_bits(before, site.checkpoint())
