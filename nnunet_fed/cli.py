@@ -91,7 +91,7 @@ def init(folder: Annotated[Path, typer.Argument(help="Where to write them.")] = 
         if (folder / name).exists():
             raise ConfigurationError(f"{folder / name} is there already; choose another folder or remove it.")
     for name in names:
-        (folder / name).write_text(resources.files("nnunet_fed").joinpath("templates", name).read_text())
+        (folder / name).write_text((resources.files("nnunet_fed") / "templates" / name).read_text())
         print(folder / name)
 
 
@@ -257,7 +257,7 @@ def simulate(
 
     folders = _named_folders(sites)
     settings: dict[str, Any] = {
-        "name": out.name, "sites": tuple(folders), "method": {"name": method}, "planner": planner,
+        "name": out.resolve().name, "sites": tuple(folders), "method": {"name": method}, "planner": planner,
         "configuration": config, "fold": fold if fold == "all" else _whole_number("--fold", fold), "rounds": rounds,
         "local_epochs": local_epochs, "iterations_per_epoch": iterations, "val_iterations_per_epoch": val_iterations,
         "initial_lr": lr, "momentum": momentum, "weighting": weighting, "seed": seed, "min_sites": min_sites,

@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 KEY = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)+")
 LONGEST_KEY = 200
 
+Purpose = Literal["planning", "training"]
 Verb = Literal["mean", "sum", "gather"]
 Verdict = Literal["send", "stands", "differs", "closed"]
 """Answer to an offer: send the payload; these bytes stand; other bytes stand; the round closed without this site."""
@@ -70,7 +71,7 @@ class Coordinator:
     def join(
         self,
         site: str,
-        purpose: Literal["planning", "training"],
+        purpose: Purpose,
         digest: str = "",
         configuration: str = "",
         trainer: str = "",

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from nnunet_fed.errors import ConfigurationError
 
@@ -39,7 +39,16 @@ def digest_of(value: Any) -> str:
 
 
 class _Table(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def _is_fold(fold: Any) -> Any:
+    if fold != "all" and (type(fold) is not int or fold < 0):
+        raise ValueError("use a whole number from 0 on, or 'all'")
+    return fold
+
+
+Fold = Annotated[int | Literal["all"], BeforeValidator(_is_fold)]
 
 
 class FedAvg(_Table):
@@ -68,7 +77,7 @@ class Federation(_Table):
     """*Operational.* Name of the plans file; ``None``: the planner's own name."""
     configuration: str = "3d_fullres"
     """*Operational.* What sites preprocess and train unless they say otherwise; part of a run's identity."""
-    fold: int | Literal["all"] = 0
+    fold: Fold = 0
     """Cross-validation fold that the sites train; a site may map it to another one or to ``all`` (site.toml)."""
     rounds: int = Field(ge=1)
     local_epochs: int = Field(default=1, ge=1)
@@ -141,7 +150,7 @@ class Site(_Table):
     """``host:port`` of the coordinator."""
     insecure: bool = False
     """Talk without TLS; accepted for a loopback address only."""
-    fold: int | Literal["all"] | None = None
+    fold: Fold | None = None
     """This site's fold for the study's fold; ``None``: the same, or ``all``."""
     connect_minutes: float = Field(default=1.0, gt=0)
     """How long to wait for a coordinator that does not answer when a command starts."""
@@ -157,7 +166,7 @@ class Site(_Table):
     @classmethod
     def _address(cls, address: str) -> str:
         host, _, port = address.rpartition(":")
-        if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        if not host or not port.isdecimal() or not 0 < int(port) < 65536:
             raise ValueError(f"{address!r} is no HOST:PORT, for example 127.0.0.1:7464")
         return address
 
@@ -203,7 +212,13 @@ def explain(error: ValidationError, cls: type[BaseModel]) -> str:
             sentences.append(f"unknown key '{place}'" + (f", did you mean '{near[0]}'?" if near else "."))
         elif problem["type"] == "missing":
             sentences.append(f"the key '{place}' is missing.")
+        elif problem["type"] in ("literal_error", "union_tag_invalid"):
+            context = problem["ctx"]
+            given = context.get("tag", problem["input"])
+            known = context.get("expected_tags") or context["expected"]
+            sentences.append(f"{place}: there is no {given!r}; known: {known}.")
         else:
             message = problem["msg"].removeprefix("Value error, ")
-            sentences.append(f"{place}: {message[0].lower() + message[1:]} (found {problem['input']!r}).")
+            found = "" if isinstance(problem["input"], dict) else f" (found {problem['input']!r})"
+            sentences.append(f"{place}: {message[0].lower() + message[1:]}{found}.")
     return " ".join(sentences)

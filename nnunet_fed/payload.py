@@ -24,7 +24,7 @@ from nnunet_fed.errors import RefusedError
 Array = npt.NDArray[Any]
 Tensors = Mapping[str, Array]
 
-DTYPES = {
+DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"), "F32": np.dtype("<f4"), "F16": np.dtype("<f2"),
     "I64": np.dtype("<i8"), "I32": np.dtype("<i4"), "I16": np.dtype("<i2"), "I8": np.dtype("i1"),
     "U64": np.dtype("<u8"), "U32": np.dtype("<u4"), "U16": np.dtype("<u2"), "U8": np.dtype("u1"),
@@ -92,7 +92,7 @@ def encode(tensors: Tensors) -> Iterator[bytes | memoryview]:
     for name, entry in layout.items():
         contiguous = np.ascontiguousarray(tensors[name], dtype=entry.dtype)
         if contiguous.nbytes:
-            yield memoryview(contiguous.reshape(-1)).cast("B")
+            yield contiguous.reshape(-1).data.cast("B")
 
 
 def chunks(pieces: Iterable[bytes | memoryview]) -> Iterator[bytes | memoryview]:
@@ -138,7 +138,7 @@ def read_layout(payload: memoryview | mmap.mmap | bytes) -> tuple[Layout, int]:
     return layout, 8 + length
 
 
-def _entry(described: Any) -> Entry:
+def _entry(described: dict[str, Any]) -> Entry:
     shape = tuple(described["shape"])
     start, stop = described["data_offsets"]
     if not all(type(number) is int and number >= 0 for number in (*shape, start, stop)):
@@ -200,7 +200,7 @@ def mean_payload(payloads: Sequence[Mapping[str, Array]], weights: Sequence[floa
         yield header_of(layout)
         for name in layout:
             for block in weighted_mean([payload[name] for payload in payloads], weights):
-                yield memoryview(np.ascontiguousarray(block)).cast("B")
+                yield np.ascontiguousarray(block).data.cast("B")
 
     def written() -> Iterator[bytes | memoryview]:
         for piece in pieces():
@@ -219,7 +219,7 @@ def exact_sum(arrays: Sequence[Array]) -> Array:
     if len({(array.dtype, array.shape) for array in arrays}) > 1:
         raise RefusedError("The sites' arrays differ in shape or dtype.")
     if not np.issubdtype(arrays[0].dtype, np.integer):
-        return np.sum(np.stack([array.astype(np.float64) for array in arrays]), axis=0, dtype=np.float64)
+        return np.asarray(np.sum(np.stack([array.astype(np.float64) for array in arrays]), axis=0))
     total = arrays[0].astype(object)
     for array in arrays[1:]:
         total = total + array.astype(object)

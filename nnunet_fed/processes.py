@@ -124,7 +124,7 @@ def raise_first(failed: Sequence[Worker]) -> None:
     ended = [(worker.name, worker.process) for worker in failed if worker.process is not None]
     if not ended:
         return
-    _, first = ended[0]
+    first = min((process for _, process in ended), key=lambda process: process.step.log.stat().st_mtime)
     words = first.last_words()
     names = [name for name, process in ended if process.last_words() == words]
     sites = f"site {names[0]}" if len(names) == 1 else f"the sites {', '.join(names)}"

@@ -18,7 +18,7 @@ def shared_tensors(network: nn.Module) -> dict[str, torch.Tensor]:
     3d_fullres network has 108 tensors (125 MB) behind 292 names (354 MB). Integer buffers, such as the number of
     batches that a normalisation has seen, have no mean.
     """
-    tensors = dict(network.named_parameters())
+    tensors: dict[str, torch.Tensor] = dict(network.named_parameters())
     known = {id(tensor) for tensor in tensors.values()}
     for name, buffer in network.named_buffers():
         if buffer.is_floating_point() and id(buffer) not in known:

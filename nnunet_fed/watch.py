@@ -56,7 +56,7 @@ def status_table(status: Status) -> Table:
         table.add_row(
             name,
             f"{phase}, absent" if site["standing"] == "absent" else phase,
-            f"{progress.get('round', '-')}/{study['rounds']}",
+            f"{progress['round']}/{study['rounds']}" if "round" in progress else "-",
             _number(progress.get("loss")),
             _number(progress.get("dice")),
             "-" if site["last_seen"] is None else f"{max(0.0, status['now'] - site['last_seen']):.0f} s ago",

@@ -50,8 +50,8 @@ def sentences_for_users() -> Iterator[None]:
 class FederatedTrainer(nnUNetTrainer):
     """nnU-Net's trainer with an exchange at the end of every round.
 
-    A method overrides :meth:`exchange` and the few hooks that it needs. One round is ``local_epochs`` epochs of nnU-Net;
-    the study comes from the plans. Prediction and ``--val`` need no network and no coordinator.
+    A method overrides :meth:`exchange` and the few hooks that it needs. One round is ``local_epochs`` epochs of
+    nnU-Net; the study comes from the plans. Prediction and ``--val`` need no network and no coordinator.
 
     What is exchanged is saved before it is sent: ``checkpoint_latest.pth`` first holds the state *before* the exchange,
     so that a killed training contributes the same bytes again (rule 2 of the protocol), then the state after the epoch.
@@ -62,6 +62,7 @@ class FederatedTrainer(nnUNetTrainer):
     MODEL: ClassVar[str] = "model"
     """Name of the mean that a late site continues from, in every scope."""
 
+    current_epoch: int
     communicator: RankZeroSeat
     """The verbs, on every rank; set when the training starts."""
 
@@ -89,6 +90,7 @@ class FederatedTrainer(nnUNetTrainer):
         self._resumed: dict[str, Any] | None = None
         self._pending: list[dict[str, Any]] | None = None
         self._next_epoch = 0
+        self._figures: dict[str, float] = {}
 
     def _study_of(self, plans: dict[str, Any]) -> Federation:
         name = plans.get("plans_name")
@@ -218,9 +220,9 @@ class FederatedTrainer(nnUNetTrainer):
     def on_epoch_end(self) -> None:
         """Tell those who watch how the epoch went."""
         super().on_epoch_end()
-        loss = self.logger.get_value("train_losses", step=-1)
-        dice = self.logger.get_value("mean_fg_dice", step=-1)
-        self._report("training", loss=float(loss), dice=float(dice))
+        names = {"loss": "train_losses", "dice": "mean_fg_dice"}
+        self._figures = {name: float(self.logger.get_value(key, step=-1)) for name, key in names.items()}
+        self._report("training")
 
     def on_train_end(self) -> None:
         """nnU-Net's final checkpoint, the global model beside it, and leave."""
@@ -286,7 +288,7 @@ class FederatedTrainer(nnUNetTrainer):
         self._pending = train_outputs
         self.current_epoch -= 1  # nnU-Net writes the number of the next epoch
         try:
-            self.save_checkpoint(os.path.join(self.output_folder, "checkpoint_latest.pth"))
+            self.save_checkpoint(str(Path(self.output_folder) / "checkpoint_latest.pth"))
         finally:
             self.current_epoch += 1
 
@@ -376,6 +378,7 @@ class FederatedTrainer(nnUNetTrainer):
                 "round": min(self.current_epoch // self.study.local_epochs + 1, self.study.rounds),
                 "rounds": self.study.rounds,
                 "epoch": self.current_epoch,
+                **self._figures,
                 **values,
             }
             self._seat.report(progress, wait)

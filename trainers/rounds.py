@@ -59,8 +59,8 @@ def require_agreement(communicator: Collectives, scope: str, digests: dict[str, 
         if len(set(values.values())) > 1:
             listed = ", ".join(f"{site}: {str(value)[:12]}" for site, value in values.items())
             raise DisagreementError(
-                f"The sites differ in their {what} ({listed}). Run 'nnunet_fed plan_and_preprocess' at all sites again, "
-                "with the same versions of nnunet_fed, nnunetv2 and torch."
+                f"The sites differ in their {what} ({listed}). Run 'nnunet_fed plan_and_preprocess' at all sites "
+                "again, with the same versions of nnunet_fed, nnunetv2 and torch."
             )
 
 

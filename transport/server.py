@@ -8,11 +8,11 @@ import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast, get_args
 
 import grpc
 
-from nnunet_fed.coordinator import Coordinator, Verdict
+from nnunet_fed.coordinator import Coordinator, Purpose, Verb, Verdict
 from nnunet_fed.errors import ConfigurationError, FederationError
 from nnunet_fed.payload import CHUNK
 from nnunet_fed.store import Collective
@@ -82,11 +82,16 @@ class _Service(CoordinatorServicer):  # type: ignore[misc]
                 f"{PROTOCOL}. Install the same version of nnunet_fed everywhere.",
             )
         with _Refusals(context):
-            if request.purpose not in ("planning", "training"):
+            if request.purpose not in get_args(Purpose):
                 _refuse(context, f"A run cannot be for {request.purpose!r}.")
             seat = self._coordinator.join(
-                request.site, request.purpose, request.digest, request.configuration, request.trainer, request.fresh
-            )  # fmt: skip
+                request.site,
+                cast(Purpose, request.purpose),
+                request.digest,
+                request.configuration,
+                request.trainer,
+                request.fresh,
+            )
             return pb.JoinReply(run=seat["run"], attempt=seat["attempt"], study=json.dumps(seat["study"]))
 
     def Offer(self, request: pb.OfferRequest, context: grpc.ServicerContext) -> pb.OfferReply:  # noqa: N802
@@ -94,10 +99,10 @@ class _Service(CoordinatorServicer):  # type: ignore[misc]
             return pb.OfferReply(verdict=self._offer(request, context))
 
     def _offer(self, offer: pb.OfferRequest, context: grpc.ServicerContext) -> Verdict:
-        if offer.verb not in ("mean", "sum", "gather"):
+        if offer.verb not in get_args(Verb):
             _refuse(context, f"There is no verb {offer.verb!r}.")
         return self._coordinator.offer(
-            offer.run, offer.key, offer.site, offer.verb, offer.weight, offer.digest, offer.size
+            offer.run, offer.key, offer.site, cast(Verb, offer.verb), offer.weight, offer.digest, offer.size
         )
 
     def Upload(self, requests: Iterator[pb.UploadChunk], context: grpc.ServicerContext) -> pb.OfferReply:  # noqa: N802
@@ -110,7 +115,7 @@ class _Service(CoordinatorServicer):  # type: ignore[misc]
             try:
                 self._spool(part, offer, requests, context)
                 verdict = self._coordinator.accept(
-                    offer.run, offer.key, offer.site, offer.verb, offer.weight, offer.digest, part
+                    offer.run, offer.key, offer.site, cast(Verb, offer.verb), offer.weight, offer.digest, part
                 )
             finally:
                 part.unlink(missing_ok=True)
@@ -128,14 +133,15 @@ class _Service(CoordinatorServicer):  # type: ignore[misc]
                 digest.update(request.data)
                 file.write(request.data)
         if size != offer.size or digest.hexdigest() != offer.digest:
-            context.abort(grpc.StatusCode.DATA_LOSS, f"The upload of '{offer.key}' did not arrive as it was offered.")
+            text = f"The upload of '{offer.key}' did not arrive as it was offered."
+            _refuse(context, text, grpc.StatusCode.DATA_LOSS)
 
     def Result(self, request: pb.ResultRequest, context: grpc.ServicerContext) -> Iterator[pb.ResultChunk]:  # noqa: N802
         with _Refusals(context):
             seconds = min(max(request.wait_seconds, 0.0), LONGEST_WAIT)
             collective = self._coordinator.wait(request.run, request.key, seconds)
             if collective is None:
-                context.abort(grpc.StatusCode.NOT_FOUND, f"Nobody has contributed to '{request.key}'.")
+                _refuse(context, f"Nobody has contributed to '{request.key}'.", grpc.StatusCode.NOT_FOUND)
             yield pb.ResultChunk(header=self._header(collective))
             if collective.status == "closed":
                 with self._coordinator.result_file(collective).open("rb") as file:
@@ -189,7 +195,9 @@ class _Refusals:
             _refuse(self._context, str(error))
 
 
-def _refuse(context: grpc.ServicerContext, text: str) -> NoReturn:
+def _refuse(
+    context: grpc.ServicerContext, text: str, code: grpc.StatusCode = grpc.StatusCode.FAILED_PRECONDITION
+) -> NoReturn:
     logger.warning("refused: %s", text)
-    context.abort(grpc.StatusCode.FAILED_PRECONDITION, text)
+    context.abort(code, text)
     raise AssertionError("abort does not return")

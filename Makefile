@@ -1,0 +1,38 @@
+# Everything below sets itself up: a fresh clone, Python 3.10 or newer and make are enough.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DATA ?=
+
+.PHONY: demo test lint proto clean
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+# Three hospitals on this machine; DATA=FOLDER takes a data set of yours in nnU-Net's raw layout.
+demo: $(VENV)/.installed
+	$(BIN)/python benchmarks/demo.py --out demo $(if $(DATA),--data "$(DATA)")
+
+test: lint
+	$(BIN)/python -m pytest
+
+# mypy does not see through an editable install of mapped packages: it checks an ordinary one, from another folder.
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf build
+	$(BIN)/python -m pip install --quiet --no-deps --target build/typed .
+	cd build/typed && $(abspath $(BIN))/mypy --config-file $(abspath pyproject.toml) -p nnunet_fed
+
+# After a change of transport/federation.proto.
+proto: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet grpcio-tools==1.76.0 --target build/protoc
+	PYTHONPATH=build/protoc $(BIN)/python -m grpc_tools.protoc -Innunet_fed/transport=transport \
+		--python_out=build --pyi_out=build --grpc_python_out=build nnunet_fed/transport/federation.proto
+	cp build/nnunet_fed/transport/federation_pb2* transport/
+
+clean:
+	rm -rf $(VENV) build demo
