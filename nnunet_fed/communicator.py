@@ -172,6 +172,8 @@ class LocalCommunicator:
             raise NoContributionError(f"No site contributed to '{key}'.")
         if any(schema_of(layout_of(payload)) != schema_of(layout_of(payloads[0])) for payload in payloads):
             raise RefusedError(f"The sites' tensors for '{key}' differ in names, shapes or dtypes.")
+        if any(not np.issubdtype(array.dtype, np.floating) for array in payloads[0].values()):
+            raise RefusedError("A mean takes floating-point tensors only.")
         return {
             name: np.concatenate([*weighted_mean([p[name] for p in payloads], weights), first.reshape(-1)[:0]]).reshape(
                 first.shape
