@@ -1,8 +1,8 @@
 """A federation from nothing to a Dice table: data, planning, training, validation, and the prediction of a test set.
 
 Without ``--data`` the built-in phantom at three sites; with it a data set in nnU-Net's raw layout, split at random
-over three sites (or, if the folder holds such data sets, its subfolders as sites). Every step is a command of nnunet_fed
-or of nnU-Net, which is shown before it runs.
+over three sites (or, if the folder holds such data sets, its subfolders as sites). Every step is a command of
+nnunet_fed or of nnU-Net, which is shown before it runs.
 """
 
 from __future__ import annotations

@@ -46,6 +46,7 @@ def load_arrays(tensors: Mapping[str, torch.Tensor], arrays: Mapping[str, Array]
             raise DisagreementError(
                 f"The received tensor '{name}' has the shape {arrays[name].shape}, this site's {tuple(tensor.shape)}."
             )
+    for name, tensor in tensors.items():
         tensor.copy_(torch.from_numpy(arrays[name]))
 
 

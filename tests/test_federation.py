@@ -193,8 +193,8 @@ def test_good_addresses(address: str) -> None:
     [
         (None, "cannot be read: .*'nnunet_fed init' writes one"),
         (b"\xff\xfe", "cannot be read: .*'nnunet_fed init' writes one"),
-        (b"name = ", "is no valid TOML: .*line 1"),
-        (b"name = 'a'\nname = 'b'", "is no valid TOML: .*line 2"),
+        (b"name = \nrounds = 3", "is no valid TOML: .*line 1"),
+        (b"name = 'a'\nname = 'b'\nrounds = 3", "is no valid TOML: .*line 2"),
         (b"name = 'a'", "the key '.*' is missing"),
     ],
     ids=["missing", "binary", "no value", "twice", "incomplete"],

@@ -1,0 +1,96 @@
+"""The README's walk-through, run literally; and its models in an environment without nnunet_fed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from harness import environment, until
+
+from nnunet_fed.federation import Site
+from nnunet_fed.transport.client import GrpcCommunicator
+
+pytestmark = pytest.mark.e2e
+
+README = Path(__file__).parents[2] / "README.md"
+PREDICT_WITHOUT_US = """
+import sys
+sys.modules["nnunet_fed"] = None
+from nnunetv2.inference.predict_from_raw_data import predict_entry_point_modelfolder
+if __name__ == "__main__":
+    predict_entry_point_modelfolder()
+"""
+
+
+def blocks() -> dict[str, str]:
+    """The README's shell blocks by their first line, such as ``# terminal 1: the coordinator``."""
+    found = re.findall(r"```bash\n# (terminal [^:\n]*: [^\n]*)\n(.*?)```", README.read_text(), re.DOTALL)
+    return dict(found)
+
+
+def test_three_terminals_and_prediction(tmp_path: Path) -> None:
+    scripts = blocks()
+    titles = list(scripts)
+    assert [title.split(":")[0] for title in titles] == ["terminal 1", "terminal 2", "terminal 3", "terminal 2"]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+
+    def terminal(script: str, name: str) -> subprocess.Popen[bytes]:
+        with (tmp_path / name).open("wb") as log:
+            return subprocess.Popen(
+                ["bash", "-e", "-c", script], cwd=tmp_path, env=environment(PATH=path), stdout=log,
+                stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+
+    coordinator = terminal(scripts[titles[0]], "terminal-1")
+    processes = [coordinator]
+    try:
+        ready = "'walk-through' for site_a, site_b"
+        until(lambda: ready in (tmp_path / "terminal-1").read_text(), "the coordinator is ready", 60)
+        # planning fails with no augmentation process, as in stock nnU-Net, unless our planner sees to it: it does
+        sites = [terminal(scripts[title], title.split(":")[0].replace(" ", "-")) for title in titles[1:3]]
+        processes += sites
+        for site, log in zip(sites, ("terminal-2", "terminal-3"), strict=True):
+            assert site.wait(400) == 0, (tmp_path / log).read_text()[-3000:]
+        watcher = GrpcCommunicator(Site(name="watcher", coordinator="127.0.0.1:7464", insecure=True))
+        phases = {name: site["progress"]["phase"] for name, site in watcher.status()["sites"].items()}
+        watcher.close()
+        assert phases == {"site_a": "done", "site_b": "done"}
+        os.killpg(coordinator.pid, signal.SIGTERM)
+        assert coordinator.wait(20) in (0, -signal.SIGTERM)
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+    model = next((tmp_path / "site_a" / "results").rglob("fold_0")).parent
+    summary = json.loads((model / "fold_0" / "validation" / "summary.json").read_text())
+    assert summary["foreground_mean"]["Dice"] > 0.2
+
+    # the walk-through's own prediction needs the exports of its terminal 2
+    exports = "\n".join(line for line in scripts[titles[1]].splitlines() if line.startswith("export "))
+    predict = terminal(f"{exports}\n{scripts[titles[3]]}", "prediction")
+    assert predict.wait(300) == 0, (tmp_path / "prediction").read_text()[-3000:]
+    expected = {path.name for path in (tmp_path / "data" / "test" / "labelsTs").iterdir()}
+    assert expected <= {path.name for path in (tmp_path / "predictions").iterdir()}
+
+    images = tmp_path / "one"
+    images.mkdir()
+    first = min(expected).removesuffix(".nii.gz")
+    (images / f"{first}_0000.nii.gz").symlink_to(tmp_path / "data" / "test" / "imagesTs" / f"{first}_0000.nii.gz")
+    script = tmp_path / "predict.py"
+    script.write_text(PREDICT_WITHOUT_US)
+    for checkpoint in ("checkpoint_final.pth", "checkpoint_global.pth"):
+        out = tmp_path / checkpoint.removesuffix(".pth")
+        arguments = ["-i", str(images), "-o", str(out), "-m", str(model), "-f", "0", "-chk", checkpoint]
+        subprocess.run(
+            [sys.executable, str(script), *arguments, "-device", "cpu", "-npp", "1", "-nps", "1", "--disable_tta"],
+            env=environment(), check=True, timeout=200,
+        )  # fmt: skip
+        assert (out / f"{first}.nii.gz").is_file()
