@@ -133,7 +133,10 @@ def status(
     from nnunet_fed.transport.client import GrpcCommunicator
     from nnunet_fed.watch import status_table, watch
 
-    site = Site.from_environment() if address is None else Site(name="status", coordinator=address, insecure=True)
+    try:
+        site = Site.from_environment() if address is None else Site(name="status", coordinator=address, insecure=True)
+    except ValidationError as error:
+        raise ConfigurationError(f"--{explain(error, Site)}") from None
     seat = GrpcCommunicator(site)
     if as_json:
         print(json.dumps(seat.status(record=True), indent=2))

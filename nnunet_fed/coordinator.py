@@ -205,6 +205,11 @@ class Coordinator:
             given = self._store.contributions(collective.run, collective.key)
             return [site for site in self._expected(collective.run, collective.scope) if site not in given]
 
+    def doing(self, site: str) -> str:
+        """A site's name and what it said last of what it is doing, for those who wait for it."""
+        progress = self._progress.get(site)
+        return f"{site} ({progress['phase']})" if progress else site
+
     def weights(self, collective: Collective) -> dict[str, float]:
         """Who contributed to a collective, and with which weight."""
         with self._changed:

@@ -26,7 +26,7 @@ from rich.progress import track
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.federation import SITE_NAME
 
-_LOG = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def split_by_column(folder: Path, out: Path, column: str, limit: int | None = None) -> dict[str, list[str]]:
@@ -258,7 +258,7 @@ def _write_folds(path: Path, folds: list[dict[str, list[str]]], cases: set[str])
     if all(fold["train"] and fold["val"] for fold in own):
         _write_json(path, own)
     else:
-        _LOG.warning("%s is left out: a fold has no training or no validation case of this site.", path)
+        logger.warning("%s is left out: a fold has no training or no validation case of this site.", path)
 
 
 def _link(source: Path, target: Path) -> None:

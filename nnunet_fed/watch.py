@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-_LOG = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 SECONDS = 1.0
 """Pause between two looks."""
@@ -83,7 +83,7 @@ def _log_changes(status: Status, known: dict[str, tuple[Any, Any]]) -> None:
         if "round" in progress:
             parts.append(f"round {progress['round']} of {status['study']['rounds']}")
         parts.extend(f"{text} {progress[key]:.4f}" for key, text in _MEASURES if progress.get(key) is not None)
-        _LOG.info(", ".join(parts))
+        logger.info(", ".join(parts))
 
 
 _MEASURES = (("loss", "loss"), ("dice", "pseudo Dice"))

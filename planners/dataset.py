@@ -21,6 +21,10 @@ import nnunet_fed
 from nnunet_fed.errors import ConfigurationError, DisagreementError
 from nnunet_fed.federation import canonical_json
 
+PLAN_AGAIN = (
+    "What a site has told stands: then let the coordinator open a new attempt "
+    "(nnunet_fed coordinator ... --new-attempt), and plan at all sites again."
+)
 _SHOWN_ONLY = ("training cases",)
 """Rows of the table in which sites may differ."""
 
@@ -174,7 +178,7 @@ def check_agreement(descriptions: Mapping[str, Mapping[str, Any]]) -> None:
     if disagreed:
         raise DisagreementError(
             f"The sites' data sets differ in {', '.join(disagreed)}:\n\n{_table(list(descriptions), cells)}\n\n"
-            "Correct dataset.json, the data or the installation at the sites marked with '*', then plan again."
+            f"Correct dataset.json, the data or the installation at the sites marked with '*'. {PLAN_AGAIN}"
         )
 
 

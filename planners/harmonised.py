@@ -21,7 +21,7 @@ from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.federation import PLANS_KEY, digest_of
 from nnunet_fed.plans import plans_digest
 
-_LOG = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 _ENVIRONMENT = threading.Lock()
 _NOT_PREPROCESSING = (
     "architecture",
@@ -84,7 +84,7 @@ class HarmonisedPlanner:
         if self.plans_file.exists():
             # nnU-Net would merge its configurations into the new plans, and these would differ from the other sites'
             previous = self.plans_file.with_suffix(".previous.json")
-            _LOG.info("%s is kept as %s", self.plans_file.name, previous.name)
+            logger.info("%s is kept as %s", self.plans_file.name, previous.name)
             self.plans_file.replace(previous)
         super().save_plans(plans)  # type: ignore[misc]
 

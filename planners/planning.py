@@ -15,12 +15,12 @@ from nnunet_fed.communicator import Collectives
 from nnunet_fed.errors import ConfigurationError, DisagreementError, FederationError
 from nnunet_fed.federation import PLANS_KEY, Federation
 from nnunet_fed.fingerprint import LocalFingerprint, fingerprint_of, harmonise
-from nnunet_fed.planners.dataset import RawDataset, check_agreement, describe, find_dataset
+from nnunet_fed.planners.dataset import PLAN_AGAIN, RawDataset, check_agreement, describe, find_dataset
 from nnunet_fed.planners.extraction import extract
 from nnunet_fed.planners.harmonised import planner_class
 from nnunet_fed.plans import comparable, differences
 
-_LOG = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 _LINES_SHOWN = 30
 
 
@@ -118,7 +118,7 @@ def _write_local_fingerprint(dataset: RawDataset, local: LocalFingerprint) -> No
     if all(len(channel) for channel in local.intensities):
         _write_json(path, fingerprint_of(local))
     else:
-        _LOG.warning("No case of %s has foreground; %s is not written", dataset.name, path.name)
+        logger.warning("No case of %s has foreground; %s is not written", dataset.name, path.name)
         path.unlink(missing_ok=True)
 
 
@@ -143,7 +143,7 @@ def _agree_on_plans(communicator: Collectives, plans: dict[str, Any]) -> None:
     raise DisagreementError(
         "The sites have planned from the same fingerprint, but their plans differ:\n\n"
         + "\n".join(lines[:_LINES_SHOWN] + more)
-        + "\n\nInstall the same versions of nnU-Net and its dependencies at all sites, then plan again."
+        + f"\n\nInstall the same versions of nnU-Net and its dependencies at all sites. {PLAN_AGAIN}"
     )
 
 
@@ -168,7 +168,7 @@ def _preprocess(
         if name in open_ones:
             markers[name].unlink(missing_ok=True)
         else:
-            _LOG.info("%s is preprocessed already in %s", name, folders[name].name)
+            logger.info("%s is preprocessed already in %s", name, folders[name].name)
     _drop_newer_references(dataset)
     try:
         # also without a configuration: it brings the references in gt_segmentations up to date

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import make_study
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from serving import make_study
 
 from nnunet_fed import federation
 from nnunet_fed.errors import ConfigurationError

@@ -57,11 +57,18 @@ def on_two_ranks(body: Body, folder: Path, default_timeout: float = 60) -> list[
 
 
 def _rank(rank: int, body: Body, folder: Path, default_timeout: float) -> None:
+    # both are there before a short timeout begins to count
+    (folder / f"ready{rank}").touch()
+    while not (folder / f"ready{1 - rank}").exists():
+        time.sleep(0.05)
     dist.init_process_group(
         "gloo", f"file://{folder}/meeting", timedelta(seconds=default_timeout), world_size=2, rank=rank
     )
     assert is_distributed()
+    leaving = patient_group(1)
     (folder / f"answer{rank}").write_bytes(pickle.dumps(body()))
+    dist.barrier(leaving)  # a rank that still talks to one that has ended is aborted
+    dist.destroy_process_group()
 
 
 def _every_verb() -> dict[str, Any]:
@@ -119,7 +126,7 @@ def test_an_error_of_rank_0_is_raised_on_every_rank(tmp_path: Path) -> None:
 
 
 def _slow() -> str:
-    time.sleep(5)
+    time.sleep(4)
     return "patience"
 
 
@@ -137,7 +144,7 @@ def _never() -> str:
 
 
 def test_ranks_wait_for_rank_0_longer_than_the_default_group_would(tmp_path: Path) -> None:
-    _, one = on_two_ranks(_wait_with_and_without_patience, tmp_path, default_timeout=3)
+    _, one = on_two_ranks(_wait_with_and_without_patience, tmp_path, default_timeout=2)
     assert one == ("patience", "gave up"), "the second shows that the default group's timeout was at work"
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import make_study
 from rich.console import Console
 from rich.table import Table
+from serving import make_study
 
 from nnunet_fed import processes, simulate, watch
 from nnunet_fed.errors import ConfigurationError, FederationError

@@ -11,7 +11,7 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
-from conftest import Served, make_study
+from serving import Served, make_study
 
 from nnunet_fed.communicator import Array, LocalFederation
 from nnunet_fed.errors import (

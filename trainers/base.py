@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,10 +20,10 @@ from nnunet_fed.payload import Array
 from nnunet_fed.plans import plans_digest
 from nnunet_fed.tensors import digest_of_tensors, load_arrays, shared_tensors, to_arrays
 from nnunet_fed.trainers import checkpoint
+from nnunet_fed.trainers.membership import Membership
 from nnunet_fed.trainers.ranks import RankZeroSeat, from_rank_zero, patient_group
-from nnunet_fed.trainers.record import Record, logged_by
+from nnunet_fed.trainers.record import logged_by
 from nnunet_fed.trainers.rounds import common_start, pad_log, require_agreement, round_of, scope_of_round
-from nnunet_fed.transport.client import GrpcCommunicator
 
 DEBUG_VARIABLE = "nnUNet_fed_debug"
 THREADS_VARIABLE = "nnUNet_fed_threads"
@@ -84,8 +83,7 @@ class FederatedTrainer(nnUNetTrainer):
         self.save_every = self.study.local_epochs
         if self.device.type == "cpu" and os.environ.get(THREADS_VARIABLE):
             torch.set_num_threads(int(os.environ[THREADS_VARIABLE]))
-        self._seat: GrpcCommunicator | None = None
-        self._record: Record | None = None
+        self._membership: Membership | None = None
         self._training_cases = 0
         self._resumed: dict[str, Any] | None = None
         self._pending: list[dict[str, Any]] | None = None
@@ -164,8 +162,8 @@ class FederatedTrainer(nnUNetTrainer):
                     super().run_training()
                 except _TrainingOver:
                     self.on_train_end()
-            except BaseException as error:
-                self._report("failed", wait=True, error=str(error) or type(error).__name__)
+            except BaseException:
+                self._report("failed", wait=True)  # not why: an error's text may name files and cases
                 raise
 
     def on_train_start(self) -> None:
@@ -175,13 +173,11 @@ class FederatedTrainer(nnUNetTrainer):
             return
         study = from_rank_zero(self._join)
         super().on_train_start()
-        site = Site.from_environment().name
-        self.communicator = RankZeroSeat(self._seat, site, study.sites, patient_group(study.deadline_minutes + 10))
-        if self._record is not None and self._seat is not None:
-            self._record.describe(
-                study=study.model_dump(mode="json"), digest=study.digest, run=self._seat.run,
-                attempt=self._seat.attempt, site=site, training_cases=self._training_cases,
-            )  # fmt: skip
+        seat, site = None, Site.from_environment().name
+        if self._membership is not None:
+            seat = self._membership.seat
+            self._membership.describe(self._training_cases)
+        self.communicator = RankZeroSeat(seat, site, study.sites, patient_group(study.deadline_minutes + 10))
         if self._resumed is None:
             self._start_together()
         else:
@@ -229,8 +225,8 @@ class FederatedTrainer(nnUNetTrainer):
         super().on_train_end()
         if self.local_rank == 0 and not self.disable_checkpointing:
             self.save_global_checkpoint(Path(self.output_folder) / "checkpoint_global.pth")
-        if self._seat is not None:
-            self._seat.leave("finished")
+        if self._membership is not None:
+            self._membership.seat.leave("finished")
 
     def save_global_checkpoint(self, filename: Path) -> None:
         """Write the last global model: unless a method personalizes, it is what the training ended with."""
@@ -246,8 +242,8 @@ class FederatedTrainer(nnUNetTrainer):
             self._report("validating")
             super().perform_actual_validation(save_probabilities)
         self._report("done", wait=True)
-        if self._seat is not None:
-            self._seat.close()
+        if self._membership is not None:
+            self._membership.seat.close()
 
     # ------------------------------------------------------------------------------------------- checkpoints
 
@@ -261,8 +257,9 @@ class FederatedTrainer(nnUNetTrainer):
             return
         part = Path(filename + ".part")
         super().save_checkpoint(str(part))
+        attempt = self._membership.attempt if self._membership is not None else None
         state = {
-            "attempt": self._seat.attempt if self._seat is not None else self._resumed and self._resumed["attempt"],
+            "attempt": attempt if self._resumed is None else self._resumed["attempt"],
             "pending": self._pending,
             "next_epoch": self._next_epoch,
             "random": checkpoint.random_states(),
@@ -300,26 +297,17 @@ class FederatedTrainer(nnUNetTrainer):
         return bool(self.logger.resume)
 
     def _join(self) -> Federation:
-        """Take the seat (rank 0), with the channel closed afterwards, since nnU-Net is about to fork."""
-        site = Site.from_environment()
-        if self.fold not in (self.study.fold, "all", site.fold):
-            raise ConfigurationError(
-                f"The study trains fold {self.study.fold}, this command fold {self.fold}. Train fold "
-                f"{self.study.fold} or 'all', or set 'fold = {self.fold}' in site.toml."
-            )
-        seat = GrpcCommunicator(site)
-        study = seat.join(
-            "training", self.study.digest, self.configuration_name, type(self).__name__, fresh=not self._continues
+        """Take the seat (on rank 0); returns the study as the coordinator has it."""
+        self._membership = Membership(
+            self.study,
+            self.configuration_name,
+            type(self).__name__,
+            self.fold,
+            Path(self.output_folder),
+            continues=self._continues,
+            attempt=None if self._resumed is None else self._resumed["attempt"],
         )
-        seat.close()
-        if self._resumed is not None and self._resumed["attempt"] != seat.attempt:
-            raise ConfigurationError(
-                f"The checkpoint in {self.output_folder} belongs to attempt {self._resumed['attempt']}, the "
-                f"coordinator has opened attempt {seat.attempt}. Start this training without --c."
-            )
-        self._seat = seat
-        self._record = Record(Path(self.output_folder) / "federation.json", self._continues)
-        return study
+        return self._membership.study
 
     def _start_together(self) -> None:
         """Agree on initial weights; a site that comes late starts with the newest model."""
@@ -341,22 +329,20 @@ class FederatedTrainer(nnUNetTrainer):
         if key is not None and round_of(key) >= own + (self._pending is not None):
             self._pending = None
             self._take_newest()
-        checkpoint.restore_random_states(state["random"])
+        if self.local_rank == 0:  # whose states they are; the other ranks draw their own patches
+            checkpoint.restore_random_states(state["random"])
 
     def _exchange_round(self, number: int) -> None:
-        scope, started = scope_of_round(number), time.monotonic()
-        before = (self._seat.bytes_sent, self._seat.bytes_received) if self._seat is not None else (0, 0)
+        scope = scope_of_round(number)
         self._report("exchanging")
-        try:
-            self.exchange(scope)
-        except RoundClosedError:
-            self._happened(f"{scope} went on without this site")
-            self._take_newest()
+        with self._membership.exchanging(scope) if self._membership is not None else nullcontext():
+            try:
+                self.exchange(scope)
+            except RoundClosedError:
+                self._happened(f"{scope} went on without this site")
+                self._take_newest()
         if self.study.momentum_on_round == "reset":
             self.optimizer.state.clear()
-        if self._seat is not None and self._record is not None:
-            sent, received = self._seat.bytes_sent - before[0], self._seat.bytes_received - before[1]
-            self._record.exchanged(scope, self._seat.weights, sent, received, time.monotonic() - started)
 
     def _take_newest(self) -> None:
         """Load the federation's newest model, and note the epoch from which to go on."""
@@ -371,21 +357,13 @@ class FederatedTrainer(nnUNetTrainer):
         pad_log(self.logger.get_checkpoint(), epoch)
         self.current_epoch = epoch
 
-    def _report(self, phase: str, wait: bool = False, **values: Any) -> None:
-        if self._seat is not None:
-            progress = {
-                "phase": phase,
-                "round": min(self.current_epoch // self.study.local_epochs + 1, self.study.rounds),
-                "rounds": self.study.rounds,
-                "epoch": self.current_epoch,
-                **self._figures,
-                **values,
-            }
-            self._seat.report(progress, wait)
+    def _report(self, phase: str, wait: bool = False) -> None:
+        if self._membership is not None:
+            number = min(self.current_epoch // self.study.local_epochs + 1, self.study.rounds)
+            progress = {"phase": phase, "round": number, "rounds": self.study.rounds, "epoch": self.current_epoch}
+            self._membership.report({**progress, **self._figures}, wait)
 
     def _happened(self, text: str) -> None:
         self.print_to_log_file(text)
-        if self._record is not None:
-            self._record.happened(text)
-        if self._seat is not None:
-            self._seat.note(text)
+        if self._membership is not None:
+            self._membership.happened(text)

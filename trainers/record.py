@@ -35,7 +35,7 @@ class Record:
         """Note facts of the training, and the versions it runs with."""
         versions = {package: version(package) for package in PACKAGES}
         self._content.update(facts, versions={"python": platform.python_version(), **versions})
-        self._content["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
+        self._content["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
         self._write()
 
     def exchanged(self, scope: str, weights: dict[str, float], sent: int, received: int, seconds: float) -> None:

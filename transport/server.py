@@ -155,7 +155,9 @@ class _Service(CoordinatorServicer):  # type: ignore[misc]
             digest=collective.digest or "",
             size=collective.size or 0,
             error=collective.error or "",
-            missing=self._coordinator.missing(collective) if waiting else [],
+            missing=[self._coordinator.doing(site) for site in self._coordinator.missing(collective)]
+            if waiting
+            else [],
             closes_at=self._coordinator.closes_at(collective) if waiting else 0.0,
             weights=self._coordinator.weights(collective),
         )

@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from nnunet_fed.coordinator import Coordinator
+from nnunet_fed.federation import Federation, Site
+from nnunet_fed.store import Store
+from nnunet_fed.transport.client import GrpcCommunicator
+from nnunet_fed.transport.server import CoordinatorServer
+
+
+def make_study(sites: Sequence[str] = ("a", "b"), **settings: Any) -> Federation:
+    defaults: dict[str, Any] = {"name": "study", "method": {"name": "fedavg"}, "rounds": 2}
+    return Federation.model_validate({**defaults, "sites": tuple(sites), **settings})
+
+
+class Served:
+    """A coordinator on loopback, and seats in it."""
+
+    def __init__(self, study: Federation, folder: Path, stack: ExitStack):
+        self.study = study
+        store = Store(folder)
+        stack.callback(store.close)
+        self.coordinator = Coordinator(study, store)
+        self.server = CoordinatorServer(self.coordinator, "127.0.0.1:0", insecure=True)
+        self.server.start()
+        stack.callback(self.server.stop, 0)
+        self._stack = stack
+
+    def seat(self, site: str, purpose: str = "training", **join: Any) -> GrpcCommunicator:
+        settings = Site(name=site, coordinator=self.server.address, insecure=True, connect_minutes=0.05)
+        communicator = GrpcCommunicator(settings)
+        self._stack.callback(communicator.close)
+        digest = {"digest": self.study.digest, "configuration": "3d_fullres", "trainer": "T"}
+        communicator.join(purpose, **({**digest, **join} if purpose == "training" else join))
+        return communicator

@@ -1,0 +1,90 @@
+"""A training's membership in its federation: the seat, the record beside the checkpoints, and what others are told."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from nnunet_fed.errors import ConfigurationError
+from nnunet_fed.federation import Federation, Site
+from nnunet_fed.trainers.record import Record
+from nnunet_fed.transport.client import GrpcCommunicator
+
+
+class Membership:
+    """What rank 0 of a training has of the federation.
+
+    Args:
+        study: the study in the plans.
+        configuration: of nnU-Net.
+        trainer: name of the trainer class.
+        fold: what the command trains.
+        folder: where the record goes.
+        continues: the command said ``--c``.
+        attempt: the attempt of the checkpoint from which the training continues; ``None``: there is no checkpoint.
+
+    Raises:
+        ConfigurationError: site.toml is missing or wrong, or fold or attempt are not the federation's.
+        RefusedError: see :meth:`nnunet_fed.coordinator.Coordinator.join`.
+        UnreachableError: no coordinator answers.
+    """
+
+    def __init__(
+        self,
+        study: Federation,
+        configuration: str,
+        trainer: str,
+        fold: int | str,
+        folder: Path,
+        continues: bool,
+        attempt: int | None,
+    ):
+        site = Site.from_environment()
+        if fold not in (study.fold, "all", site.fold):
+            raise ConfigurationError(
+                f"The study trains fold {study.fold}, this command fold {fold}. Train fold {study.fold} or 'all', or "
+                f"set 'fold = {fold}' in site.toml."
+            )
+        self.seat = GrpcCommunicator(site)
+        self.study = self.seat.join("training", study.digest, configuration, trainer, fresh=not continues)
+        """The study as the coordinator has it now."""
+        self.seat.close()  # nnU-Net is about to fork
+        if attempt is not None and attempt != self.seat.attempt:
+            raise ConfigurationError(
+                f"The checkpoint in {folder} belongs to attempt {attempt}, the coordinator has opened attempt "
+                f"{self.seat.attempt}. Start this training without --c."
+            )
+        self.attempt = self.seat.attempt
+        self._record = Record(folder / "federation.json", continues)
+
+    def describe(self, training_cases: int) -> None:
+        """Begin or continue the record."""
+        self._record.describe(
+            study=self.study.model_dump(mode="json"), digest=self.study.digest, run=self.seat.run,
+            attempt=self.attempt, site=self.seat.site, training_cases=training_cases,
+        )  # fmt: skip
+
+    @contextmanager
+    def exchanging(self, scope: str) -> Iterator[None]:
+        """Note what the exchange within costs."""
+        started, sent, received = time.monotonic(), self.seat.bytes_sent, self.seat.bytes_received
+        yield
+        self._record.exchanged(
+            scope,
+            self.seat.weights,
+            self.seat.bytes_sent - sent,
+            self.seat.bytes_received - received,
+            time.monotonic() - started,
+        )
+
+    def happened(self, text: str) -> None:
+        """Note an event here and at the coordinator."""
+        self._record.happened(text)
+        self.seat.note(text)
+
+    def report(self, progress: dict[str, Any], wait: bool = False) -> None:
+        """Tell those who watch."""
+        self.seat.report(progress, wait)
