@@ -89,10 +89,11 @@ def main() -> None:
     if (root / "imagesTs").is_dir():
         first = result / "sites" / folders[0].name
         figures["test"] = predict(root / "imagesTs", root / "labelsTs", arguments.out, first)
-        table = Table("label", "Dice", title=f"Test set, predicted by nnUNetv2_predict at {folders[0].name}")
+        table = Table("label", "Dice", title="Test set")
         for label, dice in figures["test"].items():
             table.add_row(label, f"{dice:.3f}")
         if figures["test"]:
+            Console().print(f"\nPredicted at {folders[0].name} with its checkpoint_final.pth:")
             Console().print(table)
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=2))

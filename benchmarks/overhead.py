@@ -1,9 +1,10 @@
 """What a federated trainer costs beside nnU-Net's own, the exchange with the other sites left out.
 
 Both trainers train the same plans on the same phantom site in one process, epoch by epoch in turn, so that whatever
-else the machine does falls on both. An epoch is what ``run_training`` does in it: training, online validation,
-log, plot and checkpoints. Of a federated epoch, what belongs to the exchange is measured and subtracted: the exchange
-itself, and the checkpoint that is written before it. A round is an epoch, which is the most expensive choice.
+else the machine does falls on both; on a busy machine, the ratio of CPU time is the one to look at. An epoch is what
+nnU-Net's ``run_training`` does in it: training, online validation, log, plot and checkpoints. Of a federated epoch,
+what belongs to the exchange is measured and subtracted: the exchange itself, and the checkpoint that is written before
+it. A round is an epoch, which is the most expensive choice.
 
     python benchmarks/overhead.py --epochs 10 --iterations 20
 """
@@ -39,8 +40,9 @@ METHODS = {"nnUNetTrainerFedAvg": {"name": "fedavg"}}
 
 @dataclass
 class Clock:
-    """Seconds spent inside the functions that it watches, by the name given to them."""
+    """Seconds spent inside the functions that it watches, by the name given to them: on the wall, or of the CPU."""
 
+    now: Callable[[], float] = time.perf_counter
     spent: dict[str, float] = field(default_factory=dict)
     _within: bool = False
 
@@ -51,12 +53,12 @@ class Clock:
         def timed(*args: Any, **kwargs: Any) -> Any:
             if self._within:
                 return original(*args, **kwargs)
-            self._within, started = outer, time.perf_counter()
+            self._within, started = outer, self.now()
             try:
                 return original(*args, **kwargs)
             finally:
                 self._within = False
-                self.spent[name] = self.spent.get(name, 0.0) + time.perf_counter() - started
+                self.spent[name] = self.spent.get(name, 0.0) + self.now() - started
 
         setattr(owner, function, timed)
 
@@ -143,14 +145,16 @@ def trainers(
     for trainer in made:
         torch.set_num_threads(arguments.threads)
         trainer.on_train_start()
+    # the speed of a CPU depends on the numbers: denormal ones are slow
+    plain.network.load_state_dict(federated.network.state_dict())
     return plain, federated
 
 
-def run_epoch(trainer: Any) -> float:
-    """One epoch as in nnU-Net's ``run_training``; returns the seconds that it took."""
+def run_epoch(trainer: Any) -> tuple[float, float]:
+    """One epoch as in nnU-Net's ``run_training``; returns the seconds that it took, on the wall and of the CPU."""
     import torch
 
-    started = time.perf_counter()
+    started, cpu_started = time.perf_counter(), time.process_time()
     trainer.on_epoch_start()
     trainer.on_train_epoch_start()
     outputs = [trainer.train_step(next(trainer.dataloader_train)) for _ in range(trainer.num_iterations_per_epoch)]
@@ -164,7 +168,7 @@ def run_epoch(trainer: Any) -> float:
     trainer.on_epoch_end()
     if trainer.device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - started
+    return time.perf_counter() - started, time.process_time() - cpu_started
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -175,9 +179,10 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
             serve(folder, plans, stack)
             plain, federated = trainers(arguments, plans, dataset, configuration)
         # the exchange, and what else an epoch does; nothing counts twice
-        exchange, inside = Clock(), {"plain": Clock(), "federated": Clock()}
-        exchange.watch(federated, "_exchange_round", "exchange")
-        exchange.watch(federated, "_save_pending", "checkpoint before the exchange")
+        exchange, cpu, inside = Clock(), Clock(time.process_time), {"plain": Clock(), "federated": Clock()}
+        for clock in (exchange, cpu):
+            clock.watch(federated, "_exchange_round", "exchange")
+            clock.watch(federated, "_save_pending", "checkpoint before the exchange")
         for name, trainer in (("plain", plain), ("federated", federated)):
             inside[name].watch(trainer, "train_step", "training steps")
             inside[name].watch(trainer, "validation_step", "validation steps")
@@ -191,10 +196,11 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 order = [("plain", plain), ("federated", federated)]
                 pair: dict[str, Any] = {}
                 for name, trainer in order if number % 2 else reversed(order):
-                    seconds = run_epoch(trainer)
-                    spent = exchange.take() if name == "federated" else {}
+                    seconds, cpu_seconds = run_epoch(trainer)
+                    spent, cpu_spent = (exchange.take(), cpu.take()) if name == "federated" else ({}, {})
                     pair[name] = {
-                        "epoch": seconds - sum(spent.values()), "excluded": spent, "parts": inside[name].take()
+                        "epoch": seconds - sum(spent.values()), "cpu": cpu_seconds - sum(cpu_spent.values()),
+                        "excluded": spent, "parts": inside[name].take(),
                     }  # fmt: skip
                 if number >= arguments.warmup:
                     pairs.append(pair)
@@ -231,6 +237,7 @@ def summary(pairs: list[dict[str, Any]]) -> dict[str, Any]:
     }
     return {
         "ratio": spread(ratios),
+        "ratio of CPU time": spread([pair["federated"]["cpu"] / pair["plain"]["cpu"] for pair in pairs]),
         "ratio without checkpoints": spread(without),
         "ratio of steps": spread(in_steps),
         "ratio of all epochs": sum(p["federated"]["epoch"] for p in pairs) / sum(p["plain"]["epoch"] for p in pairs),
@@ -260,12 +267,13 @@ def show(result: dict[str, Any], trainer: str, console: Console) -> None:
     ratios = Table(title="Federated / plain, exchange excluded")
     for column in ("", "median of pairs", "least", "most"):
         ratios.add_column(column, justify="left" if not column else "right")
-    for what in ("ratio", "ratio without checkpoints", "ratio of steps"):
+    for what in ("ratio", "ratio of CPU time", "ratio without checkpoints", "ratio of steps"):
         ratios.add_row(what, *(f"{result[what][key]:.4f}" for key in ("median", "min", "max")))
     ratios.add_row("ratio of all epochs", f"{result['ratio of all epochs']:.4f}", "", "")
     console.print(ratios)
-    met = result["ratio"]["median"] <= TARGET
-    console.print(f"Target: a median of at most {TARGET}: {'met' if met else 'missed'}.")
+    for what in ("ratio", "ratio of CPU time"):
+        met = result[what]["median"] <= TARGET
+        console.print(f"Target: {what}, median of at most {TARGET}: {'met' if met else 'missed'}.")
 
 
 def main() -> None:

@@ -154,9 +154,9 @@ class Coordinator:
         self._close_if_due(run, key)
         return "stands"
 
-    def upload_path(self, run: str, key: str, site: str, digest: str) -> Path:
+    def upload_path(self, run: str, key: str, site: str) -> Path:
         """Where to spool an upload."""
-        return self._store.upload_path(run, key, site, digest)
+        return self._store.upload_path(run, key, site)
 
     def accept(self, run: str, key: str, site: str, verb: Verb, weight: float, digest: str, part: Path) -> Verdict:
         """Take over a complete, verified upload; the file is moved.

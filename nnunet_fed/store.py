@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -209,9 +210,9 @@ class Store:
         rows = self._journal.execute("SELECT at, run, site, text FROM event ORDER BY rowid")
         return [{"at": at, "run": run, "site": site, "text": text} for at, run, site, text in rows]
 
-    def upload_path(self, run: str, key: str, site: str, digest: str) -> Path:
-        """Where an upload is spooled until it is complete and accepted."""
-        return self.spool / f"{_file_name(run, key)}.{site}.{digest[:16]}.part"
+    def upload_path(self, run: str, key: str, site: str) -> Path:
+        """Where an upload is spooled until it is complete and accepted; another try is spooled elsewhere."""
+        return self.spool / f"{_file_name(run, key)}.{site}.{secrets.token_hex(4)}.part"
 
     def keep_upload(self, part: Path) -> str:
         """Make a complete upload durable; returns the name under which a contribution refers to it."""

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -62,7 +63,9 @@ def result_table(summary: Numbers) -> Table:
     classes = list(dict.fromkeys(name for site in sites.values() for name in site["dice_per_class"] or ()))
     title = f"{summary['method']}, {summary['rounds']} rounds, seed {summary['seed']}, {summary['seconds']:.0f} s"
     notes = "\n".join(f"* {name}: {ALL_NOTE}" for name, site in sites.items() if site["fold"] == "all")
-    table = Table(title=Text(title), caption=Text(notes), caption_justify="left")
+    table = Table(
+        title=Text(title), caption=Text(notes), caption_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
     table.add_column("Site")
     mean = summary["mean_dice"]
     # one column where the model that a site keeps is the global one
@@ -70,7 +73,7 @@ def result_table(summary: Numbers) -> Table:
     models = {"Dice": "final", **({"Dice, global model": "global"} if both else {})}
     heads = ["Train. cases", "Val. cases", *models, *classes, "Sent", "Received"]
     for head in heads:
-        table.add_column(Text(head), justify="right")
+        table.add_column(Text(head), justify="right", overflow="fold")
     for name, site in sites.items():
         per_class = site["dice_per_class"] or {}
         table.add_row(

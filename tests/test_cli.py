@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Served, make_study
+from serving import Served, make_study
 
 from nnunet_fed import __version__
 from nnunet_fed.cli import DEBUG_VARIABLE, _repeat_option, main

@@ -111,7 +111,7 @@ class _Service(CoordinatorServicer):  # type: ignore[misc]
             verdict = self._offer(offer, context)
             if verdict != "send":
                 return pb.OfferReply(verdict=verdict)
-            part = self._coordinator.upload_path(offer.run, offer.key, offer.site, offer.digest)
+            part = self._coordinator.upload_path(offer.run, offer.key, offer.site)
             try:
                 self._spool(part, offer, requests, context)
                 verdict = self._coordinator.accept(

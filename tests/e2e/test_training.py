@@ -122,7 +122,7 @@ def test_killed_sites_go_on_bit_identically(planned: Planned, undisturbed: Runni
 
 
 def test_a_paused_site_catches_up_and_ends_with_the_others(planned: Planned, tmp_path: Path) -> None:
-    changes = {"rounds": 8, "min_sites": 1, "deadline_minutes": 0.1}
+    changes = {"rounds": 8, "min_sites": 1, "deadline_minutes": 0.25}
     with federation(planned, tmp_path / "run", {"site_a": "site_a", "site_b": "site_b"}, **changes) as running:
         a, b = running.sites["site_a"], running.sites["site_b"]
         a.start()
