@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
@@ -45,11 +45,14 @@ class HarmonisedPlanner:
     same data share. Source: ours, on nnunetv2's ``ExperimentPlanner``.
 
     Args:
-        args: arguments of the planner, as are ``kwargs``.
+        dataset_name_or_id: of this site's data set.
         total_cases: number of training cases at all sites, for the cap of the batch size.
         study: what the plans carry under the key ``federation``; the planner adds ``plans_digest``.
-        kwargs: see ``args``.
+        options: other arguments of nnU-Net's planner.
     """
+
+    defaults: ClassVar[dict[str, Any]] = {}
+    """Arguments of nnU-Net's planner, unless others are given."""
 
     # of nnU-Net's planner
     dataset: dict[str, dict[str, Any]]
@@ -57,8 +60,8 @@ class HarmonisedPlanner:
     dataset_name: str
     plans_identifier: str
 
-    def __init__(self, *args: Any, total_cases: int, study: dict[str, Any], **kwargs: Any):
-        super().__init__(*args, **kwargs)
+    def __init__(self, dataset_name_or_id: str | int, *, total_cases: int, study: dict[str, Any], **options: Any):
+        super().__init__(dataset_name_or_id, **{**self.defaults, **options})  # type: ignore[call-arg]
         self.dataset_json["numTraining"] = total_cases
         self.study = study
 

@@ -1,9 +1,6 @@
 """A planner of small networks, for demonstrations and tests on a CPU."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from nnunet_fed.planners.nnUNetPlannerFed import nnUNetPlannerFed
 
@@ -17,28 +14,10 @@ class nnUNetPlannerFedSmall(nnUNetPlannerFed):  # noqa: N801
     our phantoms), and larger ones get patches of about that size.
     """
 
-    def __init__(
-        self,
-        dataset_name_or_id: str | int,
-        gpu_memory_target_in_gb: float = 0.1,
-        preprocessor_name: str = "DefaultPreprocessor",
-        plans_name: str = "nnUNetFedSmallPlans",
-        overwrite_target_spacing: Sequence[float] | None = None,
-        suppress_transpose: bool = False,
-        *,
-        total_cases: int,
-        study: dict[str, Any],
-    ):
-        super().__init__(
-            dataset_name_or_id,
-            gpu_memory_target_in_gb,
-            preprocessor_name,
-            plans_name,
-            overwrite_target_spacing,
-            suppress_transpose,
-            total_cases=total_cases,
-            study=study,
-        )
+    defaults: ClassVar[dict[str, Any]] = {"plans_name": "nnUNetFedSmallPlans", "gpu_memory_target_in_gb": 0.1}
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
         self.UNet_base_num_features = 8
         self.UNet_max_features_2d = 64
         self.UNet_max_features_3d = 64
