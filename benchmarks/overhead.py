@@ -204,8 +204,8 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
                     }  # fmt: skip
                 if number >= arguments.warmup:
                     pairs.append(pair)
-            federated._seat.leave("measured")
-            federated._seat.close()
+            federated._membership.seat.leave("measured")
+            federated._membership.seat.close()
     return {"arguments": {k: str(v) for k, v in vars(arguments).items()}, "pairs": pairs, **summary(pairs)}
 
 

@@ -25,6 +25,7 @@ PLANS_KEY = "federation"
 """Key of nnU-Net's plans under which the study travels to the trainers."""
 
 _T = TypeVar("_T", bound=BaseModel)
+LONGEST_MINUTES = 366 * 24 * 60.0
 SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 
 
@@ -91,9 +92,9 @@ class Federation(_Table):
     seed: int = Field(default=0, ge=0, lt=2**32)
     min_sites: int | None = Field(default=None, ge=1)
     """*Operational.* A round closes at its deadline with at least so many sites; ``None``: all."""
-    deadline_minutes: float = Field(default=720.0, gt=0)
+    deadline_minutes: float = Field(default=720.0, gt=0, le=LONGEST_MINUTES)
     """*Operational.* From a round's first contribution until it closes without the sites that are missing."""
-    planning_deadline_minutes: float = Field(default=720.0, gt=0)
+    planning_deadline_minutes: float = Field(default=720.0, gt=0, le=LONGEST_MINUTES)
     """*Operational.* The same for planning, which fails at its deadline, since it is exact only with all sites."""
     keep_rounds: int = Field(default=3, ge=2)
     """*Operational.* Means of so many rounds are kept at the coordinator; the newest are never deleted."""
@@ -152,7 +153,7 @@ class Site(_Table):
     """Talk without TLS; accepted for a loopback address only."""
     fold: Fold | None = None
     """This site's fold for the study's fold; ``None``: the same, or ``all``."""
-    connect_minutes: float = Field(default=1.0, gt=0)
+    connect_minutes: float = Field(default=1.0, gt=0, le=LONGEST_MINUTES)
     """How long to wait for a coordinator that does not answer when a command starts."""
 
     @field_validator("name")

@@ -16,7 +16,9 @@ from serving import Served, make_study
 
 from nnunet_fed import __version__
 from nnunet_fed.cli import DEBUG_VARIABLE, _repeat_option, main
+from nnunet_fed.coordinator import Coordinator
 from nnunet_fed.federation import SITE_FILE_VARIABLE, Federation, Site
+from nnunet_fed.store import Store
 
 NOBODY = "127.0.0.1:9"
 """An address at which nothing listens."""
@@ -126,16 +128,26 @@ def test_an_address_that_is_not_on_this_machine(command: Command, study_file: Pa
     assert f"'{address}' is not on this machine" in command.fails(*listen(study_file, address))
 
 
-def test_an_address_without_a_number(command: Command, study_file: Path) -> None:
-    assert "Cannot listen on 127.0.0.1:http" in command.fails(*listen(study_file, "127.0.0.1:http"))
+@pytest.mark.parametrize("address", ["127.0.0.1:99999", "127.0.0.1:http", "127.0.0.1:", "localhost:-1"])
+def test_an_address_with_an_impossible_port(command: Command, study_file: Path, address: str) -> None:
+    assert f"'{address}' is no HOST:PORT" in command.fails(*listen(study_file, address))
 
 
 def test_without_tls_only_when_told(command: Command, study_file: Path) -> None:
     assert "--insecure" in command.fails(*listen(study_file)[:-1])
 
 
-def test_a_state_of_another_study(command: Command, study_file: Path, serve: Callable[..., Served]) -> None:
-    serve(make_study(rounds=99), study_file.parent / "state")
+def test_a_state_that_another_coordinator_uses(
+    command: Command, study_file: Path, serve: Callable[..., Served]
+) -> None:
+    serve(make_study(), study_file.parent / "state")
+    assert "If another coordinator uses it" in command.fails(*listen(study_file))
+
+
+def test_a_state_of_another_study(command: Command, study_file: Path) -> None:
+    store = Store(study_file.parent / "state")
+    Coordinator(make_study(rounds=99), store)
+    store.close()
     assert "belongs to another study" in command.fails(*listen(study_file))
 
 
@@ -306,21 +318,22 @@ def test_debug_shows_where(command: Command, monkeypatch: pytest.MonkeyPatch, tm
     assert "Traceback" in by_variable.stderr
 
 
-@pytest.mark.parametrize(
-    ("error", "status", "sentence"),
-    [
-        (ZeroDivisionError("division by zero"), 1, "Error: ZeroDivisionError: division by zero (nnunet_fed --debug"),
-        (KeyboardInterrupt(), 130, "Error: interrupted"),
-    ],
-)
-def test_what_nobody_expected_ends_in_a_line_too(
-    command: Command, monkeypatch: pytest.MonkeyPatch, error: BaseException, status: int, sentence: str
-) -> None:
-    def fail(path: Path) -> None:
+def fail_with(error: BaseException) -> Callable[[Path], Federation]:
+    def fail(path: Path) -> Federation:
         raise error
 
-    monkeypatch.setattr(Federation, "read", fail)
-    ended, out, err = command(*listen(Path("x")))
-    assert (ended, out) == (status, "")
-    assert err.startswith(sentence)
-    assert err.count("\n") == 1
+    return fail
+
+
+def test_what_nobody_expected_ends_in_a_line_too(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Federation, "read", fail_with(ZeroDivisionError("division by zero")))
+    status, out, err = command(*listen(Path("x")))
+    assert (status, out) == (1, "")
+    assert err == "Error: ZeroDivisionError: division by zero (nnunet_fed --debug shows where)\n"
+
+
+def test_an_interrupted_command(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Federation, "read", fail_with(KeyboardInterrupt()))
+    status, out, err = command(*listen(Path("x")))
+    assert status == 130
+    assert "Traceback" not in out + err

@@ -33,7 +33,7 @@ def is_distributed() -> bool:
 
 
 def from_rank_zero(function: Callable[[], T], group: Any = None) -> T:
-    """Call ``function`` on rank 0; every rank returns its value or raises its :class:`FederationError`.
+    """Call ``function`` on rank 0; every rank returns its value or raises its error.
 
     Without ``torch.distributed`` it is just called. Values travel by pickle between the processes of one training.
     """
@@ -45,6 +45,8 @@ def from_rank_zero(function: Callable[[], T], group: Any = None) -> T:
             outcome[0] = function()
         except FederationError as error:
             outcome[1] = error
+        except Exception as error:  # the others must not wait for an answer that will not come
+            outcome[1] = RuntimeError(f"rank 0: {type(error).__name__}: {error}")
     dist.broadcast_object_list(outcome, src=0, group=group)
     if outcome[1] is not None:
         raise outcome[1]

@@ -54,7 +54,7 @@ def require_agreement(communicator: Collectives, scope: str, digests: dict[str, 
         DisagreementError: names what differs, and which site has what.
     """
     gathered = communicator.gather(f"{scope}/agreement", digests)
-    for what in digests:
+    for what in dict.fromkeys(name for told in gathered.values() for name in told):
         values = {site: values.get(what) for site, values in gathered.items()}
         if len(set(values.values())) > 1:
             listed = ", ".join(f"{site}: {str(value)[:12]}" for site, value in values.items())

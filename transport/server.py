@@ -45,6 +45,9 @@ class CoordinatorServer:
                 "use a tunnel, for example 'ssh -L 7464:127.0.0.1:7464 HOST'."
             )
         require_loopback(address)
+        port_text = address.rpartition(":")[2]
+        if not port_text.isdecimal() or int(port_text) > 65535:  # gRPC would take the number modulo 65536
+            raise ConfigurationError(f"'{address}' is no HOST:PORT, for example 127.0.0.1:7464.")
         # a site holds at most one waiting call, one upload or download, and short ones
         workers = ThreadPoolExecutor(4 * len(coordinator.study.sites) + 8, thread_name_prefix="rpc")
         self._server = grpc.server(workers, options=SERVER_OPTIONS)
