@@ -74,10 +74,9 @@ def main() -> None:
     parser.add_argument("--iterations", default="30")
     parser.add_argument("--json", type=Path, help="write the figures there")
     arguments = parser.parse_args()
-    if (arguments.out / "run").is_dir() or not any(arguments.out.glob("*")):
-        shutil.rmtree(arguments.out, ignore_errors=True)
-    elif arguments.out.exists():
+    if {path.name for path in arguments.out.glob("*")} - {"data", "run", "predictions"}:
         sys.exit(f"Error: {arguments.out} holds something else than a demonstration; choose another --out.")
+    shutil.rmtree(arguments.out, ignore_errors=True)
     folders = site_folders(arguments.data, arguments.out)
     sites = [word for folder in folders for word in ("--site", f"{folder.name}={folder}")]
     result = arguments.out / "run"
