@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 from enum import Enum
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,8 +19,9 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from nnunet_fed import __version__
-from nnunet_fed.errors import ConfigurationError, FederationError
+from nnunet_fed.errors import ConfigurationError, DisagreementError, FederationError
 from nnunet_fed.federation import Federation, Site, explain
+from nnunet_fed.options import named_folders, repeat_option, whole_number
 
 DEBUG_VARIABLE = "nnUNet_fed_debug"
 
@@ -36,7 +38,7 @@ app = typer.Typer(
 def main() -> None:
     """Run the command line; errors end in one sentence, unless ``--debug`` asks for the traceback."""
     try:
-        app(args=_repeat_option(sys.argv[1:], "-c"))
+        app(args=repeat_option(sys.argv[1:], "-c"))
     except FederationError as error:
         _end(error, str(error), status=2)
     except (KeyboardInterrupt, BrokenPipeError) as error:
@@ -50,18 +52,6 @@ def _end(error: BaseException, sentence: str, status: int) -> None:
         raise error
     print(f"Error: {sentence}", file=sys.stderr, flush=True)
     sys.exit(status)
-
-
-def _repeat_option(arguments: list[str], option: str) -> list[str]:
-    """Let one option take several values, as nnU-Net's own commands do: ``-c 2d 3d_fullres``."""
-    repeated: list[str] = []
-    within = False
-    for argument in arguments:
-        if within and not argument.startswith("-") and repeated[-1] != option:
-            repeated.append(option)
-        within = argument == option or (within and not argument.startswith("-"))
-        repeated.append(argument)
-    return repeated
 
 
 def _show_version(wanted: bool) -> None:
@@ -154,26 +144,49 @@ def plan_and_preprocess(
         typer.Option("-c", metavar="CONFIG ...", help="Configurations to preprocess; default: the study's."),
     ] = None,
     processes: Annotated[int, typer.Option("-np", help="Processes for extraction and preprocessing.")] = 4,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what this site would send, and stop.")] = False,
+    join: Annotated[bool, typer.Option("--join", help="Take the plans of a federation that has planned.")] = False,
 ) -> None:
     """Agree with the other sites on plans, and preprocess this site's data by them."""
+    from nnunet_fed.outgoing import FILE, OutgoingLog
+    from nnunet_fed.planners.dataset import preprocessed_folder
+    from nnunet_fed.planners.explanation import explanation_table
+    from nnunet_fed.planners.joining import join_and_preprocess
     from nnunet_fed.planners.planning import plan_and_preprocess as plan
+    from nnunet_fed.planners.rehearsal import rehearse
     from nnunet_fed.transport.client import GrpcCommunicator
 
-    seat = GrpcCommunicator(Site.from_environment(), keep_channel=False)
+    if dry_run and join:
+        raise ConfigurationError("--dry-run goes without --join, which sends nothing of this site's data.")
+    site = Site.from_environment()
+    if dry_run:
+        seat = GrpcCommunicator(site, keep_channel=False)
+        rehearse(
+            site, Federation.model_validate(seat.status()["study"]), dataset, processes, partial(print, file=sys.stdout)
+        )
+        return
+    outgoing = OutgoingLog(preprocessed_folder(dataset) / FILE)
+    seat = GrpcCommunicator(site, keep_channel=False, outgoing=outgoing)
     study = seat.join("planning")
 
     def report(phase: str) -> None:
         seat.report({"phase": phase, "rounds": study.rounds}, wait=True)
 
+    run = join_and_preprocess if join else plan
     try:
-        result = plan(seat, study, dataset, configurations, processes, report)
-    except BaseException:
+        result = run(seat, study, dataset, configurations, processes, report, labels=site.label_map)
+    except BaseException as error:
         report("failed")
+        if isinstance(error, DisagreementError) and (join or seat.site == study.sites[0]):  # once is enough
+            seat.note(str(error))
         raise
+    if result.explanation:
+        Console().print(explanation_table(result.explanation))
+    planned_by = "as the federation published them" if join else f"the same at all {len(study.sites)} sites"
     print(
-        f"{result.dataset_name}: {result.local_cases} of {result.total_cases} cases; plans {result.plans_name} "
-        f"({result.plans_digest[:12]}), the same at all {len(study.sites)} sites; "
-        f"preprocessed: {', '.join(result.configurations)}"
+        f"{result.dataset_name}: {result.local_cases} cases, plans {result.plans_name} ({result.plans_digest[:12]}) of "
+        f"{result.total_cases} cases, {planned_by}; preprocessed: {', '.join(result.configurations)}\n"
+        f"All that this site has sent is listed in {outgoing.path}."
     )
 
 
@@ -258,10 +271,10 @@ def simulate(
     from nnunet_fed.simulate import Simulation, result_table
     from nnunet_fed.simulate import simulate as run
 
-    folders = _named_folders(sites)
+    folders = named_folders(sites)
     settings: dict[str, Any] = {
         "name": out.resolve().name, "sites": tuple(folders), "method": {"name": method}, "planner": planner,
-        "configuration": config, "fold": fold if fold == "all" else _whole_number("--fold", fold), "rounds": rounds,
+        "configuration": config, "fold": fold if fold == "all" else whole_number("--fold", fold), "rounds": rounds,
         "local_epochs": local_epochs, "iterations_per_epoch": iterations, "val_iterations_per_epoch": val_iterations,
         "initial_lr": lr, "momentum": momentum, "weighting": weighting, "seed": seed, "min_sites": min_sites,
         "deadline_minutes": deadline_minutes, "planning_deadline_minutes": deadline_minutes,
@@ -273,22 +286,3 @@ def simulate(
     console = Console(stderr=True)
     summary = run(Simulation(folders, out, study, until.value, device, threads), console)
     Console().print(result_table(summary))
-
-
-def _named_folders(sites: list[str]) -> dict[str, Path]:
-    folders: dict[str, Path] = {}
-    for site in sites:
-        name, separator, folder = site.partition("=")
-        if not separator or not folder:
-            raise ConfigurationError(f"--site {site}: give a name and a folder, as in --site site_a=data/site_a.")
-        if name in folders:
-            raise ConfigurationError(f"--site {name} is given twice; every site has a name of its own.")
-        folders[name] = Path(folder)
-    return folders
-
-
-def _whole_number(option: str, text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise ConfigurationError(f"{option} must be a whole number or 'all', not {text!r}.") from None

@@ -6,7 +6,6 @@ restarted coordinator goes on where the last one stopped. The rules are those of
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import threading
@@ -14,12 +13,10 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
 from nnunet_fed.communicator import check_weight
 from nnunet_fed.errors import ConfigurationError, RefusedError
 from nnunet_fed.federation import Federation
-from nnunet_fed.payload import decode, encode, exact_sum, layout_of, mean_payload, measure, open_payload, schema_of
+from nnunet_fed.reduction import Verb, check_content, write_result
 from nnunet_fed.store import Collective, Contribution, Store, scope_of
 
 logger = logging.getLogger(__name__)
@@ -28,7 +25,6 @@ KEY = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)+")
 LONGEST_KEY = 200
 
 Purpose = Literal["planning", "training"]
-Verb = Literal["mean", "sum", "gather"]
 Verdict = Literal["send", "stands", "differs", "closed"]
 """Answer to an offer: send the payload; these bytes stand; other bytes stand; the round closed without this site."""
 
@@ -164,7 +160,7 @@ class Coordinator:
         Raises:
             RefusedError: no payload of this verb, or another schema than the other sites'.
         """
-        schema = _check_content(verb, part)
+        schema = check_content(verb, part)
         with self._changed:
             verdict = self.offer(run, key, site, verb, weight, digest, part.stat().st_size)
             if verdict == "send":
@@ -234,7 +230,8 @@ class Coordinator:
                 self._progress[site] = progress
 
     def note(self, run: str, site: str, text: str) -> None:
-        """Journal something that happened at a site, for the record."""
+        """Journal something that happened at a site, for the record and for whoever reads the log."""
+        logger.info("site %s: %s", site, text)
         with self._changed, self._store.transaction():
             self._store.add_event(run, site, text)
 
@@ -331,7 +328,9 @@ class Coordinator:
             given = self._store.contributions(run, key)
             missing = self.missing(collective)
             planning = self._is_planning(run)
-            quorum = len(self.study.sites) if planning else self.study.quorum
+            # a site that came into the study meanwhile is not in a scope that is under way
+            there = self._store.participants(run, collective.scope) or list(self.study.sites)
+            quorum = len(there) if planning else min(self.study.quorum, len(there))
             overdue = time.time() >= self.closes_at(collective)
             if (missing or len(given) < quorum) and not overdue:
                 return
@@ -378,23 +377,10 @@ class Coordinator:
             collective.status = "empty"
             return
         files = {site: self._store.spool / str(c.file) for site, c in contributors.items()}
+        weights = [c.weight for c in contributors.values()]
         out = self._store.result_path(collective.run, collective.key)
-        part = out.with_name(out.name + ".part")
-        with part.open("wb") as file:
-            if collective.verb == "mean":
-                payloads = [open_payload(path) for path in files.values()]
-                written = mean_payload(payloads, [c.weight for c in contributors.values()], file)
-            else:
-                if collective.verb == "sum":
-                    arrays = [decode(path.read_bytes())["value"] for path in files.values()]
-                    result = b"".join(encode({"value": exact_sum(arrays)}))
-                else:
-                    values = {site: json.loads(path.read_bytes()) for site, path in files.items()}
-                    result = json.dumps(values).encode()
-                file.write(result)
-                written = measure([result])
-        part.replace(out)
-        collective.status, (collective.digest, collective.size) = "closed", written
+        collective.digest, collective.size = write_result(collective.verb, files, weights, out)
+        collective.status = "closed"
 
     def _prune(self, run: str) -> None:
         means = [c for c in self._store.collectives(run) if c.verb == "mean" and c.status == "closed"]
@@ -405,19 +391,3 @@ class Coordinator:
                 collective.status = "pruned"
                 with self._store.transaction():
                     self._store.put_collective(collective)
-
-
-def _check_content(verb: Verb, part: Path) -> str | None:
-    """The schema of a payload as JSON (``None`` for gathered values); raises :class:`RefusedError`."""
-    if verb == "gather":
-        try:
-            json.loads(part.read_bytes())
-        except ValueError:
-            raise RefusedError("A gathered value is no JSON.") from None
-        return None
-    tensors = open_payload(part)
-    if verb == "sum" and list(tensors) != ["value"]:
-        raise RefusedError("A sum takes one array.")
-    if verb == "mean" and any(not np.issubdtype(array.dtype, np.floating) for array in tensors.values()):
-        raise RefusedError("A mean takes floating-point tensors only.")
-    return json.dumps(schema_of(layout_of(tensors)), sort_keys=True)

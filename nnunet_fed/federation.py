@@ -11,9 +11,20 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from nnunet_fed.errors import ConfigurationError
+from nnunet_fed.labels import LabelMap
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -49,6 +60,7 @@ def _is_fold(fold: Any) -> Any:
     return fold
 
 
+Spacing = Annotated[float, Field(gt=0)]
 Fold = Annotated[int | Literal["all"], BeforeValidator(_is_fold)]
 
 
@@ -74,6 +86,18 @@ class Federation(_Table):
     """*Operational.* Names of the sites, sorted."""
     method: Method
     planner: str = "nnUNetPlannerFed"
+    geometry: Literal["private", "lists"] = "private"
+    """What the sites tell each other of spacings and shapes: sums from which medians are found, or every case's
+    (sorted, without names). The plans are the same; ``lists`` leaves nnU-Net's complete fingerprint file."""
+    overwrite_target_spacing: tuple[Spacing, Spacing, Spacing] | None = None
+    """Voxel size in mm of 3d_fullres along the array's axes; ``None``: the planner's choice."""
+    gpu_memory_target_in_gb: float | None = Field(default=None, gt=0)
+    """Memory for which the planner chooses patches and batches; ``None``: the planner's own default."""
+    preprocessor_name: str = "DefaultPreprocessor"
+    """A class in ``nnunetv2.preprocessing``."""
+    min_cases: int = Field(default=1, ge=1)
+    """*Operational.* A site with fewer training cases refuses to plan, before anything about them leaves it: sums over
+    few cases tell what these are."""
     plans_name: str | None = None
     """*Operational.* Name of the plans file; ``None``: the planner's own name."""
     configuration: str = "3d_fullres"
@@ -138,9 +162,19 @@ class Federation(_Table):
 
 
 OPERATIONAL = {
-    "name", "sites", "plans_name", "configuration", "min_sites", "deadline_minutes", "planning_deadline_minutes",
-    "keep_rounds",
+    "name", "sites", "plans_name", "configuration", "min_cases", "min_sites", "deadline_minutes",
+    "planning_deadline_minutes", "keep_rounds",
 }  # fmt: skip
+
+
+def _is_label_source(source: Any) -> Any:
+    sources = source if isinstance(source, list | tuple) else (source,)
+    if not all(type(entry) in (int, str) for entry in sources):
+        raise ValueError("use a label's name or number, or a list of them, as dataset.json has them")
+    return sources
+
+
+LabelSource = Annotated[tuple[StrictInt | StrictStr, ...], BeforeValidator(_is_label_source)]
 
 
 class Site(_Table):
@@ -155,6 +189,10 @@ class Site(_Table):
     """This site's fold for the study's fold; ``None``: the same, or ``all``."""
     connect_minutes: float = Field(default=1.0, gt=0, le=LONGEST_MINUTES)
     """How long to wait for a coordinator that does not answer when a command starts."""
+    mapped_dataset: int | None = Field(default=None, ge=1, le=999)
+    """Free number for the data set with the federation's labels, which is built beside this site's own."""
+    labels: dict[str, LabelSource] | None = Field(default=None, min_length=1)
+    """By the federation's label, in the order of its numbers 1, 2, ...: this site's labels that become it."""
 
     @field_validator("name")
     @classmethod
@@ -170,6 +208,19 @@ class Site(_Table):
         if not host or not port.isdecimal() or not 0 < int(port) < 65536:
             raise ValueError(f"{address!r} is no HOST:PORT, for example 127.0.0.1:7464")
         return address
+
+    @model_validator(mode="after")
+    def _map_is_complete(self) -> Site:
+        if (self.labels is None) != (self.mapped_dataset is None):
+            raise ValueError("labels and mapped_dataset go together: give both, or neither")
+        return self
+
+    @property
+    def label_map(self) -> LabelMap | None:
+        """Of ``labels`` and ``mapped_dataset``; ``None``: this site's labels are the federation's."""
+        if self.labels is None or self.mapped_dataset is None:
+            return None
+        return LabelMap(self.mapped_dataset, self.labels)
 
     @classmethod
     def read(cls, path: Path) -> Site:

@@ -14,7 +14,7 @@ import numpy as np
 
 from nnunet_fed.communicator import Collectives, LocalFederation
 from nnunet_fed.payload import Array
-from nnunet_fed.statistics import moments, quantiles
+from nnunet_fed.statistics import Floats, moments, quantiles
 
 PERCENTAGES = (0.5, 50.0, 99.5)
 
@@ -33,12 +33,30 @@ class LocalFingerprint:
     """Foreground intensities sampled from all cases: a 1D array for each channel."""
 
 
+@dataclass(frozen=True)
+class PooledGeometry:
+    """What nnU-Net's planner reads of the cases' geometry, over all sites' cases; per axis of the arrays.
+
+    Every number equals numpy's for the pooled cases in every bit.
+    """
+
+    spacing_10: Floats
+    """10th percentile of the spacings."""
+    spacing_50: Floats
+    """50th percentile of the spacings."""
+    median_spacing: Floats
+    """``np.median`` of the spacings, whose last bit may differ from the 50th percentile's."""
+    median_shape: Floats
+    """Median, and 50th percentile, of the shapes after the crop."""
+    median_relative_size: float
+    """Median of the relative sizes."""
+
+
 def harmonise(communicator: Collectives, local: LocalFingerprint) -> dict[str, Any]:
-    """Agree on the fingerprint of all sites' cases.
+    """Agree on the complete fingerprint of all sites' cases (``geometry = "lists"``).
 
     The geometry of each case is gathered, in an order that tells nothing of the cases' names; of the intensities only
-    sums are. Percentiles, minimum and maximum equal those of the pooled values in every bit. Mean and standard
-    deviation are float64 sums, whereas nnU-Net adds up float32: there it differs in the last digits of float32.
+    sums are, see :func:`pooled_intensities`.
 
     Args:
         communicator: this site's seat; all keys begin with ``planning/``.
@@ -56,25 +74,75 @@ def harmonise(communicator: Collectives, local: LocalFingerprint) -> dict[str, A
     )
     gathered = communicator.gather("planning/geometry", cases)
     spacings, shapes, relative_sizes = zip(*sorted(case for site in gathered.values() for case in site), strict=True)
+    intensities = pooled_intensities(communicator, local)
+    return fingerprint_with(spacings, shapes, intensities, float(np.median(relative_sizes)))
 
-    order = quantiles(communicator, "planning/quantiles", local.intensities, np.true_divide(PERCENTAGES, 100))
+
+def pooled_geometry(communicator: Collectives, local: LocalFingerprint) -> PooledGeometry:
+    """Agree on what the planner reads of the geometry, out of sums alone; arguments as in :func:`harmonise`."""
+    columns = np.column_stack([local.spacings, local.shapes_after_crop, local.relative_sizes]).astype(np.float64)
+    axes = (columns.shape[1] - 1) // 2
+    # the 10th percentile of spacings only: nothing is asked that the planner does not read
+    probabilities = [[0.1, 0.5]] * axes + [[0.5, 0.5]] * (axes + 1)
+    order = quantiles(communicator, "planning/geometry", list(columns.T), probabilities)
+    medians: Floats = np.median(order.neighbours[:, 1], axis=1)
+    return PooledGeometry(
+        spacing_10=order.values[:axes, 0],
+        spacing_50=order.values[:axes, 1],
+        median_spacing=medians[:axes],
+        median_shape=medians[axes : 2 * axes],
+        median_relative_size=float(medians[-1]),
+    )
+
+
+def middle_shapes(communicator: Collectives, shapes: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Two shapes with, per axis, the median of all sites' shapes: their two middle values, the smaller ones first.
+
+    Args:
+        communicator: this site's seat; all keys begin with ``planning/``.
+        shapes: of this site's cases.
+    """
+    columns = np.asarray(shapes, dtype=np.float64).T
+    neighbours = quantiles(communicator, "planning/shapes", list(columns), [0.5]).neighbours[:, 0]
+    return [[int(length) for length in shape] for shape in neighbours.T]
+
+
+def pooled_intensities(communicator: Collectives, local: LocalFingerprint) -> dict[str, dict[str, float]]:
+    """Agree on nnU-Net's ``foreground_intensity_properties_per_channel``, out of sums alone.
+
+    Percentiles, minimum and maximum equal those of the pooled values in every bit. Mean and standard deviation are
+    float64 sums, whereas nnU-Net adds up float32: there it differs in the last digits of float32. Arguments and errors
+    as in :func:`harmonise`.
+    """
+    probabilities = np.true_divide((0.0, *PERCENTAGES, 100.0), 100)
+    order = quantiles(communicator, "planning/quantiles", local.intensities, probabilities)
     moment = moments(communicator, "planning/moments", local.intensities)
     return {
-        "spacings": list(spacings),
-        "shapes_after_crop": list(shapes),
-        "foreground_intensity_properties_per_channel": {
-            str(channel): {
-                "mean": float(moment.mean[channel]),
-                "median": float(median),
-                "std": float(moment.std[channel]),
-                "min": float(order.minimum[channel]),
-                "max": float(order.maximum[channel]),
-                "percentile_99_5": float(high),
-                "percentile_00_5": float(low),
-            }
-            for channel, (low, median, high) in enumerate(order.values)
-        },
-        "median_relative_size_after_cropping": float(np.median(relative_sizes)),
+        str(channel): {
+            "mean": float(moment.mean[channel]),
+            "median": float(median),
+            "std": float(moment.std[channel]),
+            "min": float(smallest),
+            "max": float(largest),
+            "percentile_99_5": float(high),
+            "percentile_00_5": float(low),
+        }
+        for channel, (smallest, low, median, high, largest) in enumerate(order.values)
+    }
+
+
+def fingerprint_with(
+    spacings: Sequence[Sequence[float]],
+    shapes: Sequence[Sequence[float]],
+    intensities: dict[str, dict[str, float]],
+    relative_size: float,
+) -> dict[str, Any]:
+    """A fingerprint in nnU-Net's format and in plain JSON types."""
+    return {
+        "spacings": [list(spacing) for spacing in spacings],
+        "shapes_after_crop": [list(shape) for shape in shapes],
+        "foreground_intensity_properties_per_channel": intensities,
+        "median_relative_size_after_cropping": relative_size,
     }
 
 

@@ -245,7 +245,7 @@ def _write(pool: _Pool, out: Path, sites: dict[str, list[str]], limit: int | Non
             _write_folds(out / site / "splits_final.json", pool.folds, set(cases))
     files = [(site, name) for site, cases in chosen.items() for case in cases for name in pool.files[case]]
     for site, name in track(files, description="Splitting"):
-        _link(pool.folder / name, out / site / name)
+        link(pool.folder / name, out / site / name)
     return chosen
 
 
@@ -261,9 +261,12 @@ def _write_folds(path: Path, folds: list[dict[str, list[str]]], cases: set[str])
         logger.warning("%s is left out: a fold has no training or no validation case of this site.", path)
 
 
-def _link(source: Path, target: Path) -> None:
-    """Symbolic link, or a copy on a system or file system without."""
+def link(source: Path, target: Path) -> None:
+    """Symbolic link to a file or folder, or a copy on a system or file system without."""
     try:
-        target.symlink_to(source.resolve())
+        target.symlink_to(source.resolve(), source.is_dir())
     except (OSError, NotImplementedError):
-        shutil.copy2(source, target)
+        if source.is_dir():
+            shutil.copytree(source, target)
+        else:
+            shutil.copy2(source, target)

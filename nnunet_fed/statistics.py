@@ -34,10 +34,10 @@ class Quantiles:
 
     count: Integers
     """Number of values at all sites, of shape (channels,)."""
-    minimum: Floats
-    """Smallest value, of shape (channels,)."""
-    maximum: Floats
-    """Largest value, of shape (channels,)."""
+    neighbours: Floats
+    """The pooled values (order statistics) between which each quantile is interpolated, of shape (channels,
+    probabilities, 2). Both are the quantile where no interpolation is needed. The mean of those for 0.5 is the median,
+    whose last bit may differ from the quantile's, in numpy as here."""
     values: Floats
     """Quantiles, of shape (channels, probabilities)."""
 
@@ -63,7 +63,8 @@ def quantiles(communicator: Collectives, key: str, samples: Sequence[Array], pro
         communicator: this site's seat.
         key: prefix of the keys of the sums.
         samples: this site's values, one 1D array a channel; the same number of channels at every site.
-        probabilities: of shape (probabilities,), within 0 and 1; the same at every site.
+        probabilities: of shape (probabilities,) or (channels, probabilities), within 0 (the minimum) and 1 (the
+            maximum); the same at every site.
 
     Raises:
         FederationError: a value is not finite, or a channel has no values at any site.
@@ -79,13 +80,12 @@ def quantiles(communicator: Collectives, key: str, samples: Sequence[Array], pro
     # numpy's definition of 'linear': a virtual index into the sorted values, between two of which it interpolates
     virtual = (count[:, None] - 1) * np.asarray(probabilities, dtype=np.float64)
     before = np.floor(virtual).astype(np.int64)
-    after = np.minimum(before + 1, count[:, None] - 1)
-    ends = np.stack([np.zeros_like(count), count - 1], axis=1)
+    after = np.ceil(virtual).astype(np.int64)
 
     kind = np.float64 if any_wide else np.float32
     keys = [_sorted_keys(channel.astype(kind, copy=False)) for channel in samples]
-    found = _values(_order_statistics(communicator, key, keys, np.concatenate([ends, before, after], axis=1)))
-    neighbours = np.stack(np.split(found[:, 2:].astype(np.float64 if any_promoted else np.float32), 2, axis=1), axis=-1)
+    found = _values(_order_statistics(communicator, key, keys, np.concatenate([before, after], axis=1)))
+    neighbours = np.stack(np.split(found.astype(np.float64 if any_promoted else np.float32), 2, axis=1), axis=-1)
     # of two values, numpy's quantile for the fraction is numpy's own interpolation between them
     values = [
         np.quantile(pair, np.array([fraction]))[0]
@@ -93,8 +93,7 @@ def quantiles(communicator: Collectives, key: str, samples: Sequence[Array], pro
     ]
     return Quantiles(
         count,
-        minimum=found[:, 0].astype(np.float64),
-        maximum=found[:, 1].astype(np.float64),
+        neighbours=neighbours.astype(np.float64),
         values=np.array(values, dtype=np.float64).reshape(virtual.shape),
     )
 

@@ -52,24 +52,22 @@ class RawDataset:
         return Path(nnUNet_preprocessed) / self.name
 
 
+def preprocessed_folder(dataset_id: int) -> Path:
+    """nnU-Net's folder for the fingerprint and the plans of a data set, whether it is there or not.
+
+    Raises:
+        ConfigurationError: nnU-Net's paths are not set, or there is no such data set.
+    """
+    return Path(nnUNet_preprocessed) / _name_of(dataset_id)
+
+
 def find_dataset(dataset_id: int) -> RawDataset:
     """Look a data set up as nnU-Net does, and check that its files are there; none is opened.
 
     Raises:
         ConfigurationError: nnU-Net's paths are not set, there is no such data set, or a file of it is missing.
     """
-    for variable in ("nnUNet_raw", "nnUNet_preprocessed"):
-        if not os.environ.get(variable):
-            raise ConfigurationError(f"The environment variable {variable} is not set. Point it at nnU-Net's folder.")
-    try:
-        name = str(convert_id_to_dataset_name(dataset_id))
-    except RuntimeError as error:
-        several = str(error).startswith("More than one")
-        raise ConfigurationError(
-            f"There is {'more than one' if several else 'no'} data set with the id {dataset_id} below "
-            f"{nnUNet_raw} and {nnUNet_preprocessed}. "
-            + ("Give one of them another id." if several else f"Put it into a folder Dataset{dataset_id:03d}_NAME.")
-        ) from None
+    name = _name_of(dataset_id)
     folder = Path(nnUNet_raw) / name
     content = _read_dataset_json(folder / "dataset.json")
     try:
@@ -79,6 +77,21 @@ def find_dataset(dataset_id: int) -> RawDataset:
     dataset = RawDataset(dataset_id, name, folder, content, {str(case): files for case, files in cases.items()})
     _check_cases(dataset)
     return dataset
+
+
+def _name_of(dataset_id: int) -> str:
+    for variable in ("nnUNet_raw", "nnUNet_preprocessed"):
+        if not os.environ.get(variable):
+            raise ConfigurationError(f"The environment variable {variable} is not set. Point it at nnU-Net's folder.")
+    try:
+        return str(convert_id_to_dataset_name(dataset_id))
+    except RuntimeError as error:
+        several = str(error).startswith("More than one")
+        raise ConfigurationError(
+            f"There is {'more than one' if several else 'no'} data set with the id {dataset_id} below "
+            f"{nnUNet_raw} and {nnUNet_preprocessed}. "
+            + ("Give one of them another id." if several else f"Put it into a folder Dataset{dataset_id:03d}_NAME.")
+        ) from None
 
 
 def _read_dataset_json(path: Path) -> dict[str, Any]:
@@ -121,6 +134,19 @@ def _check_cases(dataset: RawDataset) -> None:
         )
 
 
+def reader_of(dataset: RawDataset) -> Any:
+    """nnU-Net's class that reads and writes the files of a data set, tried on the first image.
+
+    Raises:
+        ConfigurationError: that image cannot be read.
+    """
+    first = next(iter(dataset.cases.values()))["images"][0]
+    try:
+        return determine_reader_writer_from_dataset_json(dataset.json, first, verbose=False)
+    except Exception as error:  # the readers raise whatever their libraries do
+        raise ConfigurationError(f"{first} cannot be read: {error}. Replace the case.") from error
+
+
 def describe(dataset: RawDataset, planner: str) -> dict[str, Any]:
     """What the sites compare before they plan; nothing in it tells of a single case.
 
@@ -135,8 +161,8 @@ def describe(dataset: RawDataset, planner: str) -> dict[str, Any]:
         ConfigurationError: the first case cannot be read.
     """
     first = next(iter(dataset.cases.values()))
+    reader = reader_of(dataset)
     try:
-        reader = determine_reader_writer_from_dataset_json(dataset.json, first["images"][0], verbose=False)
         images, _ = reader().read_images(first["images"])
     except Exception as error:  # the readers raise whatever their libraries do
         raise ConfigurationError(f"{', '.join(first['images'])} cannot be read: {error}. Replace the case.") from error
@@ -160,8 +186,8 @@ def _ordered_labels(labels: Mapping[str, Any]) -> list[list[Any]]:
     return sorted(pairs, key=lambda pair: pair[1])
 
 
-def check_agreement(descriptions: Mapping[str, Mapping[str, Any]]) -> None:
-    """Compare what :func:`describe` said at each site.
+def check_agreement(descriptions: Mapping[str, Mapping[str, Any]], remedy: str = PLAN_AGAIN) -> None:
+    """Compare what :func:`describe` said at each site; ``remedy`` is what to do once a difference is put right.
 
     Raises:
         DisagreementError: with a table of properties by sites; a star marks what differs from most sites.
@@ -178,7 +204,8 @@ def check_agreement(descriptions: Mapping[str, Mapping[str, Any]]) -> None:
     if disagreed:
         raise DisagreementError(
             f"The sites' data sets differ in {', '.join(disagreed)}:\n\n{_table(list(descriptions), cells)}\n\n"
-            f"Correct dataset.json, the data or the installation at the sites marked with '*'. {PLAN_AGAIN}"
+            "Correct dataset.json, the data or the installation at the sites marked with '*'; labels can be mapped in "
+            f"site.toml. {remedy}"
         )
 
 

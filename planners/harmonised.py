@@ -13,13 +13,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
 
+import nnunetv2.preprocessing
 from nnunetv2.paths import nnUNet_preprocessed
+from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 
 import nnunet_fed.planners
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.federation import PLANS_KEY, digest_of
 from nnunet_fed.plans import plans_digest
+from nnunet_fed.statistics import Floats
 
 logger = logging.getLogger(__name__)
 _ENVIRONMENT = threading.Lock()
@@ -53,6 +56,8 @@ class HarmonisedPlanner:
 
     defaults: ClassVar[dict[str, Any]] = {}
     """Arguments of nnU-Net's planner, unless others are given."""
+    original_medians: tuple[Floats, Floats] | None = None
+    """Median spacing and shape of all sites' cases along the array's axes, if the fingerprint does not tell them."""
 
     # of nnU-Net's planner
     dataset: dict[str, dict[str, Any]]
@@ -78,6 +83,10 @@ class HarmonisedPlanner:
 
     def save_plans(self, plans: dict[str, Any]) -> None:
         """Complete the plans and save them; an old plans file is kept beside them as ``*.previous.json``."""
+        if self.original_medians is not None:
+            spacing, shape = (median[plans["transpose_forward"]] for median in self.original_medians)
+            plans["original_median_spacing_after_transp"] = [float(step) for step in spacing]
+            plans["original_median_shape_after_transp"] = [round(float(length)) for length in shape]
         recursive_fix_for_json_export(plans)
         for name, configuration in plans["configurations"].items():
             if "inherits_from" not in configuration:
@@ -126,6 +135,16 @@ def planner_class(name: str) -> Any:
         f"There is no planner '{name}' in nnunet_fed.planners; known are {', '.join(known)}. "
         "Set 'planner' in federation.toml to one of them, or add a file and class of that name."
     )
+
+
+def check_preprocessor(name: str) -> None:
+    """Look a preprocessor up as nnU-Net does; raises :class:`ConfigurationError` if there is none of that name."""
+    folder = Path(nnunetv2.preprocessing.__path__[0])
+    if recursive_find_python_class(str(folder), name, "nnunetv2.preprocessing") is None:
+        raise ConfigurationError(
+            f"There is no preprocessor '{name}' in {folder}. "
+            "Set 'preprocessor_name' in federation.toml to a class there, or add it at every site."
+        )
 
 
 def _file_state(path: Path) -> list[Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,19 @@ from nnunetv2.experiment_planning.plan_and_preprocess_api import preprocess_data
 from nnunet_fed.communicator import Collectives
 from nnunet_fed.errors import ConfigurationError, DisagreementError, FederationError
 from nnunet_fed.federation import PLANS_KEY, Federation
-from nnunet_fed.fingerprint import LocalFingerprint, fingerprint_of, harmonise
-from nnunet_fed.planners.dataset import PLAN_AGAIN, RawDataset, check_agreement, describe, find_dataset
+from nnunet_fed.fingerprint import LocalFingerprint, fingerprint_of
+from nnunet_fed.labels import LabelMap
+from nnunet_fed.planners.dataset import PLAN_AGAIN, RawDataset, check_agreement, describe
+from nnunet_fed.planners.explanation import Row, explain
 from nnunet_fed.planners.extraction import extract
-from nnunet_fed.planners.harmonised import planner_class
+from nnunet_fed.planners.geometry import harmonised_planner
+from nnunet_fed.planners.harmonised import check_preprocessor, planner_class
+from nnunet_fed.planners.mapping import prepare_dataset
 from nnunet_fed.plans import comparable, differences
 
 logger = logging.getLogger(__name__)
+DESCRIPTIONS, PUBLISHED = "planning/dataset", "planning/published"
+"""Keys of what the sites compare, and of what a site takes that joins later."""
 _LINES_SHOWN = 30
 
 
@@ -38,6 +44,19 @@ class PlanningResult:
     """Training cases at all sites."""
     local_cases: int
     """Training cases at this site."""
+    explanation: tuple[Row, ...] = field(default=(), compare=False)
+    """What this site would have planned alone; none if it is not known."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What the sites have agreed on, at one of them."""
+
+    dataset: RawDataset
+    local: LocalFingerprint
+    planner: Any
+    plans: dict[str, Any]
+    total_cases: int
 
 
 def plan_and_preprocess(
@@ -47,6 +66,8 @@ def plan_and_preprocess(
     configurations: Sequence[str] | None = None,
     processes: int = 8,
     report: Callable[[str], None] = lambda phase: None,
+    *,
+    labels: LabelMap | None = None,
 ) -> PlanningResult:
     """Agree with the other sites on a fingerprint, plan from it, make sure that all plans are equal, and preprocess.
 
@@ -61,55 +82,86 @@ def plan_and_preprocess(
         processes: worker processes for extraction and preprocessing.
         report: called with the name of each phase that begins: checking, extracting, harmonising, planning,
             preprocessing, planned.
+        labels: this site's label map; with one, all work is done on the mapped data set, which is built first.
 
     Raises:
         ConfigurationError: nnU-Net's paths, the data set, the planner or a configuration is wrong.
         DisagreementError: the sites' data sets or plans differ; shows where.
         FederationError: a case cannot be analysed or preprocessed.
     """
-    report("checking")
-    wanted = tuple(dict.fromkeys(configurations or [study.configuration]))
-    if "3d_cascade_fullres" in wanted:
-        raise ConfigurationError(
-            "3d_cascade_fullres needs predictions of the previous stage, which a federation does not make; "
-            "use 3d_fullres or 3d_lowres."
-        )
-    make_planner = planner_class(study.planner)
-    dataset = find_dataset(dataset_id)
-    descriptions = communicator.gather("planning/dataset", describe(dataset, study.planner))
-    check_agreement(descriptions)
-    total_cases = sum(description["training cases"] for description in descriptions.values())
-
-    report("extracting")
-    local = extract(dataset_id, total_cases, processes)
-
-    report("harmonising")
-    fingerprint = harmonise(communicator, local)
-    dataset.preprocessed.mkdir(parents=True, exist_ok=True)
-    _write_json(dataset.preprocessed / "dataset_fingerprint.json", fingerprint)
-    _write_local_fingerprint(dataset, local)
-
-    report("planning")
-    planner = _planner(make_planner, dataset, study, total_cases)
-    plans = planner.plan_experiment()
-    try:
-        _agree_on_plans(communicator, plans)
-    except FederationError:
-        planner.plans_file.replace(planner.plans_file.with_suffix(".refused.json"))
-        raise
-    _check_configurations(plans, wanted)
+    wanted = wanted_configurations(study, configurations)
+    agreement = agree(communicator, study, dataset_id, processes, report, labels=labels)
+    dataset, planner, plans = agreement.dataset, agreement.planner, agreement.plans
+    check_configurations(plans, wanted)
 
     report("preprocessing")
-    _preprocess(communicator.site, dataset, planner.plans_identifier, plans, wanted, processes)
+    preprocess(communicator.site, dataset, planner.plans_identifier, plans, wanted, processes)
+    explanation = explain(planner, agreement.local, plans, study.overwrite_target_spacing)
     report("planned")
     return PlanningResult(
         dataset.name,
         planner.plans_identifier,
         plans[PLANS_KEY]["plans_digest"],
         wanted,
-        total_cases,
+        agreement.total_cases,
         len(dataset.cases),
+        explanation,
     )
+
+
+def agree(
+    communicator: Collectives,
+    study: Federation,
+    dataset_id: int,
+    processes: int,
+    report: Callable[[str], None] = lambda phase: None,
+    *,
+    labels: LabelMap | None = None,
+) -> Agreement:
+    """The part of :func:`plan_and_preprocess` before preprocessing: all that needs the other sites."""
+    report("checking")
+    make = planner_class(study.planner)
+    check_preprocessor(study.preprocessor_name)
+    dataset = prepare_dataset(dataset_id, labels, processes)
+    _check_number(communicator.site, dataset, study)
+    descriptions = communicator.gather(DESCRIPTIONS, describe(dataset, study.planner))
+    check_agreement(descriptions)
+    total_cases = sum(description["training cases"] for description in descriptions.values())
+
+    report("extracting")
+    local = extract(dataset.id, total_cases, processes)
+
+    report("harmonising")
+    planner = harmonised_planner(
+        communicator,
+        local,
+        study.geometry,
+        lambda fingerprint: make_planner(make, dataset, study, total_cases, fingerprint),
+    )
+    _write_local_fingerprint(dataset, local)
+
+    report("planning")
+    plans = planner.plan_experiment()
+    try:
+        _agree_on_plans(communicator, plans)
+    except FederationError:
+        planner.plans_file.replace(planner.plans_file.with_suffix(".refused.json"))
+        raise
+    # for sites that join later; it is the same everywhere, so one copy is enough
+    published = {"fingerprint": planner.dataset_fingerprint, "plans": comparable(plans)}
+    communicator.gather(PUBLISHED, published if communicator.site == next(iter(descriptions)) else None)
+    return Agreement(dataset, local, planner, plans, total_cases)
+
+
+def wanted_configurations(study: Federation, configurations: Sequence[str] | None) -> tuple[str, ...]:
+    """What a site preprocesses: what its command names, or else the study; raises :class:`ConfigurationError`."""
+    wanted = tuple(dict.fromkeys(configurations or [study.configuration]))
+    if "3d_cascade_fullres" in wanted:
+        raise ConfigurationError(
+            "3d_cascade_fullres needs predictions of the previous stage, which a federation does not make; "
+            "use 3d_fullres or 3d_lowres."
+        )
+    return wanted
 
 
 def _write_local_fingerprint(dataset: RawDataset, local: LocalFingerprint) -> None:
@@ -122,11 +174,45 @@ def _write_local_fingerprint(dataset: RawDataset, local: LocalFingerprint) -> No
         path.unlink(missing_ok=True)
 
 
-def _planner(make_planner: Any, dataset: RawDataset, study: Federation, total_cases: int) -> Any:
-    carried = {"name": study.name, "digest": study.digest, "study": study.model_dump(mode="json")}
-    names = {} if study.plans_name is None else {"plans_name": study.plans_name}
+def _check_number(site: str, dataset: RawDataset, study: Federation) -> None:
+    if len(dataset.cases) < study.min_cases:
+        raise ConfigurationError(
+            f"Site '{site}' has {len(dataset.cases)} training cases in {dataset.name}, but the study asks every site "
+            f"for at least {study.min_cases}, since sums over few cases tell what these are. Nothing was sent; "
+            "leave the site out of the study, or lower 'min_cases' in federation.toml."
+        )
+
+
+def make_planner(
+    make: Any,
+    dataset: RawDataset,
+    study: Federation,
+    total_cases: int,
+    fingerprint: dict[str, Any],
+    **about: Any,
+) -> Any:
+    """The planner of this site's data set, which reads a fingerprint where nnU-Net puts its own.
+
+    Args:
+        make: the planner's class.
+        dataset: this site's data set.
+        study: what the plans carry.
+        total_cases: training cases at all sites.
+        fingerprint: of all sites.
+        about: facts that this site's plans carry beside the study.
+    """
+    dataset.preprocessed.mkdir(parents=True, exist_ok=True)
+    _write_json(dataset.preprocessed / "dataset_fingerprint.json", fingerprint)
+    carried = {"name": study.name, "digest": study.digest, "study": study.model_dump(mode="json"), **about}
+    options = {
+        "plans_name": study.plans_name,
+        "overwrite_target_spacing": study.overwrite_target_spacing,
+        "gpu_memory_target_in_gb": study.gpu_memory_target_in_gb,
+        "preprocessor_name": study.preprocessor_name,
+    }
+    given = {name: value for name, value in options.items() if value is not None}
     try:
-        return make_planner(dataset.id, total_cases=total_cases, study=carried, **names)
+        return make(dataset.id, total_cases=total_cases, study=carried, **given)
     except AssertionError:  # nnU-Net asserts without a word that raw and preprocessed folds are the same
         raise ConfigurationError(
             f"The folds in {dataset.folder / 'splits_final.json'} are not those in {dataset.preprocessed}. "
@@ -147,7 +233,8 @@ def _agree_on_plans(communicator: Collectives, plans: dict[str, Any]) -> None:
     )
 
 
-def _check_configurations(plans: dict[str, Any], wanted: Sequence[str]) -> None:
+def check_configurations(plans: dict[str, Any], wanted: Sequence[str]) -> None:
+    """See that the plans have these configurations; raises :class:`ConfigurationError`."""
     there = [name for name, content in plans["configurations"].items() if "inherits_from" not in content]
     missing = [name for name in wanted if name not in there]
     if missing:
@@ -157,9 +244,19 @@ def _check_configurations(plans: dict[str, Any], wanted: Sequence[str]) -> None:
         )
 
 
-def _preprocess(
+def preprocess(
     site: str, dataset: RawDataset, plans_name: str, plans: dict[str, Any], wanted: Sequence[str], processes: int
 ) -> None:
+    """Preprocess what is not preprocessed yet; raises :class:`FederationError`.
+
+    Args:
+        site: name of this site.
+        dataset: its data set.
+        plans_name: name of the plans file.
+        plans: its content.
+        wanted: configurations.
+        processes: worker processes.
+    """
     # a marker stands beside the folder, in which nnU-Net would take it for a case
     folders = {name: dataset.preprocessed / plans["configurations"][name]["data_identifier"] for name in wanted}
     markers = {name: folder.with_name(f"{folder.name}.complete.json") for name, folder in folders.items()}

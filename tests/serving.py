@@ -7,6 +7,7 @@ from typing import Any
 
 from nnunet_fed.coordinator import Coordinator
 from nnunet_fed.federation import Federation, Site
+from nnunet_fed.outgoing import Outgoing
 from nnunet_fed.store import Store
 from nnunet_fed.transport.client import GrpcCommunicator
 from nnunet_fed.transport.server import CoordinatorServer
@@ -29,10 +30,18 @@ class Served:
         self.server.start()
         stack.callback(self.server.stop, 0)
         self._stack = stack
+        self._store = store
 
-    def seat(self, site: str, purpose: str = "training", **join: Any) -> GrpcCommunicator:
+    def stop(self) -> None:
+        """Stop, so that another coordinator can go on with the folder."""
+        self.server.stop(0)
+        self._store.close()
+
+    def seat(
+        self, site: str, purpose: str = "training", outgoing: Outgoing = lambda entry: None, **join: Any
+    ) -> GrpcCommunicator:
         settings = Site(name=site, coordinator=self.server.address, insecure=True, connect_minutes=0.05)
-        communicator = GrpcCommunicator(settings)
+        communicator = GrpcCommunicator(settings, outgoing=outgoing)
         self._stack.callback(communicator.close)
         digest = {"digest": self.study.digest, "configuration": "3d_fullres", "trainer": "T"}
         communicator.join(purpose, **({**digest, **join} if purpose == "training" else join))

@@ -15,9 +15,10 @@ import pytest
 from serving import Served, make_study
 
 from nnunet_fed import __version__
-from nnunet_fed.cli import DEBUG_VARIABLE, _repeat_option, main
+from nnunet_fed.cli import DEBUG_VARIABLE, main
 from nnunet_fed.coordinator import Coordinator
 from nnunet_fed.federation import SITE_FILE_VARIABLE, Federation, Site
+from nnunet_fed.options import repeat_option
 from nnunet_fed.store import Store
 
 NOBODY = "127.0.0.1:9"
@@ -178,11 +179,29 @@ def test_a_site_without_its_file(command: Command, arguments: tuple[str, ...]) -
     assert "nnUNet_fed_site is not set" in command.fails(*arguments)
 
 
-@pytest.mark.parametrize("arguments", [("plan_and_preprocess", "-d", "1"), ("status", "--json")])
+def use_dataset(monkeypatch: pytest.MonkeyPatch, folder: Path, number: int) -> Path:
+    """Folders for nnU-Net, and an empty one of a data set."""
+    for name in ("nnUNet_raw", "nnUNet_preprocessed"):
+        monkeypatch.setenv(name, str(folder / name))
+    dataset = folder / "nnUNet_raw" / f"Dataset{number:03d}_Test"
+    dataset.mkdir(parents=True)
+    return dataset
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("plan_and_preprocess", "-d", "1"),
+        ("plan_and_preprocess", "-d", "1", "--join"),
+        ("plan_and_preprocess", "-d", "1", "--dry-run"),
+        ("status", "--json"),
+    ],
+)
 def test_no_coordinator(
     command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arguments: tuple[str, ...]
 ) -> None:
     use_site(monkeypatch, tmp_path, NOBODY)
+    use_dataset(monkeypatch, tmp_path, 1)
     assert f"The coordinator at {NOBODY} does not answer" in command.fails(*arguments)
 
 
@@ -216,6 +235,16 @@ def test_nnunets_paths_are_not_set(
     monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path))
     monkeypatch.delenv("nnUNet_raw", raising=False)
     assert "nnUNet_raw is not set" in command.fails("plan_and_preprocess", "-d", "1")
+    assert served.coordinator.status()["sites"]["a"]["last_seen"] is None, "not even a word is sent"
+
+
+def test_planning_that_fails(
+    command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, serve: Callable[..., Served]
+) -> None:
+    served = serve(make_study())
+    use_site(monkeypatch, tmp_path, served.server.address)
+    use_dataset(monkeypatch, tmp_path, 1)
+    assert "dataset.json cannot be read" in command.fails("plan_and_preprocess", "-d", "1")
     assert served.coordinator.status()["sites"]["a"]["progress"]["phase"] == "failed", "who watches sees it"
 
 
@@ -227,12 +256,15 @@ def test_planning_takes_several_configurations(
 
     asked: list[Any] = []
 
-    def plan(seat: Any, study: Federation, dataset: int, configurations: list[str], processes: int, _: Any) -> None:
+    def plan(
+        seat: Any, study: Federation, dataset: int, configurations: list[str], processes: int, _: Any, labels: Any
+    ) -> None:
         asked.append((study, dataset, configurations, processes))
         raise DisagreementError("That is enough.")
 
     served = serve(make_study())
     use_site(monkeypatch, tmp_path, served.server.address)
+    use_dataset(monkeypatch, tmp_path, 7)
     monkeypatch.setattr(planning, "plan_and_preprocess", plan)
     assert command.fails("plan_and_preprocess", "-d", "7", "-c", "2d", "3d_fullres", "-np", "3") == "That is enough."
     assert command.fails("plan_and_preprocess", "-c", "2d", "-d", "7") == "That is enough."
@@ -243,6 +275,10 @@ def test_planning_takes_several_configurations(
         (7, None, 4),
     ]
     assert asked[0][0] == served.study
+    events = served.coordinator.status(record=True)["events"]
+    assert [event["site"] for event in events if event["text"] == "That is enough."] == 3 * ["a"], (
+        "disagreement is told"
+    )
 
 
 @pytest.mark.parametrize(
@@ -260,7 +296,7 @@ def test_planning_takes_several_configurations(
     ],
 )
 def test_one_option_takes_several_values(given: str, expected: str) -> None:
-    assert _repeat_option(given.split(), "-c") == expected.split()
+    assert repeat_option(given.split(), "-c") == expected.split()
 
 
 # ------------------------------------------------------------------------------------------------- split and simulate

@@ -22,6 +22,11 @@ OTHER_VALUES: dict[str, tuple[Any, bool]] = {
     "name": ("other", False),
     "sites": (("a", "b", "c"), False),
     "planner": ("nnUNetPlannerFedSmall", True),
+    "geometry": ("lists", True),
+    "overwrite_target_spacing": ((3.0, 1.0, 1.0), True),
+    "gpu_memory_target_in_gb": (4.0, True),
+    "preprocessor_name": ("OtherPreprocessor", True),
+    "min_cases": (5, False),
     "plans_name": ("OtherPlans", False),
     "configuration": ("2d", False),
     "fold": ("all", True),
@@ -144,6 +149,11 @@ def sentence(model: type[Federation] | type[Site], **changes: Any) -> str:
         ({"deadline_minutes": float("inf")}, "deadline_minutes: input should be a finite number (found inf)."),
         ({"deadline_minutes": 0}, "deadline_minutes: input should be greater than 0 (found 0)."),
         ({"keep_rounds": 1}, "keep_rounds: "),
+        ({"min_cases": 0}, "min_cases: input should be greater than or equal to 1 (found 0)."),
+        ({"geometry": "list"}, "geometry: there is no 'list'; known: 'private' or 'lists'."),
+        ({"overwrite_target_spacing": [1.0, 1.0]}, "the key 'overwrite_target_spacing.2' is missing"),
+        ({"overwrite_target_spacing": [1.0, 0.0, 1.0]}, "overwrite_target_spacing.1: input should be greater than 0"),
+        ({"gpu_memory_target_in_gb": 0}, "gpu_memory_target_in_gb: input should be greater than 0 (found 0)."),
     ],
 )
 def test_a_mistake_in_the_study_is_named(changes: dict[str, Any], expected: str) -> None:
@@ -259,7 +269,9 @@ def test_templates_are_valid_and_show_every_key(
 def test_templates_show_the_defaults() -> None:
     shown = mentioned(template("federation.toml"))
     for name, field in Federation.model_fields.items():
-        free_choice = name in ("rounds", "local_epochs", "plans_name", "min_sites")
+        free_choice = name in (
+            "rounds", "local_epochs", "plans_name", "min_sites", "overwrite_target_spacing", "gpu_memory_target_in_gb"
+        )  # fmt: skip
         if not field.is_required() and not free_choice:
             assert shown[name] == field.default, name
 

@@ -33,7 +33,7 @@ from nnunet_fed.planners.nnUNetPlannerFedSmall import nnUNetPlannerFedSmall
 from nnunet_fed.planners.planning import PlanningResult, plan_and_preprocess
 from nnunet_fed.plans import comparable, differences, plans_digest
 
-POOL, SITE_A, SITE_B, OTHER = 1, 11, 12, 21
+POOL, SITE_A, SITE_B, SITE_C, OTHER = 1, 11, 12, 13, 21
 LABELS = {"background": 0, "organ": 1, "lesion": 2}
 
 
@@ -135,20 +135,22 @@ def set_paths(patch: pytest.MonkeyPatch, folder: Path) -> Path:
     return folder / "nnUNet_raw"
 
 
-@pytest.fixture(scope="module")
-def pooled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
-    """Two sites planned by us, and the pool of their cases planned by nnU-Net."""
+@pytest.fixture(scope="module", params=["private", "lists"])
+def pooled(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
+    """Three sites planned by us, one of them with a single case, and the pool of their cases planned by nnU-Net."""
     with pytest.MonkeyPatch.context() as patch:
         raw = set_paths(patch, tmp_path_factory.mktemp("pooled"))
         few_samples(patch)
-        write_dataset(raw, POOL, range(5))
+        write_dataset(raw, POOL, range(6))
         write_dataset(raw, SITE_A, (0, 2, 4))
         write_dataset(raw, SITE_B, (1, 3))
+        write_dataset(raw, SITE_C, (5,))
         phases: list[str] = []
-        results = plan({"a": SITE_A, "b": SITE_B}, report=phases.append)
+        datasets = {"a": SITE_A, "b": SITE_B, "c": SITE_C}
+        results = plan(datasets, geometry=request.param, report=phases.append)
         DatasetFingerprintExtractor(POOL, 1).run(overwrite_existing=True)
         ExperimentPlanner(POOL).plan_experiment()
-        yield {"results": results, "phases": phases}
+        yield {"results": results, "phases": phases, "study": study(list(datasets), geometry=request.param)}
 
 
 @pytest.fixture
@@ -179,19 +181,25 @@ def instant(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
 def test_fingerprint_is_that_of_the_pool(pooled: dict[str, Any]) -> None:
     stock, ours = read(POOL, "dataset_fingerprint.json"), read(SITE_A, "dataset_fingerprint.json")
-    assert ours == read(SITE_B, "dataset_fingerprint.json")
+    assert ours == read(SITE_B, "dataset_fingerprint.json") == read(SITE_C, "dataset_fingerprint.json")
+    assert set(ours) == set(stock)
     key = "foreground_intensity_properties_per_channel"
     assert ours[key] == tolerant(stock)[key]
     assert ours["median_relative_size_after_cropping"] == stock["median_relative_size_after_cropping"]
-    geometry = [sorted(zip(f["spacings"], f["shapes_after_crop"], strict=True)) for f in (ours, stock)]
-    assert geometry[0] == geometry[1]
+    if pooled["study"].geometry == "lists":
+        geometry = [sorted(zip(f["spacings"], f["shapes_after_crop"], strict=True)) for f in (ours, stock)]
+        assert geometry[0] == geometry[1]
+    else:
+        fullres = read(POOL, "nnUNetPlans.json")["configurations"]["3d_fullres"]
+        assert [sorted(spacing) for spacing in ours["spacings"]] == [sorted(fullres["spacing"])] * 2
+        assert sorted(np.median(ours["shapes_after_crop"], 0)) == sorted(fullres["median_image_size_in_voxels"])
     assert len(read(SITE_A, "dataset_fingerprint_local.json")["spacings"]) == 3
 
 
 def test_plans_are_those_of_the_pool(pooled: dict[str, Any]) -> None:
     stock = comparable(read(POOL, "nnUNetPlans.json"))
-    ours = [read(number, "nnUNetFedPlans.json") for number in (SITE_A, SITE_B)]
-    assert comparable(ours[0]) == comparable(ours[1])
+    ours = [read(number, "nnUNetFedPlans.json") for number in (SITE_A, SITE_B, SITE_C)]
+    assert comparable(ours[0]) == comparable(ours[1]) == comparable(ours[2])
     assert comparable(ours[0]) == tolerant(stock)
     assert "3d_fullres" in stock["configurations"]
     assert ours[0]["experiment_planner_used"] == "nnUNetPlannerFed"
@@ -199,7 +207,7 @@ def test_plans_are_those_of_the_pool(pooled: dict[str, Any]) -> None:
 
 def test_study_travels_in_the_plans(pooled: dict[str, Any]) -> None:
     plans = read(SITE_B, "nnUNetFedPlans.json")
-    agreed = study()
+    agreed = pooled["study"]
     assert plans["federation"] == {
         "name": "test",
         "digest": agreed.digest,
@@ -207,15 +215,15 @@ def test_study_travels_in_the_plans(pooled: dict[str, Any]) -> None:
         "plans_digest": plans_digest(plans),
     }
     assert pooled["results"]["b"] == PlanningResult(
-        "Dataset012_Test", "nnUNetFedPlans", plans_digest(plans), ("3d_fullres",), 5, 2
+        "Dataset012_Test", "nnUNetFedPlans", plans_digest(plans), ("3d_fullres",), 6, 2
     )
     phases = ["checking", "extracting", "harmonising", "planning", "preprocessing", "planned"]
-    assert sorted(pooled["phases"]) == sorted(2 * phases)
+    assert sorted(pooled["phases"]) == sorted(3 * phases)
     assert list(dict.fromkeys(pooled["phases"])) == phases
 
 
 def test_preprocessed_cases(pooled: dict[str, Any]) -> None:
-    for number, cases in ((SITE_A, 3), (SITE_B, 2)):
+    for number, cases in ((SITE_A, 3), (SITE_B, 2), (SITE_C, 1)):
         identifier = read(number, "nnUNetFedPlans.json")["configurations"]["3d_fullres"]["data_identifier"]
         assert re.fullmatch(r"nnUNetFed_3d_fullres_[0-9a-f]{8}", identifier)
         folder = preprocessed(number) / identifier
@@ -260,7 +268,7 @@ def test_references_are_brought_up_to_date(
     plans, copy = read(OTHER, "nnUNetFedPlans.json"), preprocessed(OTHER) / "gt_segmentations" / label.name
 
     def again() -> None:
-        planning._preprocess("a", find_dataset(OTHER), "nnUNetFedPlans", plans, ["3d_fullres"], 1)
+        planning.preprocess("a", find_dataset(OTHER), "nnUNetFedPlans", plans, ["3d_fullres"], 1)
 
     again()
     assert copy.read_bytes() == label.read_bytes()
@@ -324,16 +332,16 @@ def test_order_of_labels_is_not_a_difference_but_for_regions(raw: Path, instant:
 def test_plans_that_differ_are_set_aside(raw: Path, instant: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
     write_dataset(raw, SITE_A, (0, 1))
     write_dataset(raw, SITE_B, (0, 1))
-    harmonise: Callable[..., dict[str, Any]] = planning.harmonise
+    harmonised: Callable[..., Any] = planning.harmonised_planner
 
-    def broken(communicator: Any, local: LocalFingerprint) -> dict[str, Any]:
-        fingerprint = harmonise(communicator, local)
+    def broken(communicator: Any, *arguments: Any) -> Any:
+        planner = harmonised(communicator, *arguments)
         if communicator.site == "b":
-            fingerprint["spacings"] = [[1.0, 1.0, 2.0]] * 4
-        return fingerprint
+            planner.original_medians[0][:] = 1.0, 1.0, 2.0
+        return planner
 
-    monkeypatch.setattr(planning, "harmonise", broken)
-    with pytest.raises(DisagreementError, match=r"original_median_spacing_after_transp: \[1.0,1.0,1.0\] \(a\), \[2.0,"):
+    monkeypatch.setattr(planning, "harmonised_planner", broken)
+    with pytest.raises(DisagreementError, match=r"original_median_spacing_after_transp: \[1.0,1.0,1.0\] \(a\), \[1.0,"):
         plan({"a": SITE_A, "b": SITE_B})
     assert instant == []
     for number in (SITE_A, SITE_B):
@@ -377,7 +385,7 @@ def test_a_configuration_that_is_not_there(raw: Path, instant: list[list[str]]) 
 def test_unknown_planner(raw: Path) -> None:
     write_dataset(raw, OTHER, (0,))
     with pytest.raises(
-        ConfigurationError, match=r"no planner 'Nope'.*known are nnUNetPlannerFed, nnUNetPlannerFedSmall"
+        ConfigurationError, match=r"no planner 'Nope'.*known are nnUNetPlannerFed, nnUNetPlannerFedResEncL, "
     ):
         plan({"a": OTHER}, planner="Nope")
     assert planner_class("nnUNetPlannerFedSmall") is nnUNetPlannerFedSmall

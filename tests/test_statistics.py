@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from nnunet_fed.communicator import LocalFederation
 from nnunet_fed.errors import FederationError
 from nnunet_fed.statistics import Moments, Quantiles, moments, quantiles
 
-PERCENTAGES = np.array((0.5, 50.0, 99.5))
+PERCENTAGES = np.array((0.0, 0.5, 50.0, 99.5, 100.0))
 Array = np.ndarray[Any, Any]
 Sites = list[list[Array]]
 
@@ -64,8 +65,13 @@ def check(sites: Sites) -> Counting:
         expected = np.percentile(values, PERCENTAGES)
         assert expected.dtype == np.float64
         np.testing.assert_array_equal(answer.values[channel], expected)
-        assert answer.minimum[channel] == values.min()
-        assert answer.maximum[channel] == values.max()
+        assert answer.values[channel, 0] == values.min()
+        assert answer.values[channel, -1] == values.max()
+        ordered = np.sort(values)
+        for (low, high), probability in zip(answer.neighbours[channel], PERCENTAGES / 100, strict=True):
+            place = (len(values) - 1) * probability
+            assert (low, high) == (ordered[math.floor(place)], ordered[math.ceil(place)])
+        assert answer.neighbours[channel, 2].mean() == np.median(values.astype(np.float64))
         assert answer.count[channel] == len(values)
     return seat
 

@@ -126,9 +126,39 @@ def test_below_quorum_the_deadline_fails_and_a_later_try_goes_on(serve: Serve) -
 
 
 def test_planning_never_closes_short(serve: Serve) -> None:
-    served = serve(make_study("ab", min_sites=1, planning_deadline_minutes=1 / 60))
-    with pytest.raises(DeadlineError, match=r"without b; it needs 2 of 2 sites.*the same command"):
-        served.seat("a", "planning").gather("planning/x", 1)
+    served = serve(make_study("abc", min_sites=1, planning_deadline_minutes=1 / 60))
+    a, b, c = (served.seat(site, "planning") for site in "abc")
+
+    def fails(seat: GrpcCommunicator) -> None:
+        with pytest.raises(DeadlineError, match=r"without c; it needs 3 of 3 sites.*the same command"):
+            seat.gather("planning/x", 1)
+
+    together(lambda: fails(a), lambda: fails(b))
+    assert together(*(lambda seat=seat: seat.gather("planning/x", 1) for seat in (a, b, c))) == 3 * [
+        {"a": 1, "b": 1, "c": 1}
+    ]
+
+
+@pytest.mark.parametrize("purpose", ["planning", "training"])
+def test_a_site_that_comes_into_the_study_does_not_hold_up_what_is_under_way(serve: Serve, purpose: str) -> None:
+    first = serve(make_study("ab"))
+    a, b = (first.seat(site, purpose) for site in "ab")
+    together(lambda: a.gather("planning/x", 1), lambda: b.gather("planning/x", 2))
+    first.stop()
+    second = serve(make_study("abc"))
+    a, b, c = (second.seat(site, purpose) for site in "abc")
+    assert c.gathered("planning/x") == {"a": 1, "b": 2}
+    assert c.gathered("planning/y") is None
+    assert together(lambda: a.gather("planning/y", 1), lambda: b.gather("planning/y", 2)) == [{"a": 1, "b": 2}] * 2
+    with pytest.raises(RoundClosedError):
+        c.gather("planning/y", 3)
+    assert c.gathered("planning/y") == {"a": 1, "b": 2}
+
+
+def test_a_note_is_in_the_coordinators_log(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "nnunet_fed")
+    serve(make_study("a")).seat("a", "planning").note("The sites' data sets differ")
+    assert "site a: The sites' data sets differ" in caplog.text
 
 
 def test_a_site_that_leaves_in_order_is_not_waited_for(serve: Serve) -> None:

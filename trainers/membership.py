@@ -10,6 +10,7 @@ from typing import Any
 
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.federation import Federation, Site
+from nnunet_fed.outgoing import FILE, OutgoingLog
 from nnunet_fed.trainers.record import Record
 from nnunet_fed.transport.client import GrpcCommunicator
 
@@ -22,7 +23,7 @@ class Membership:
         configuration: of nnU-Net.
         trainer: name of the trainer class.
         fold: what the command trains.
-        folder: where the record goes.
+        folder: where the record and the list of all that is sent go.
         continues: the command said ``--c``.
         attempt: the attempt of the checkpoint from which the training continues; ``None``: there is no checkpoint.
 
@@ -48,7 +49,7 @@ class Membership:
                 f"The study trains fold {study.fold}, this command fold {fold}. Train fold {study.fold} or 'all', or "
                 f"set 'fold = {fold}' in site.toml."
             )
-        self.seat = GrpcCommunicator(site)
+        self.seat = GrpcCommunicator(site, outgoing=OutgoingLog(folder / FILE))
         self.study = self.seat.join("training", study.digest, configuration, trainer, fresh=not continues)
         """The study as the coordinator has it now."""
         self.seat.close()  # nnU-Net is about to fork

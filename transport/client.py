@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import random
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from datetime import datetime
@@ -14,32 +13,22 @@ from typing import Any, TypeVar
 import grpc
 
 from nnunet_fed.communicator import check_weight
-from nnunet_fed.coordinator import Verb
-from nnunet_fed.errors import DeadlineError, NoContributionError, RefusedError, RoundClosedError, UnreachableError
+from nnunet_fed.errors import DeadlineError, NoContributionError, RefusedError, RoundClosedError
 from nnunet_fed.federation import Federation, Site, canonical_json
+from nnunet_fed.outgoing import Outgoing, array_entry, tensors_entry, value_entry
 from nnunet_fed.payload import Array, Tensors, chunks, decode, encode, measure
+from nnunet_fed.reduction import Verb
 from nnunet_fed.transport import federation_pb2 as pb
 from nnunet_fed.transport.federation_pb2_grpc import CoordinatorStub
 from nnunet_fed.transport.options import CHANNEL_OPTIONS, PROTOCOL, require_loopback
+from nnunet_fed.transport.retry import DamagedError, insist
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-REFUSALS = {
-    grpc.StatusCode.FAILED_PRECONDITION,
-    grpc.StatusCode.INVALID_ARGUMENT,
-    grpc.StatusCode.PERMISSION_DENIED,
-    grpc.StatusCode.UNAUTHENTICATED,
-    grpc.StatusCode.UNIMPLEMENTED,
-    grpc.StatusCode.NOT_FOUND,
-}
-"""Answers that another try would not change."""
-
 LONG_POLL = 15.0
 """Seconds for which one call asks the coordinator to wait."""
-PAUSES = (0.2, 30.0)
-"""First and longest pause between two tries, in seconds."""
 
 
 class GrpcCommunicator:
@@ -51,12 +40,13 @@ class GrpcCommunicator:
     Args:
         site: this site's settings.
         keep_channel: leave the channel open between the verbs. Not where others fork: nnU-Net's planning does.
+        outgoing: hears of everything that this site sends, before it leaves (:mod:`nnunet_fed.outgoing`).
 
     Raises:
         ConfigurationError: the coordinator's address needs TLS.
     """
 
-    def __init__(self, site: Site, keep_channel: bool = True):
+    def __init__(self, site: Site, keep_channel: bool = True, outgoing: Outgoing = lambda entry: None):
         if not site.insecure:
             raise RefusedError(
                 "site.toml does not say 'insecure = true', and this version of nnunet_fed speaks without TLS only, "
@@ -70,6 +60,7 @@ class GrpcCommunicator:
         """Who took part in the last collective, and with which weight."""
         self._settings = site
         self._keep_channel = keep_channel
+        self._outgoing = outgoing
         self._channel: grpc.Channel | None = None
         self._opened: CoordinatorStub | None = None
         self._random = random.Random()  # not the global one, whose state belongs to the training
@@ -98,6 +89,8 @@ class GrpcCommunicator:
             protocol=PROTOCOL, site=self.site, purpose=purpose, digest=digest, configuration=configuration,
             trainer=trainer, fresh=fresh,
         )  # fmt: skip
+        facts = {"purpose": purpose, "digest": digest, "configuration": configuration, "trainer": trainer}
+        self._sends("join", protocol=PROTOCOL, site=self.site, **facts, fresh=fresh)
         reply = self._call(lambda: self._stub.Join(request, timeout=30))
         self.study = Federation.model_validate_json(reply.study)
         self.run, self.attempt, self._purpose = reply.run, reply.attempt, purpose
@@ -108,17 +101,29 @@ class GrpcCommunicator:
     def mean(self, key: str, tensors: Tensors, weight: float) -> dict[str, Array]:
         """See :meth:`nnunet_fed.communicator.Collectives.mean`."""
         pieces = (lambda: encode(tensors)) if check_weight(weight) > 0 else None
-        return decode(self._collective(key, "mean", weight, pieces))
+        return decode(self._collective(key, "mean", weight, pieces, lambda: tensors_entry(tensors)))
 
     def sum(self, key: str, array: Array) -> Array:
         """See :meth:`nnunet_fed.communicator.Collectives.sum`."""
-        return decode(self._collective(key, "sum", 1.0, lambda: encode({"value": array})))["value"]
+        return decode(self._collective(key, "sum", 1.0, lambda: encode({"value": array}), lambda: array_entry(array)))[
+            "value"
+        ]
 
     def gather(self, key: str, value: Any) -> dict[str, Any]:
         """See :meth:`nnunet_fed.communicator.Collectives.gather`."""
         text = canonical_json(value)
-        gathered: dict[str, Any] = json.loads(bytes(self._collective(key, "gather", 1.0, lambda: iter([text]))))
+        data = self._collective(key, "gather", 1.0, lambda: iter([text]), lambda: value_entry(value))
+        gathered: dict[str, Any] = json.loads(bytes(data))
         return gathered
+
+    def gathered(self, key: str) -> dict[str, Any] | None:
+        """What the sites have gathered, without contributing to it; ``None``: nothing yet."""
+        try:
+            header, data = self._call(lambda: self._ask(key, wait=0))
+        except RefusedError:  # nobody has contributed
+            return None
+        result: dict[str, Any] | None = json.loads(bytes(data)) if header.status == "closed" else None
+        return result
 
     def newest(self, name: str) -> str | None:
         """Key of the newest closed mean called ``SCOPE/name`` whose result is kept; ``None``: there is none."""
@@ -131,6 +136,7 @@ class GrpcCommunicator:
     def report(self, progress: dict[str, Any], wait: bool = False) -> None:
         """Tell what this site is doing, to those who watch; never fails, and waits only when told to."""
         request = pb.ReportRequest(run=self.run, site=self.site, progress=json.dumps(progress))
+        self._sends("report", run=self.run, progress=progress)
         call = self._stub.Report.future(request, timeout=30)
         if wait:
             with suppress(grpc.RpcError, grpc.FutureTimeoutError):
@@ -140,10 +146,12 @@ class GrpcCommunicator:
 
     def note(self, text: str) -> None:
         """Tell what happened at this site, for the record; a coordinator that does not answer does not get it."""
+        self._sends("note", run=self.run, text=text)
         self._once(lambda: self._stub.Report(pb.ReportRequest(run=self.run, site=self.site, note=text), timeout=10))
 
     def leave(self, reason: str) -> None:
         """Take leave in order: no later round waits for this site. A coordinator that does not answer is not told."""
+        self._sends("leave", run=self.run, reason=reason)
         self._once(lambda: self._stub.Leave(pb.LeaveRequest(run=self.run, site=self.site, reason=reason), timeout=10))
 
     def _once(self, call: Callable[[], object]) -> None:
@@ -171,19 +179,33 @@ class GrpcCommunicator:
             self._opened = CoordinatorStub(self._channel)
         return self._opened
 
+    def _sends(self, what: str, **facts: Any) -> None:
+        self._outgoing({"to": self._settings.coordinator, "what": what, **facts})
+
     def _collective(
-        self, key: str, verb: Verb, weight: float, pieces: Callable[[], Iterator[bytes | memoryview]] | None
+        self,
+        key: str,
+        verb: Verb,
+        weight: float,
+        pieces: Callable[[], Iterator[bytes | memoryview]] | None,
+        content: Callable[[], dict[str, Any]],
     ) -> memoryview:
         digest, size = measure(pieces()) if pieces else ("", 0)
         offer = pb.OfferRequest(
             run=self.run, key=key, site=self.site, verb=verb, weight=weight, digest=digest, size=size
         )
+        self._sends("offer", **_facts(offer))
         if pieces is None:
             verdict = self._call(lambda: self._stub.Offer(offer, timeout=60)).verdict
         else:
             payload = pieces
-            verdict = self._call(lambda: self._contribute(offer, payload))
+            verdict = self._call(lambda: self._contribute(offer, payload, content))
         if verdict == "closed":
+            if self._purpose == "planning":
+                raise RoundClosedError(
+                    f"The others have planned without site '{self.site}'. Join them: nnunet_fed plan_and_preprocess "
+                    "... --join. Or let the coordinator open a new attempt, in which all sites plan and train anew."
+                )
             raise RoundClosedError(f"'{key}' closed without site '{self.site}'.")
         if verdict == "differs":
             if self._purpose == "planning":
@@ -195,9 +217,15 @@ class GrpcCommunicator:
             logger.warning("'%s': this site has already contributed other values; those stand.", key)
         return self._result(key)
 
-    def _contribute(self, offer: pb.OfferRequest, pieces: Callable[[], Iterator[bytes | memoryview]]) -> str:
+    def _contribute(
+        self,
+        offer: pb.OfferRequest,
+        pieces: Callable[[], Iterator[bytes | memoryview]],
+        content: Callable[[], dict[str, Any]],
+    ) -> str:
         verdict: str = self._stub.Offer(offer, timeout=60).verdict
         if verdict == "send":
+            self._sends("upload", **_facts(offer), **content())
 
             def messages() -> Iterator[pb.UploadChunk]:
                 yield pb.UploadChunk(offer=offer)
@@ -227,8 +255,8 @@ class GrpcCommunicator:
                 until = datetime.fromtimestamp(header.closes_at).strftime("%Y-%m-%d %H:%M:%S")
                 logger.info("waiting for %s in '%s', until %s at most", ", ".join(told) or "the result", key, until)
 
-    def _ask(self, key: str) -> tuple[pb.ResultHeader, memoryview]:
-        request = pb.ResultRequest(run=self.run, key=key, site=self.site, wait_seconds=LONG_POLL)
+    def _ask(self, key: str, wait: float = LONG_POLL) -> tuple[pb.ResultHeader, memoryview]:
+        request = pb.ResultRequest(run=self.run, key=key, site=self.site, wait_seconds=wait)
         replies = self._stub.Result(request, timeout=3600)
         header = next(replies).header
         buffer = memoryview(bytearray(header.size if header.status == "closed" else 0))
@@ -237,47 +265,22 @@ class GrpcCommunicator:
             buffer[position : position + len(reply.data)] = reply.data
             position += len(reply.data)
         if header.status == "closed" and measure([buffer])[0] != header.digest:
-            raise _DamagedError
+            raise DamagedError
         self.bytes_received += position
         return header, buffer
 
     def _call(self, function: Callable[[], T]) -> T:
         """Try until an answer comes or the patience ends, with growing, jittered pauses."""
         try:
-            return self._insist(function)
+            return insist(function, self._patience, self._settings.coordinator, self._random)
         finally:
             if not self._keep_channel:
                 self.close()
 
-    def _insist(self, function: Callable[[], T]) -> T:
-        end = time.monotonic() + self._patience
-        pause = PAUSES[0]
-        while True:
-            try:
-                return function()
-            except (grpc.RpcError, _DamagedError, ValueError) as error:
-                code = error.code() if isinstance(error, grpc.RpcError) else grpc.StatusCode.DATA_LOSS
-                details = error.details() if isinstance(error, grpc.RpcError) else "a transfer was damaged"
-                if code in REFUSALS:
-                    raise RefusedError(str(details)) from None
-                remaining = end - time.monotonic()
-                if remaining <= 0:
-                    raise UnreachableError(
-                        f"The coordinator at {self._settings.coordinator} does not answer ({details}); gave up after "
-                        f"{self._patience / 60:g} minutes. Is it running, and is the address in site.toml right?"
-                    ) from None
-                if pause == PAUSES[0]:
-                    until = datetime.fromtimestamp(time.time() + remaining).strftime("%Y-%m-%d %H:%M:%S")
-                    logger.warning(
-                        "the coordinator at %s does not answer (%s); trying until %s",
-                        self._settings.coordinator, details, until,
-                    )  # fmt: skip
-                time.sleep(min(remaining, pause * self._random.uniform(0.5, 1.0)))
-                pause = min(2 * pause, PAUSES[1])
 
-
-class _DamagedError(Exception):
-    """A download did not match its digest."""
+def _facts(offer: pb.OfferRequest) -> dict[str, Any]:
+    facts = {"run": offer.run, "key": offer.key, "verb": offer.verb, "weight": offer.weight}
+    return {**facts, "bytes": offer.size, "digest": offer.digest}
 
 
 def _transfer_seconds(size: int) -> float:

@@ -12,9 +12,10 @@ from typing import Any, NoReturn, cast, get_args
 
 import grpc
 
-from nnunet_fed.coordinator import Coordinator, Purpose, Verb, Verdict
+from nnunet_fed.coordinator import Coordinator, Purpose, Verdict
 from nnunet_fed.errors import ConfigurationError, FederationError
 from nnunet_fed.payload import CHUNK
+from nnunet_fed.reduction import Verb
 from nnunet_fed.store import Collective
 from nnunet_fed.transport import federation_pb2 as pb
 from nnunet_fed.transport.federation_pb2_grpc import CoordinatorServicer, add_CoordinatorServicer_to_server

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -39,6 +40,18 @@ def undisturbed(planned: Planned, tmp_path_factory: pytest.TempPathFactory) -> R
     with federation(planned, folder, {"site_a": "site_a", "site_b": "site_b"}) as running:
         train_all(running)
         return running
+
+
+def test_all_that_left_a_site_is_listed(undisturbed: RunningFederation) -> None:
+    for site in undisturbed.sites.values():
+        lines = (site.results / "outgoing.jsonl").read_text().splitlines()
+        uploads = [entry for entry in map(json.loads, lines) if entry["what"] == "upload"]
+        assert sum(entry["bytes"] for entry in uploads if entry["key"].startswith("round-")) == sum(
+            entry["bytes_sent"] for entry in site.record()["rounds"]
+        )
+        models = [entry for entry in uploads if entry["verb"] == "mean"]
+        assert all(len(entry["tensors"]) > 10 for entry in models)
+        assert not any(str(site.folder) in line or "case" in line for line in lines)
 
 
 def test_one_site_is_plain_nnunet_and_equal_sites_are_one_site(planned: Planned, tmp_path: Path) -> None:

@@ -1,0 +1,104 @@
+"""A site that comes once the federation has planned: it takes the plans as they are. Source: ours."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from nnunet_fed.errors import ConfigurationError, DisagreementError
+from nnunet_fed.federation import PLANS_KEY, Federation
+from nnunet_fed.labels import LabelMap
+from nnunet_fed.planners.dataset import check_agreement, describe
+from nnunet_fed.planners.harmonised import planner_class
+from nnunet_fed.planners.mapping import prepare_dataset
+from nnunet_fed.planners.planning import (
+    DESCRIPTIONS,
+    PUBLISHED,
+    PlanningResult,
+    check_configurations,
+    make_planner,
+    preprocess,
+    wanted_configurations,
+)
+from nnunet_fed.plans import plans_digest
+
+_REMEDY = "It is this site that has to change, since the others have planned; then join again."
+
+
+class Seat(Protocol):
+    """What a site needs that joins: it reads what the others have gathered, and contributes nothing."""
+
+    site: str
+
+    def gathered(self, key: str) -> dict[str, Any] | None:
+        """What the sites have gathered under a key; ``None``: nothing yet."""
+        ...
+
+    def note(self, text: str) -> None:
+        """Tell the coordinator what happened, for the record."""
+        ...
+
+
+def join_and_preprocess(
+    seat: Seat,
+    study: Federation,
+    dataset_id: int,
+    configurations: Sequence[str] | None = None,
+    processes: int = 8,
+    report: Callable[[str], None] = lambda phase: None,
+    *,
+    labels: LabelMap | None = None,
+) -> PlanningResult:
+    """Take the fingerprint and the plans of a federation that has planned, and preprocess by them.
+
+    This site's data do not change the plans: none of their properties is sent but the number of cases, in the note with
+    which the coordinator's record says that it joined. So do its plans (``joined`` under ``federation``). Arguments as
+    in :func:`nnunet_fed.planners.planning.plan_and_preprocess`, but for the seat.
+
+    Raises:
+        ConfigurationError: the federation has not planned yet, or has planned with this site; or as in planning.
+        DisagreementError: this site's data set does not go with those of the others; shows where.
+        FederationError: a case cannot be preprocessed.
+    """
+    report("checking")
+    wanted = wanted_configurations(study, configurations)
+    dataset = prepare_dataset(dataset_id, labels, processes)
+    descriptions, published = seat.gathered(DESCRIPTIONS), seat.gathered(PUBLISHED)
+    if descriptions is None or published is None:
+        raise ConfigurationError(
+            "The sites of this federation have not planned yet, so there are no plans to join. Plan with them: the "
+            "same command without --join."
+        )
+    if seat.site in descriptions:
+        raise ConfigurationError(
+            f"Site '{seat.site}' has planned with the others. To preprocess again, give the command without --join."
+        )
+    check_agreement({**descriptions, seat.site: describe(dataset, study.planner)}, _REMEDY)
+    agreed = next(answer for answer in published.values() if answer is not None)
+    total_cases = sum(description["training cases"] for description in descriptions.values())
+
+    report("planning")
+    planner = make_planner(
+        planner_class(study.planner), dataset, study, total_cases, agreed["fingerprint"], joined=True
+    )
+    plans = {
+        **agreed["plans"],
+        "dataset_name": dataset.name,
+        "plans_name": planner.plans_identifier,
+        "image_reader_writer": planner.determine_reader_writer().__name__,
+        "experiment_planner_used": type(planner).__name__,
+    }
+    check_configurations(plans, wanted)
+    shutil.copy(dataset.folder / "dataset.json", dataset.preprocessed)  # as nnU-Net's planner does
+    planner.save_plans(plans)
+    if plans[PLANS_KEY]["plans_digest"] != plans_digest(agreed["plans"]):
+        raise DisagreementError(f"The plans of site '{seat.site}' are not those that the federation published.")
+    planned_by = ", ".join(descriptions)
+    seat.note(f"joined after planning, with {len(dataset.cases)} cases: the plans are those of {planned_by}")
+
+    report("preprocessing")
+    preprocess(seat.site, dataset, planner.plans_identifier, plans, wanted, processes)
+    report("planned")
+    digest = plans[PLANS_KEY]["plans_digest"]
+    return PlanningResult(dataset.name, planner.plans_identifier, digest, wanted, total_cases, len(dataset.cases))

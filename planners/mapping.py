@@ -1,0 +1,171 @@
+"""The data set that a site plans with: its own, or one built beside it with the federation's labels."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from nnunetv2.paths import nnUNet_raw
+from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
+
+from nnunet_fed.errors import ConfigurationError
+from nnunet_fed.federation import digest_of
+from nnunet_fed.labels import LabelMap, ResolvedMap
+from nnunet_fed.planners.dataset import RawDataset, find_dataset
+from nnunet_fed.planners.inspection import foreign_values, inspect, known_values
+from nnunet_fed.split import link
+
+logger = logging.getLogger(__name__)
+PROVENANCE = "provenance"
+"""Key of a mapped data set's dataset.json that tells what it was made from."""
+_CARRIED = ("imagesTs", "splits_final.json", "cases.csv")
+"""Linked as they are, if they are there."""
+
+
+def prepare_dataset(dataset_id: int, label_map: LabelMap | None = None, workers: int = 4) -> RawDataset:
+    """The data set that a site plans and trains with.
+
+    Without a map that is the site's own, once all its files have been looked through. With a map it is a data set
+    beside that one: images are links, label files are rewritten, and ``dataset.json`` has the federation's labels and
+    a ``provenance``. It is built again when a file of the original or the map has changed. Source: ours; files are
+    read and written by nnU-Net's class for this data set.
+
+    Args:
+        dataset_id: nnU-Net's number of the site's own data set.
+        label_map: of ``site.toml``; ``None``: the labels are the federation's already.
+        workers: cases that are read at the same time.
+
+    Raises:
+        ConfigurationError: the data set, the map, the number of the mapped data set or a file is wrong.
+    """
+    if label_map is not None and dataset_id == label_map.dataset:
+        raise ConfigurationError(
+            f"{dataset_id} is mapped_dataset in site.toml, which is built from the site's own data set. Plan with the "
+            "number of that one."
+        )
+    dataset = find_dataset(dataset_id)
+    if label_map is None:
+        known = known_values(dataset)
+        inspect(dataset, "Checking files", workers, lambda reader, case, seg: foreign_values(seg[0], known))
+        return dataset
+    resolved = label_map.resolve(dataset.json["labels"], str(dataset.folder / "dataset.json"))
+    target = _target(dataset, label_map.dataset)
+    provenance = {
+        "made_by": "nnunet_fed",
+        "source": dataset.name,
+        "values": {str(old): new for old, new in resolved.values.items()},
+        "digest": _digest(dataset, resolved),
+    }
+    if not _is_complete(target, dataset, provenance):
+        logger.info("Building %s: %s", target.name, _in_words(dataset, resolved))
+        try:
+            _build(target, dataset, resolved, provenance, workers)
+        except OSError as error:
+            raise ConfigurationError(
+                f"{target} cannot be built: {error}. Make room, or make {target.parent} writable."
+            ) from None
+    return find_dataset(label_map.dataset)
+
+
+def _target(dataset: RawDataset, number: int) -> Path:
+    """Folder of the mapped data set, once it is sure that nothing else would be overwritten or mistaken for it."""
+    name = f"Dataset{number:03d}_{dataset.name.partition('_')[2]}_mapped"
+    folder = Path(nnUNet_raw) / name
+    others = [str(other) for other in find_candidate_datasets(number) if other != name]
+    if folder.is_dir() and _provenance(folder).get("source") != dataset.name:
+        others.append(name)
+    if others:
+        raise ConfigurationError(
+            f"{', '.join(others)} has the number {number} and was not made from {dataset.name}. Set mapped_dataset in "
+            "site.toml to a number that is free."
+        )
+    return folder
+
+
+def _provenance(folder: Path) -> dict[str, Any]:
+    try:
+        provenance = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))[PROVENANCE]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return provenance if isinstance(provenance, dict) else {}
+
+
+def _digest(dataset: RawDataset, resolved: ResolvedMap) -> str:
+    files = [Path(file) for files in dataset.cases.values() for file in (*files["images"], files["label"])]
+    states = [[str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+    return digest_of([dataset.json, resolved.labels, sorted(resolved.values.items()), states, _carried(dataset)])
+
+
+def _carried(dataset: RawDataset) -> list[str]:
+    return [name for name in _CARRIED if (dataset.folder / name).exists()]
+
+
+def _is_complete(target: Path, dataset: RawDataset, provenance: dict[str, Any]) -> bool:
+    names = [name for case, files in dataset.cases.items() for name in _file_names(dataset, case, files)]
+    return _provenance(target) == provenance and all((target / name).is_file() for name in names)
+
+
+def _file_names(dataset: RawDataset, case: str, files: dict[str, Any]) -> list[str]:
+    """A case's image files by channel, and its label file, as nnU-Net names them."""
+    ending = dataset.json["file_ending"]
+    images = [f"imagesTr/{case}_{channel:04d}{ending}" for channel in range(len(files["images"]))]
+    return [*images, f"labelsTr/{case}{ending}"]
+
+
+def _in_words(dataset: RawDataset, resolved: ResolvedMap) -> str:
+    names = {number: label for label, number in resolved.labels.items()}
+    return ", ".join(
+        f"{label} {value} -> {names[resolved.values[value]]} {resolved.values[value]}"
+        for label, value in dataset.json["labels"].items()
+    )
+
+
+def _build(target: Path, dataset: RawDataset, resolved: ResolvedMap, provenance: dict[str, Any], workers: int) -> None:
+    # hidden names, in which nnU-Net sees no data set; only a complete one gets its own
+    building, old = (target.with_name(f".{target.name}.{state}") for state in ("building", "old"))
+    for folder in (building, old):
+        if folder.exists():
+            shutil.rmtree(folder)
+    for name in ("imagesTr", "labelsTr"):
+        (building / name).mkdir(parents=True)
+    _link_files(building, dataset)
+
+    def rewrite(reader: Any, case: str, seg: tuple[npt.NDArray[np.float32], dict[str, Any]]) -> list[float]:
+        foreign = foreign_values(seg[0], resolved.values)
+        if not foreign:
+            mapped = np.zeros(seg[0].shape[1:], np.uint16)
+            for value, number in resolved.values.items():
+                if number:
+                    mapped[seg[0][0] == value] = number
+            file = building / "labelsTr" / f"{case}{dataset.json['file_ending']}"
+            reader.write_seg(mapped, str(file), seg[1])
+        return foreign
+
+    inspect(dataset, "Mapping labels", workers, rewrite)
+    left_out = ("dataset", "regions_class_order")
+    content = {key: value for key, value in dataset.json.items() if key not in left_out}
+    content |= {"labels": resolved.labels, PROVENANCE: provenance}
+    (building / "dataset.json").write_text(json.dumps(content, indent=4) + "\n", encoding="utf-8")
+    if target.exists():
+        target.rename(old)
+    building.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _link_files(building: Path, dataset: RawDataset) -> None:
+    ending = dataset.json["file_ending"]
+    for case, files in dataset.cases.items():
+        for source, name in zip(files["images"], _file_names(dataset, case, files), strict=False):
+            link(Path(source), building / name)
+        # nnU-Net's TIFF reader finds the spacing there
+        first = Path(files["images"][0])
+        sidecar = first.with_name(f"{first.name.removesuffix(ending)[:-5]}.json")
+        if sidecar.is_file():
+            link(sidecar, building / "imagesTr" / f"{case}.json")
+    for name in _carried(dataset):
+        link(dataset.folder / name, building / name)

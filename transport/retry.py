@@ -1,0 +1,71 @@
+"""Call a coordinator until it answers: what another try may mend, and how long to try."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Callable
+from datetime import datetime
+from typing import TypeVar
+
+import grpc
+
+from nnunet_fed.errors import RefusedError, UnreachableError
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+REFUSALS = {
+    grpc.StatusCode.FAILED_PRECONDITION,
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.PERMISSION_DENIED,
+    grpc.StatusCode.UNAUTHENTICATED,
+    grpc.StatusCode.UNIMPLEMENTED,
+    grpc.StatusCode.NOT_FOUND,
+}
+"""Answers that another try would not change."""
+
+PAUSES = (0.2, 30.0)
+"""First and longest pause between two tries, in seconds."""
+
+
+class DamagedError(Exception):
+    """A download did not match its digest."""
+
+
+def insist(function: Callable[[], T], patience: float, address: str, jitter: random.Random) -> T:
+    """Try until an answer comes or the patience ends, with growing, jittered pauses.
+
+    Args:
+        function: the call.
+        patience: seconds.
+        address: the coordinator's, for what the user reads.
+        jitter: source of the pauses' jitter.
+
+    Raises:
+        RefusedError: the coordinator refuses; its text says why.
+        UnreachableError: no answer within the patience.
+    """
+    end = time.monotonic() + patience
+    pause = PAUSES[0]
+    while True:
+        try:
+            return function()
+        except (grpc.RpcError, DamagedError, ValueError) as error:
+            code = error.code() if isinstance(error, grpc.RpcError) else grpc.StatusCode.DATA_LOSS
+            details = error.details() if isinstance(error, grpc.RpcError) else "a transfer was damaged"
+            if code in REFUSALS:
+                raise RefusedError(str(details)) from None
+            remaining = end - time.monotonic()
+            if remaining <= 0:
+                raise UnreachableError(
+                    f"The coordinator at {address} does not answer ({details}); gave up after "
+                    f"{patience / 60:g} minutes. Is it running, and is the address in site.toml right?"
+                ) from None
+            if pause == PAUSES[0]:
+                until = datetime.fromtimestamp(time.time() + remaining).strftime("%Y-%m-%d %H:%M:%S")
+                logger.warning("the coordinator at %s does not answer (%s); trying until %s", address, details, until)
+            time.sleep(min(remaining, pause * jitter.uniform(0.5, 1.0)))
+            pause = min(2 * pause, PAUSES[1])
