@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,11 @@ from nnunetv2.utilities.dataset_name_id_conversion import convert_id_to_dataset_
 import nnunet_fed
 from nnunet_fed.errors import ConfigurationError, DisagreementError
 from nnunet_fed.federation import canonical_json
+
+# nnU-Net lists the cases in a pool of forked processes, before and after planning talks to the coordinator. A process
+# that has ever opened a gRPC channel must not fork, be it closed since: now and then a child hangs, and the pool waits
+# for it for ever. For the few regular expressions that the pool evaluates, threads do.
+nnunetv2.utilities.utils.Pool = ThreadPool
 
 PLAN_AGAIN = (
     "What a site has told stands: then let the coordinator open a new attempt "

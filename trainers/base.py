@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch._dynamo import OptimizedModule
 
@@ -88,6 +89,7 @@ class FederatedTrainer(nnUNetTrainer):
         self._resumed: dict[str, Any] | None = None
         self._pending: list[dict[str, Any]] | None = None
         self._next_epoch = 0
+        self._study_now = self.study
         self._figures: dict[str, float] = {}
 
     def _study_of(self, plans: dict[str, Any]) -> Federation:
@@ -154,6 +156,22 @@ class FederatedTrainer(nnUNetTrainer):
         self._training_cases = len(training.identifiers)
         return training, validation
 
+    def get_dataloaders(self) -> Any:
+        """nnU-Net's loaders, then the seat: who has used gRPC must not fork, and nnU-Net forks its workers here.
+
+        A training that is refused has written nothing yet but its log.
+        """
+        loaders = super().get_dataloaders()
+        if self.current_epoch < self.num_epochs:
+            try:
+                self._study_now = from_rank_zero(self._join)
+            except BaseException:
+                for loader in loaders:
+                    if isinstance(loader, NonDetMultiThreadedAugmenter):
+                        loader._finish()
+                raise
+        return loaders
+
     def run_training(self) -> None:
         """nnU-Net's loop; a site that skipped rounds leaves it early. Errors of the federation end in a sentence."""
         with sentences_for_users(), logged_by(self.print_to_log_file):
@@ -167,12 +185,12 @@ class FederatedTrainer(nnUNetTrainer):
                 raise
 
     def on_train_start(self) -> None:
-        """Join, let nnU-Net start, then agree on initial weights or go on where the federation is."""
+        """Let nnU-Net start, join, then agree on initial weights or go on where the federation is."""
         if self.current_epoch >= self.num_epochs:  # --c after the end: nothing left for which to need the others
             super().on_train_start()
             return
-        study = from_rank_zero(self._join)
-        super().on_train_start()
+        super().on_train_start()  # joins in get_dataloaders
+        study = self._study_now
         seat, site = None, Site.from_environment().name
         if self._membership is not None:
             seat = self._membership.seat

@@ -52,7 +52,6 @@ class Membership:
         self.seat = GrpcCommunicator(site, outgoing=OutgoingLog(folder / FILE))
         self.study = self.seat.join("training", study.digest, configuration, trainer, fresh=not continues)
         """The study as the coordinator has it now."""
-        self.seat.close()  # nnU-Net is about to fork
         if attempt is not None and attempt != self.seat.attempt:
             raise ConfigurationError(
                 f"The checkpoint in {folder} belongs to attempt {attempt}, the coordinator has opened attempt "

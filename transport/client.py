@@ -34,12 +34,12 @@ LONG_POLL = 15.0
 class GrpcCommunicator:
     """The collectives of :class:`nnunet_fed.communicator.Collectives` at a site, through the coordinator.
 
-    The channel opens with the first call and may be closed and opened again: no channel may be open while nnU-Net forks
-    its augmentation workers.
+    The channel opens with the first call and may be closed and opened again. A process must not fork once it has opened
+    one, even if it is closed: a forked child may hang.
 
     Args:
         site: this site's settings.
-        keep_channel: leave the channel open between the verbs. Not where others fork: nnU-Net's planning does.
+        keep_channel: leave the channel open between the verbs, as a training does. Planning is silent for hours.
         outgoing: hears of everything that this site sends, before it leaves (:mod:`nnunet_fed.outgoing`).
 
     Raises:
