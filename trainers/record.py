@@ -71,11 +71,13 @@ def logged_by(write: Callable[[str], None]) -> Iterator[None]:
             write(self.format(record))
 
     package, handler = logging.getLogger("nnunet_fed"), _Handler(logging.INFO)
-    level = package.level
+    level, propagate = package.level, package.propagate
     package.addHandler(handler)
     package.setLevel(logging.INFO)
+    package.propagate = False  # nnU-Net's log shows it on the console too
     try:
         yield
     finally:
         package.removeHandler(handler)
         package.setLevel(level)
+        package.propagate = propagate
