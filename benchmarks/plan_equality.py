@@ -18,11 +18,9 @@ from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from io import StringIO
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
-import nnunetv2.utilities.utils
 import numpy as np
 import SimpleITK as sitk  # noqa: N813
 from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
@@ -312,8 +310,6 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     arguments = parser.parse_args()
-    # nnU-Net lists cases in forked processes, which must not start while the other sites' threads hold locks
-    nnunetv2.utilities.utils.Pool = ThreadPool
     original = DatasetFingerprintExtractor.__init__
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:

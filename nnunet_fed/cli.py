@@ -160,13 +160,13 @@ def plan_and_preprocess(
         raise ConfigurationError("--dry-run goes without --join, which sends nothing of this site's data.")
     site = Site.from_environment()
     if dry_run:
-        seat = GrpcCommunicator(site, keep_channel=False)
+        seat = GrpcCommunicator(site)
         rehearse(
             site, Federation.model_validate(seat.status()["study"]), dataset, processes, partial(print, file=sys.stdout)
         )
         return
     outgoing = OutgoingLog(preprocessed_folder(dataset) / FILE)
-    seat = GrpcCommunicator(site, keep_channel=False, outgoing=outgoing)
+    seat = GrpcCommunicator(site, outgoing=outgoing)
     study = seat.join("planning")
 
     def report(phase: str) -> None:

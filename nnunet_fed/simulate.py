@@ -88,9 +88,7 @@ def simulate(simulation: Simulation, console: Console) -> dict[str, Any]:
     command = [sys.executable, "-m", "nnunet_fed", "coordinator", str(study_file)]
     command += ["--listen", address, "--state", str(state), "--insecure"]
     serve = Step("The coordinator", command, os.environ, state / "coordinator.log")
-    seat = GrpcCommunicator(
-        Site(name="watch", coordinator=address, insecure=True, connect_minutes=0.1), keep_channel=False
-    )
+    seat = GrpcCommunicator(Site(name="watch", coordinator=address, insecure=True, connect_minutes=0.1))
     with signals_interrupt(), ExitStack() as stack:
         coordinator = Process(serve)
         stack.callback(stop, [coordinator])

@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,6 @@ def raw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         self.num_foreground_voxels_for_intensitystats = 10e4
 
     monkeypatch.setattr(DatasetFingerprintExtractor, "__init__", few_samples)
-    monkeypatch.setattr("nnunetv2.utilities.utils.Pool", ThreadPool)
     monkeypatch.setattr(extraction, "ProcessPoolExecutor", lambda workers, context: ThreadPoolExecutor(workers))
     monkeypatch.setattr(planning, "preprocess_dataset", lambda *_: None)
     return tmp_path / "nnUNet_raw"

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from rich.console import Console
-from test_planning import SITE_A, SITE_B, _list_cases_with_threads, instant, plan, raw, write_dataset  # noqa: F401
+from test_planning import SITE_A, SITE_B, instant, plan, raw, write_dataset  # noqa: F401
 
 from nnunet_fed.fingerprint import LocalFingerprint
 from nnunet_fed.planners import planning

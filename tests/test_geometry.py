@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
 from io import StringIO
-from multiprocessing.pool import ThreadPool
 from typing import Any
 
 import numpy as np
@@ -56,7 +55,6 @@ def datasets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[RawDatas
         return known[text]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nnunetv2.utilities.utils.Pool", ThreadPool)
         patch.setattr(ExperimentPlanner, "static_estimate_VRAM_usage", staticmethod(remembered))
         raw = set_paths(patch, tmp_path_factory.mktemp("geometry"))
         for number in range(1, MANY + 2):
@@ -233,7 +231,6 @@ def test_residual_encoders_share_preprocessed_cases_only_with_a_federation(datas
 
 
 def test_too_few_cases(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nnunetv2.utilities.utils.Pool", ThreadPool)
     write_dataset(set_paths(monkeypatch, tmp_path), OTHER, (0, 1))
     with pytest.raises(ConfigurationError, match=r"Site 'a' has 2 training cases .* at least 3, .*Nothing was sent"):
         plan({"a": OTHER}, min_cases=3)
@@ -241,7 +238,6 @@ def test_too_few_cases(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_unknown_preprocessor(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nnunetv2.utilities.utils.Pool", ThreadPool)
     write_dataset(set_paths(monkeypatch, tmp_path), OTHER, (0,))
     with pytest.raises(ConfigurationError, match=r"no preprocessor 'Nope' in .*Set 'preprocessor_name'"):
         plan({"a": OTHER}, preprocessor_name="Nope")

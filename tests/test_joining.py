@@ -15,7 +15,6 @@ from test_planning import (  # noqa: F401 (fixtures)
     OTHER,
     SITE_A,
     SITE_B,
-    _list_cases_with_threads,
     instant,
     preprocessed,
     raw,

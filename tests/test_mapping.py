@@ -7,7 +7,6 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,6 @@ def raw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         monkeypatch.setenv(name, str(tmp_path / name))
         (tmp_path / name).mkdir()
-    monkeypatch.setattr("nnunetv2.utilities.utils.Pool", ThreadPool)  # nnU-Net's own forks twelve processes
     return tmp_path / "nnUNet_raw"
 
 

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
@@ -107,14 +106,6 @@ def tolerant(plans: dict[str, Any]) -> dict[str, Any]:
         channel["mean"] = pytest.approx(channel["mean"], rel=1e-6)
         channel["std"] = pytest.approx(channel["std"], rel=1e-6)
     return plans
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _list_cases_with_threads() -> Iterator[None]:
-    """nnU-Net lists the cases in forked processes, which must not start while the other sites' threads hold locks."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nnunetv2.utilities.utils.Pool", ThreadPool)
-        yield
 
 
 def few_samples(patch: pytest.MonkeyPatch) -> None:

@@ -39,14 +39,13 @@ class GrpcCommunicator:
 
     Args:
         site: this site's settings.
-        keep_channel: leave the channel open between the verbs, as a training does. Planning is silent for hours.
         outgoing: hears of everything that this site sends, before it leaves (:mod:`nnunet_fed.outgoing`).
 
     Raises:
         ConfigurationError: the coordinator's address needs TLS.
     """
 
-    def __init__(self, site: Site, keep_channel: bool = True, outgoing: Outgoing = lambda entry: None):
+    def __init__(self, site: Site, outgoing: Outgoing = lambda entry: None):
         if not site.insecure:
             raise RefusedError(
                 "site.toml does not say 'insecure = true', and this version of nnunet_fed speaks without TLS only, "
@@ -59,7 +58,6 @@ class GrpcCommunicator:
         self.weights: dict[str, float] = {}
         """Who took part in the last collective, and with which weight."""
         self._settings = site
-        self._keep_channel = keep_channel
         self._outgoing = outgoing
         self._channel: grpc.Channel | None = None
         self._opened: CoordinatorStub | None = None
@@ -141,8 +139,6 @@ class GrpcCommunicator:
         if wait:
             with suppress(grpc.RpcError, grpc.FutureTimeoutError):
                 call.result(timeout=5)
-        if not self._keep_channel:
-            self.close()
 
     def note(self, text: str) -> None:
         """Tell what happened at this site, for the record; a coordinator that does not answer does not get it."""
@@ -271,11 +267,7 @@ class GrpcCommunicator:
 
     def _call(self, function: Callable[[], T]) -> T:
         """Try until an answer comes or the patience ends, with growing, jittered pauses."""
-        try:
-            return insist(function, self._patience, self._settings.coordinator, self._random)
-        finally:
-            if not self._keep_channel:
-                self.close()
+        return insist(function, self._patience, self._settings.coordinator, self._random)
 
 
 def _facts(offer: pb.OfferRequest) -> dict[str, Any]:
