@@ -33,9 +33,12 @@ from rich.table import Table
 
 DATASET = "Dataset001_Phantom"
 SITE = "site_a"
-TARGET = 1.03
-METHODS = {"nnUNetTrainerFedAvg": {"name": "fedavg"}}
-"""Table of the study's method for each trainer that can be measured; each is a module in nnunet_fed.trainers."""
+METHODS: dict[str, tuple[dict[str, Any], float]] = {
+    "nnUNetTrainerFedAvg": ({"name": "fedavg"}, 1.03),
+    # every foreground counts as a small lesion: there is work to do in nearly every step
+    "nnUNetTrainerFedGS": ({"name": "fedgs", "threshold": 1, "log_base": 10, "truncation_guard": False}, 1.05),
+}
+"""Table of the study's method and target of each trainer that can be measured, a module in nnunet_fed.trainers."""
 
 
 @dataclass
@@ -89,8 +92,8 @@ def prepare(folder: Path, arguments: argparse.Namespace) -> tuple[dict[str, Any]
 
     study = Federation.model_validate(
         {
-            "name": "overhead", "sites": (SITE,), "method": METHODS[arguments.trainer], "fold": "all",
-            "planner": "nnUNetPlannerFedSmall", "configuration": arguments.configuration,
+            "name": "overhead", "sites": (SITE,), "method": METHODS[arguments.trainer][0], "fold": "all",
+            "planner": arguments.planner, "configuration": arguments.configuration,
             "rounds": arguments.warmup + arguments.epochs + 1, "iterations_per_epoch": arguments.iterations,
             "val_iterations_per_epoch": arguments.val_iterations,
         }
@@ -272,8 +275,9 @@ def show(result: dict[str, Any], trainer: str, console: Console) -> None:
     ratios.add_row("ratio of all epochs", f"{result['ratio of all epochs']:.4f}", "", "")
     console.print(ratios)
     for what in ("ratio", "ratio of CPU time"):
-        met = result[what]["median"] <= TARGET
-        console.print(f"Target: {what}, median of at most {TARGET}: {'met' if met else 'missed'}.")
+        target = METHODS[trainer][1]
+        met = result[what]["median"] <= target
+        console.print(f"Target: {what}, median of at most {target}: {'met' if met else 'missed'}.")
 
 
 def main() -> None:
@@ -285,6 +289,7 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=20, help="steps of an epoch; nnU-Net's own epochs have 250")
     parser.add_argument("--val-iterations", type=int, default=4, help="validation steps of an epoch")
     parser.add_argument("--cases", type=int, default=5, help="training cases")
+    parser.add_argument("--planner", default="nnUNetPlannerFedSmall", help="nnUNetPlannerFed: a network of stock size")
     parser.add_argument("--configuration", default="3d_fullres")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, default=1, help="torch's threads")

@@ -21,7 +21,7 @@ from rich.console import Console
 from nnunet_fed import __version__
 from nnunet_fed.errors import ConfigurationError, DisagreementError, FederationError
 from nnunet_fed.federation import Federation, Site, explain
-from nnunet_fed.options import named_folders, repeat_option, whole_number
+from nnunet_fed.options import named_folders, named_values, repeat_option, whole_number
 
 DEBUG_VARIABLE = "nnUNet_fed_debug"
 
@@ -250,6 +250,9 @@ def simulate(
     sites: Annotated[list[str], typer.Option("--site", metavar="NAME=FOLDER", help="A site and its raw data.")],
     out: Annotated[Path, typer.Option(help="A new folder for everything that the simulation writes.")],
     method: Annotated[str, typer.Option(help="Federated method.")] = "fedavg",
+    option: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="An option of the method; repeat for more.")
+    ] = None,
     rounds: Annotated[int, typer.Option(help="Exchanges in all.")] = 10,
     local_epochs: Annotated[int, typer.Option(help="nnU-Net epochs between two exchanges.")] = 1,
     iterations: Annotated[int, typer.Option(help="Steps of an epoch.")] = 250,
@@ -263,6 +266,9 @@ def simulate(
     weighting: Annotated[str, typer.Option(help="cases or uniform.")] = "cases",
     min_sites: Annotated[int | None, typer.Option(help="Least number of sites in a round; default: all.")] = None,
     deadline_minutes: Annotated[float, typer.Option(help="Deadline of a round.")] = 60.0,
+    planned: Annotated[
+        Path | None, typer.Option(help="Folder of an earlier simulation of these sites: take its plans.")
+    ] = None,
     until: Annotated[Until, typer.Option(help="Where to stop.")] = Until.validate,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[int | None, typer.Option(help="Threads of each site; default: its share of the cores.")] = None,
@@ -273,7 +279,8 @@ def simulate(
 
     folders = named_folders(sites)
     settings: dict[str, Any] = {
-        "name": out.resolve().name, "sites": tuple(folders), "method": {"name": method}, "planner": planner,
+        "name": out.resolve().name, "sites": tuple(folders), "planner": planner,
+        "method": {"name": method, **named_values(option or [])},
         "configuration": config, "fold": fold if fold == "all" else whole_number("--fold", fold), "rounds": rounds,
         "local_epochs": local_epochs, "iterations_per_epoch": iterations, "val_iterations_per_epoch": val_iterations,
         "initial_lr": lr, "momentum": momentum, "weighting": weighting, "seed": seed, "min_sites": min_sites,
@@ -284,5 +291,5 @@ def simulate(
     except ValidationError as error:
         raise ConfigurationError(explain(error, Federation)) from None
     console = Console(stderr=True)
-    summary = run(Simulation(folders, out, study, until.value, device, threads), console)
+    summary = run(Simulation(folders, out, study, until.value, device, threads, planned), console)
     Console().print(result_table(summary))

@@ -14,7 +14,6 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import (
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     StrictInt,
     StrictStr,
@@ -25,6 +24,7 @@ from pydantic import (
 
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.labels import LabelMap
+from nnunet_fed.method_tables import METHOD_TABLES, Method, Table
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -50,10 +50,6 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(canonical_json(value)).hexdigest()
 
 
-class _Table(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
 def _is_fold(fold: Any) -> Any:
     if fold != "all" and (type(fold) is not int or fold < 0):
         raise ValueError("use a whole number from 0 on, or 'all'")
@@ -64,17 +60,7 @@ Spacing = Annotated[float, Field(gt=0)]
 Fold = Annotated[int | Literal["all"], BeforeValidator(_is_fold)]
 
 
-class FedAvg(_Table):
-    """Federated averaging (McMahan et al. 2017, Algorithm 1): the mean of the sites' weights after local training."""
-
-    name: Literal["fedavg"]
-
-
-Method = Annotated[FedAvg, Field()]
-"""The method's table: ``name`` and the options of that method. A new method adds its table to this union."""
-
-
-class Federation(_Table):
+class Federation(Table):
     """A study as all sites agree on it.
 
     Fields marked *operational* may change while the study runs; all others change the mathematics, and with it
@@ -177,7 +163,7 @@ def _is_label_source(source: Any) -> Any:
 LabelSource = Annotated[tuple[StrictInt | StrictStr, ...], BeforeValidator(_is_label_source)]
 
 
-class Site(_Table):
+class Site(Table):
     """A site's own settings: ``site.toml``, found through the environment variable ``nnUNet_fed_site``."""
 
     name: str
@@ -258,10 +244,15 @@ def explain(error: ValidationError, cls: type[BaseModel]) -> str:
     """All of pydantic's complaints as a sentence each, with the nearest known key for a typo."""
     sentences = []
     for problem in error.errors(include_url=False):
-        place = ".".join(str(part) for part in problem["loc"]) or "the file"
+        path, table = list(problem["loc"]), cls
+        if path[:1] == ["method"] and len(path) > 1:
+            table = METHOD_TABLES[str(path.pop(1))]  # pydantic names the chosen table in between
+        place = ".".join(str(part) for part in path) or "the file"
         if problem["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(str(problem["loc"][-1]), list(cls.model_fields), n=1)
+            near = difflib.get_close_matches(str(path[-1]), list(table.model_fields), n=1)
             sentences.append(f"unknown key '{place}'" + (f", did you mean '{near[0]}'?" if near else "."))
+        elif problem["type"] == "union_tag_not_found":
+            sentences.append(f"the key '{place}.name' is missing.")
         elif problem["type"] == "missing":
             sentences.append(f"the key '{place}' is missing.")
         elif problem["type"] in ("literal_error", "union_tag_invalid"):

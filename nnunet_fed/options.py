@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from typing import Any
 
 from nnunet_fed.errors import ConfigurationError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 
 def repeat_option(arguments: list[str], option: str) -> list[str]:
@@ -30,6 +37,22 @@ def named_folders(sites: list[str]) -> dict[str, Path]:
             raise ConfigurationError(f"--site {name} is given twice; every site has a name of its own.")
         folders[name] = Path(folder)
     return folders
+
+
+def named_values(options: list[str]) -> dict[str, Any]:
+    """Values by name out of ``NAME=VALUE``; VALUE is as in TOML, or a text. Raises :class:`ConfigurationError`."""
+    values: dict[str, Any] = {}
+    for option in options:
+        name, separator, text = option.partition("=")
+        if not separator:
+            raise ConfigurationError(f"--option {option}: give a name and a value, as in --option strength=2.")
+        if name in values:
+            raise ConfigurationError(f"--option {name} is given twice.")
+        try:
+            values[name] = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            values[name] = text
+    return values
 
 
 def whole_number(option: str, text: str) -> int:

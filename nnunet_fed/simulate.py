@@ -23,6 +23,7 @@ from rich.console import Console
 
 from nnunet_fed.errors import ConfigurationError, FederationError, UnreachableError
 from nnunet_fed.federation import SITE_FILE_VARIABLE, Federation, Site
+from nnunet_fed.planned import adopt, check_same_planning
 from nnunet_fed.processes import Process, Step, Worker, raise_first, signals_interrupt, stop, stop_workers
 from nnunet_fed.split import new_folder
 from nnunet_fed.summary import result_table, site_summary, summarise
@@ -31,7 +32,7 @@ from nnunet_fed.watch import watch
 
 __all__ = ["Simulation", "plugin_folder", "result_table", "simulate"]
 
-TRAINERS = {"fedavg": "nnUNetTrainerFedAvg"}
+TRAINERS = {"fedavg": "nnUNetTrainerFedAvg", "fedgs": "nnUNetTrainerFedGS"}
 """nnU-Net trainer of each method."""
 HOST = "127.0.0.1"
 FOLDS = 5
@@ -55,6 +56,8 @@ class Simulation:
     device: str = "cpu"
     threads: int | None = None
     """Threads of each site; ``None``: its share of the cores."""
+    planned: Path | None = None
+    """Folder of an earlier simulation of these sites, whose plans and preprocessed data are taken over."""
 
 
 def simulate(simulation: Simulation, console: Console) -> dict[str, Any]:
@@ -72,6 +75,8 @@ def simulate(simulation: Simulation, console: Console) -> dict[str, Any]:
     """
     started = time.monotonic()
     study = simulation.study
+    if simulation.planned is not None:
+        check_same_planning(simulation.planned, study)
     if study.plans_name is None:
         study = study.model_copy(update={"plans_name": study.planner.replace("Planner", "") + "Plans"})
     places = _places(simulation)
@@ -81,6 +86,8 @@ def simulate(simulation: Simulation, console: Console) -> dict[str, Any]:
     address = f"{HOST}:{_free_port()}"
     for place in places:
         place.make(address)
+        if simulation.planned is not None:
+            adopt(simulation.planned / "sites" / place.name / "nnUNet_preprocessed", place.folder, study)
     state, study_file = out / "coordinator", out / "federation.toml"
     state.mkdir()
     study_file.write_text(to_toml(study.model_dump(mode="json")), encoding="utf-8")
@@ -135,16 +142,28 @@ def plugin_folder() -> Path:
     return Path(spec.submodule_search_locations[0]) / "plugin"
 
 
-def to_toml(values: Mapping[str, Any]) -> str:
-    """JSON values as TOML: flat ones, then a table for each mapping of flat ones; ``None`` is left out."""
+def to_toml(values: Mapping[str, Any], within: str = "") -> str:
+    """JSON values as TOML: flat ones, then a table for each mapping; ``None`` is left out.
+
+    Args:
+        values: by key.
+        within: name of the table that they are in.
+    """
     tables = {key: value for key, value in values.items() if isinstance(value, Mapping)}
     # TOML reads JSON's numbers, strings and lists of them, but no pair of surrogates
     lines = [
-        f"{key} = {json.dumps(value, ensure_ascii=False)}\n"
+        f"{_toml_key(key)} = {json.dumps(value, ensure_ascii=False)}\n"
         for key, value in values.items()
         if value is not None and key not in tables
     ]
-    return "".join([*lines, *(f"\n[{key}]\n{to_toml(table)}" for key, table in tables.items())])
+    for key, table in tables.items():
+        name = within + _toml_key(key)
+        lines.append(f"\n[{name}]\n{to_toml(table, name + '.')}")
+    return "".join(lines)
+
+
+def _toml_key(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else json.dumps(key, ensure_ascii=False)
 
 
 @dataclass(frozen=True)
@@ -242,7 +261,9 @@ def _steps(simulation: Simulation, study: Federation, place: Place) -> list[Step
     planning = dict(common)
     if planning.get(AUGMENTATION_VARIABLE) == "0":  # stock planning fails with it
         del planning[AUGMENTATION_VARIABLE]
-    steps = [Step("Planning", planning_command(study), planning, folder / "plan.log")]
+    steps = []
+    if simulation.planned is None:
+        steps.append(Step("Planning", planning_command(study), planning, folder / "plan.log"))
     if simulation.until != "plan":
         training = {AUGMENTATION_VARIABLE: "0", **common, "nnUNet_fed_skip_validation": ""}
         if simulation.until == "train":

@@ -44,7 +44,13 @@ OTHER_VALUES: dict[str, tuple[Any, bool]] = {
     "planning_deadline_minutes": (1.0, False),
     "keep_rounds": (4, False),
 }
-METHODS: dict[str, dict[str, Any]] = {"fedavg": {}}
+METHODS: dict[str, dict[str, Any]] = {
+    "fedavg": {},
+    "fedgs": {
+        "variant": "fedgs_norm", "strength": 1.0, "threshold": 150.0, "log_base": 100.0, "classes": ("lesion",),
+        "truncation_guard": False, "warm_down": 0.1,
+    },
+}  # fmt: skip
 """Another value of each option of each method; all of them are mathematics."""
 
 
@@ -153,6 +159,23 @@ def sentence(model: type[Federation] | type[Site], **changes: Any) -> str:
         ({"geometry": "list"}, "geometry: there is no 'list'; known: 'private' or 'lists'."),
         ({"overwrite_target_spacing": [1.0, 1.0]}, "the key 'overwrite_target_spacing.2' is missing"),
         ({"overwrite_target_spacing": [1.0, 0.0, 1.0]}, "overwrite_target_spacing.1: input should be greater than 0"),
+        ({"method": {"name": "fedgs", "strenght": 1}}, "unknown key 'method.strenght', did you mean 'strength'?"),
+        (
+            {"method": {"name": "fedgs", "threshold": 0.5}},
+            "threshold is an inverse area, patch over lesion: use numbers",
+        ),
+        ({"method": {"name": "fedgs", "threshold": {"x": 2, "y": 0}}}, "use numbers of at least 1"),
+        ({"method": {"name": "fedgs", "threshold": 1}}, "the base of a logarithm is above 1"),
+        ({"method": {"name": "fedgs", "log_base": 1}}, "the base of a logarithm is above 1"),
+        (
+            {"method": {"name": "fedgs", "threshold": "calibrated"}},
+            "threshold: use a number, or a number for each class",
+        ),
+        ({"method": {"name": "fedgs", "threshold": {}}}, "threshold: use a number, or a number for each class"),
+        ({"method": {"name": "fedgs", "threshold": float("inf")}}, "threshold"),
+        ({"method": {"name": "fedgs", "strength": -1}}, "method.strength: input should be greater than or equal to 0"),
+        ({"method": {"name": "fedgs", "warm_down": 1}}, "method.warm_down: input should be less than 1"),
+        ({"method": {"name": "fedgs", "classes": []}}, "method.classes: "),
         ({"gpu_memory_target_in_gb": 0}, "gpu_memory_target_in_gb: input should be greater than 0 (found 0)."),
     ],
 )

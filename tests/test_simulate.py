@@ -120,7 +120,13 @@ def test_the_sites_are_those_of_the_study_and_differ_in_more_than_capitals(tmp_p
 
 
 def test_toml_comes_back_as_it_was(tmp_path: Path) -> None:
-    study = make_study(("a", "b-2"), name='"Übung" \\ 😀\n', initial_lr=1e-7, min_sites=1, fold="all")
+    method = {
+        "name": "fedgs",
+        "threshold": {"Läsion 1": 150, "cyst": 2.5},
+        "log_base": 10,
+        "classes": ("Läsion 1", "cyst"),
+    }
+    study = make_study(("a", "b-2"), name='"Übung" \\ 😀\n', initial_lr=1e-7, min_sites=1, fold="all", method=method)
     path = tmp_path / "federation.toml"
     path.write_text(to_toml(study.model_dump(mode="json")), encoding="utf-8")
     assert Federation.read(path) == study

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -14,7 +15,13 @@ from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMu
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch._dynamo import OptimizedModule
 
-from nnunet_fed.errors import ConfigurationError, DisagreementError, FederationError, RoundClosedError
+from nnunet_fed.errors import (
+    ConfigurationError,
+    DeadlineError,
+    DisagreementError,
+    FederationError,
+    RoundClosedError,
+)
 from nnunet_fed.federation import PLANS_KEY, Federation, Site
 from nnunet_fed.methods.fedavg import site_weight
 from nnunet_fed.payload import Array
@@ -91,6 +98,8 @@ class FederatedTrainer(nnUNetTrainer):
         self._next_epoch = 0
         self._study_now = self.study
         self._figures: dict[str, float] = {}
+        self.diagnostics: dict[str, float] = {}
+        """The method's figures of the round, for the log and the record; set them in :meth:`exchange`."""
 
     def _study_of(self, plans: dict[str, Any]) -> Federation:
         name = plans.get("plans_name")
@@ -116,6 +125,22 @@ class FederatedTrainer(nnUNetTrainer):
             scope: first part of this round's keys. The mean ``SCOPE/model`` must hold what a late site continues from.
         """
         raise NotImplementedError
+
+    def prepare(self) -> None:
+        """Agree on what the method needs before the first round; called on every rank, never after ``--c``.
+
+        A site that comes late calls it too: use scopes of its own, and fetch what closed without this site.
+        """
+
+    def catch_up(self, scope: str) -> None:
+        """Take what else a site needs that now holds the model of ``scope`` but missed its exchange."""
+
+    def method_state(self) -> dict[str, Any]:
+        """The method's own state, for the checkpoint; part of what a resumed training must have to send the same."""
+        return {}
+
+    def load_method_state(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`method_state`; the network and the optimizer are restored already."""
 
     @property
     def bare_network(self) -> torch.nn.Module:
@@ -281,6 +306,7 @@ class FederatedTrainer(nnUNetTrainer):
             "pending": self._pending,
             "next_epoch": self._next_epoch,
             "random": checkpoint.random_states(),
+            "method": self.method_state(),
         }
         additions = {checkpoint.FEDERATION: state, "trainer_name": nnUNetTrainer.__name__}
         checkpoint.amend(part, Path(filename), additions)
@@ -297,6 +323,7 @@ class FederatedTrainer(nnUNetTrainer):
         if self._pending is not None:
             for values in self.logger.get_checkpoint().values():
                 del values[self.current_epoch :]
+        self.load_method_state(state["method"])
 
     def _save_pending(self, train_outputs: list[dict[str, Any]]) -> None:
         """Save the state before the exchange, as of an epoch that is not over."""
@@ -339,6 +366,7 @@ class FederatedTrainer(nnUNetTrainer):
             require_agreement(self.communicator, scope, digests)
         except RoundClosedError:
             self._take_newest()
+        self.prepare()
 
     def _continue(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint, or from the newest model when the federation has moved on meanwhile."""
@@ -353,21 +381,34 @@ class FederatedTrainer(nnUNetTrainer):
     def _exchange_round(self, number: int) -> None:
         scope = scope_of_round(number)
         self._report("exchanging")
-        with self._membership.exchanging(scope) if self._membership is not None else nullcontext():
+        self.diagnostics = {}
+        with self._membership.exchanging(scope) if self._membership is not None else nullcontext({}) as entry:
             try:
                 self.exchange(scope)
             except RoundClosedError:
                 self._happened(f"{scope} went on without this site")
-                self._take_newest()
+                self._take_newest(number)
+            else:
+                entry.update(self.diagnostics)
+        if self.diagnostics:
+            figures = ", ".join(f"{name} {value:.5g}" for name, value in self.diagnostics.items())
+            self.print_to_log_file(f"{self.method} in {scope}: {figures}")
         if self.study.momentum_on_round == "reset":
             self.optimizer.state.clear()
 
-    def _take_newest(self) -> None:
-        """Load the federation's newest model, and note the epoch from which to go on."""
-        key = self.communicator.newest(self.MODEL)
-        if key is None:
-            raise DisagreementError("The federation has no model yet from which this site could go on.")
+    def _take_newest(self, number: int = -1) -> None:
+        """Load the federation's newest model, of round ``number`` or later, and note the epoch from which to go on."""
+        end = time.monotonic() + 60 * self._study_now.deadline_minutes
+        while (key := self.communicator.newest(self.MODEL)) is None or round_of(key) < number:
+            if key is None and number < 0:
+                raise DisagreementError("The federation has no model yet from which this site could go on.")
+            if time.monotonic() > end:  # the site missed an earlier collective of the round
+                raise DeadlineError(
+                    f"The others did not finish {scope_of_round(number)}, which began without this site."
+                )
+            time.sleep(1)
         self.load_shared(self.communicator.fetch(key))
+        self.catch_up(key.partition("/")[0])
         self._next_epoch = (round_of(key) + 1) * self.study.local_epochs
 
     def _skip_to(self, epoch: int) -> None:

@@ -68,16 +68,18 @@ class Membership:
         )  # fmt: skip
 
     @contextmanager
-    def exchanging(self, scope: str) -> Iterator[None]:
-        """Note what the exchange within costs."""
+    def exchanging(self, scope: str) -> Iterator[dict[str, float]]:
+        """Note what the exchange within costs, and the method's figures that are put into the yielded mapping."""
         started, sent, received = time.monotonic(), self.seat.bytes_sent, self.seat.bytes_received
-        yield
+        figures: dict[str, float] = {}
+        yield figures
         self._record.exchanged(
             scope,
             self.seat.weights,
             self.seat.bytes_sent - sent,
             self.seat.bytes_received - received,
             time.monotonic() - started,
+            figures,
         )
 
     def happened(self, text: str) -> None:

@@ -38,13 +38,21 @@ class Record:
         self._content["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
         self._write()
 
-    def exchanged(self, scope: str, weights: dict[str, float], sent: int, received: int, seconds: float) -> None:
+    def exchanged(
+        self,
+        scope: str,
+        weights: dict[str, float],
+        sent: int,
+        received: int,
+        seconds: float,
+        diagnostics: dict[str, float],
+    ) -> None:
         """Note one exchange; an exchange that a resumed training repeats stands once."""
         self._content["rounds"] = [entry for entry in self._content["rounds"] if entry["scope"] != scope]
         self._content["rounds"].append(
             {
                 "scope": scope, "weights": weights, "bytes_sent": sent, "bytes_received": received,
-                "seconds": round(seconds, 3), "at": time.time(),
+                "seconds": round(seconds, 3), "at": time.time(), "diagnostics": diagnostics,
             }
         )  # fmt: skip
         self._content["bytes_sent"] = self._content.get("bytes_sent", 0) + sent

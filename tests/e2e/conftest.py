@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from harness import Planned, environment
+from harness import Planned, RunningFederation, environment, federation, train_all
 
 from nnunet_fed.federation import Federation
 from nnunet_fed.phantom import write_phantom
@@ -30,3 +30,12 @@ def planned(phantom: Path, tmp_path_factory: pytest.TempPathFactory) -> Planned:
         env=environment(), check=True, timeout=300,
     )  # fmt: skip
     return Planned(out, Federation.read(out / "federation.toml"))
+
+
+@pytest.fixture(scope="session")
+def undisturbed(planned: Planned, tmp_path_factory: pytest.TempPathFactory) -> RunningFederation:
+    """Two sites, three rounds of federated averaging, nothing happens."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    with federation(planned, folder, {"site_a": "site_a", "site_b": "site_b"}) as running:
+        train_all(running)
+        return running

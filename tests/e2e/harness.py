@@ -19,11 +19,10 @@ from typing import Any
 import torch
 
 from nnunet_fed.federation import Federation, Site
-from nnunet_fed.simulate import plugin_folder, to_toml
+from nnunet_fed.simulate import TRAINERS, plugin_folder, to_toml
 from nnunet_fed.transport.client import GrpcCommunicator
 
 PLANS = "nnUNetFedSmallPlans"
-TRAINER = "nnUNetTrainerFedAvg"
 PATIENCE = 240.0
 
 
@@ -75,6 +74,7 @@ class RunningSite:
     name: str
     folder: Path
     dataset: str
+    trainer: str
     environment: dict[str, str]
     fold: str = "0"
     process: subprocess.Popen[bytes] | None = None
@@ -85,11 +85,11 @@ class RunningSite:
 
     @property
     def results(self) -> Path:
-        return self.folder / "results" / self.dataset / f"{TRAINER}__{PLANS}__3d_fullres" / f"fold_{self.fold}"
+        return self.folder / "results" / self.dataset / f"{self.trainer}__{PLANS}__3d_fullres" / f"fold_{self.fold}"
 
     def start(self, *arguments: str) -> None:
         with self.log.open("ab") as log:
-            train = [command("nnUNetv2_train"), "1", "3d_fullres", self.fold, "-tr", TRAINER, "-p", PLANS]
+            train = [command("nnUNetv2_train"), "1", "3d_fullres", self.fold, "-tr", self.trainer, "-p", PLANS]
             self.process = subprocess.Popen(
                 [*train, "-device", "cpu", *arguments],
                 env=self.environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
@@ -138,9 +138,8 @@ class RunningFederation:
         dataset = planned.restudy(data, study, folder / "preprocessed")
         paths = {f"nnUNet_{what}": folder / what for what in ("raw", "preprocessed", "results")}
         extra = {"nnUNet_extTrainer": plugin_folder(), "nnUNet_fed_skip_validation": 1}
-        return RunningSite(
-            name, folder, dataset, environment(**paths, nnUNet_fed_site=folder / "site.toml", **{**extra, **variables})
-        )
+        variables = {**extra, **variables, "nnUNet_fed_site": folder / "site.toml"}
+        return RunningSite(name, folder, dataset, TRAINERS[study.method.name], environment(**paths, **variables))
 
     def serve(self) -> None:
         with (self.folder / "coordinator.log").open("ab") as log:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from harness import PLANS, TRAINER, Planned
+from harness import PLANS, Planned
 from nnunetv2.run.run_training import run_training
 from serving import Served
 
 from nnunet_fed.errors import RefusedError
 from nnunet_fed.federation import Federation
-from nnunet_fed.simulate import plugin_folder
+from nnunet_fed.simulate import TRAINERS, plugin_folder
 
 pytestmark = pytest.mark.e2e
 
@@ -38,9 +40,9 @@ def point(folder: Path, address: str) -> None:
     (folder / "site.toml").write_text(text)
 
 
-def refusal(fold: int = 0) -> str:
+def refusal(fold: int = 0, method: str = "fedavg") -> str:
     with pytest.raises(SystemExit) as refused:
-        run_training("1", "3d_fullres", fold, TRAINER, PLANS, device=torch.device("cpu"))
+        run_training("1", "3d_fullres", fold, TRAINERS[method], PLANS, device=torch.device("cpu"))
     assert isinstance(refused.value.code, str)
     assert refused.value.__cause__ is None
     return refused.value.code
@@ -82,4 +84,21 @@ def test_debug_shows_the_error_itself(
     other = Federation.model_validate({**planned.study.model_dump(), "sites": ("x", "y")})
     point(site, serve(other).server.address)
     with pytest.raises(RefusedError, match="not in the study"):
-        run_training("1", "3d_fullres", 0, TRAINER, PLANS, device=torch.device("cpu"))
+        run_training("1", "3d_fullres", 0, TRAINERS["fedavg"], PLANS, device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"classes": ["tumour"]}, "names the class tumour in 'classes', but dataset.json has organ, lesion."),
+        ({"classes": ["lesion"], "threshold": {"organ": 5.0}}, "has 'threshold' for organ, but the lesion classes are"),
+        ({"log_base": {"lesion": 5.0}}, "has 'log_base' for lesion, but the lesion classes are organ, lesion"),
+    ],
+)
+def test_classes_that_the_data_set_does_not_have(
+    site: Path, planned: Planned, options: dict[str, Any], expected: str
+) -> None:
+    study = Federation.model_validate({**planned.study.model_dump(), "method": {"name": "fedgs", **options}})
+    shutil.rmtree(site / "preprocessed")
+    planned.restudy("site_a", study, site / "preprocessed")
+    assert expected in refusal(method="fedgs")

@@ -4,5 +4,6 @@ So the trainers themselves are not here but imported from the installed package,
 """
 
 from nnunet_fed.trainers.nnUNetTrainerFedAvg import nnUNetTrainerFedAvg
+from nnunet_fed.trainers.nnUNetTrainerFedGS import nnUNetTrainerFedGS
 
-__all__ = ["nnUNetTrainerFedAvg"]
+__all__ = ["nnUNetTrainerFedAvg", "nnUNetTrainerFedGS"]

@@ -1,0 +1,59 @@
+"""Another study on data that are planned and preprocessed already: the plans carry it, the cases are shared.
+
+Source: ours. What planning reads of a study must be the same in both.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from nnunet_fed.errors import ConfigurationError
+from nnunet_fed.federation import PLANS_KEY, Federation
+
+PLANNING = (
+    "sites", "planner", "geometry", "overwrite_target_spacing", "gpu_memory_target_in_gb", "preprocessor_name",
+    "configuration",
+)  # fmt: skip
+"""Fields of a study on which plans and preprocessed data depend."""
+
+
+def check_same_planning(earlier: Path, study: Federation) -> None:
+    """See that an earlier simulation planned what ``study`` would plan; raises :class:`ConfigurationError`."""
+    past = Federation.read(earlier / "federation.toml")
+    for field in PLANNING:
+        before, now = getattr(past, field), getattr(study, field)
+        if before != now:
+            raise ConfigurationError(
+                f"The simulation in {earlier} was planned with {field} = {before!r}, this one has {now!r}: "
+                "plan anew, without --planned."
+            )
+
+
+def adopt(preprocessed: Path, folder: Path, study: Federation) -> None:
+    """Make a site's ``nnUNet_preprocessed`` out of another one, with plans that carry ``study``.
+
+    Args:
+        preprocessed: the other one's, with one data set; its cases are linked to, not copied.
+        folder: of the site, in which ``nnUNet_preprocessed`` is made.
+        study: names the plans.
+
+    Raises:
+        ConfigurationError: there is no data set, or no plans in it.
+    """
+    found = sorted(preprocessed.glob("Dataset*/*Plans.json"))
+    if not found:
+        raise ConfigurationError(f"There are no plans in {preprocessed}: name a simulation that has planned.")
+    source = found[0].parent
+    target = folder / "nnUNet_preprocessed" / source.name
+    target.mkdir(parents=True)
+    for entry in source.iterdir():
+        if entry.is_dir():
+            (target / entry.name).symlink_to(entry.resolve(), target_is_directory=True)
+        elif entry != found[0]:
+            shutil.copy(entry, target)
+    plans = json.loads(found[0].read_text(encoding="utf-8"))
+    plans["plans_name"] = study.plans_name
+    plans[PLANS_KEY].update(name=study.name, digest=study.digest, study=study.model_dump(mode="json"))
+    (target / f"{study.plans_name}.json").write_text(json.dumps(plans, indent=4), encoding="utf-8")

@@ -1,0 +1,64 @@
+"""Another study on planned data: what is taken over, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from serving import make_study
+
+from nnunet_fed.errors import ConfigurationError
+from nnunet_fed.federation import Federation
+from nnunet_fed.planned import adopt, check_same_planning
+from nnunet_fed.simulate import to_toml
+
+
+def planned(folder: Path) -> Path:
+    """What an earlier simulation left at one site."""
+    dataset = folder / "nnUNet_preprocessed" / "Dataset001_a"
+    (dataset / "cases").mkdir(parents=True)
+    (dataset / "cases" / "case.b2nd").write_text("voxels")
+    (dataset / "dataset.json").write_text("{}")
+    plans = {"plans_name": "OldPlans", "federation": {"study": {}, "plans_digest": "p", "small_lesions": {"x": 1.5}}}
+    (dataset / "OldPlans.json").write_text(json.dumps(plans))
+    return folder / "nnUNet_preprocessed"
+
+
+def test_the_plans_carry_the_new_study_and_the_cases_are_shared(tmp_path: Path) -> None:
+    study = make_study("ab", rounds=77, plans_name="NewPlans")
+    adopt(planned(tmp_path / "old"), tmp_path / "new", study)
+    dataset = tmp_path / "new" / "nnUNet_preprocessed" / "Dataset001_a"
+    plans = json.loads((dataset / "NewPlans.json").read_text())
+    carried = plans["federation"]
+    assert Federation.model_validate(carried["study"]) == study
+    assert (carried["digest"], carried["plans_digest"]) == (study.digest, "p")
+    assert carried["small_lesions"] == {"x": 1.5}
+    assert plans["plans_name"] == "NewPlans"
+    assert not (dataset / "OldPlans.json").exists()
+    assert (dataset / "cases").is_symlink()
+    assert (dataset / "cases" / "case.b2nd").read_text() == "voxels"
+
+
+def test_without_plans_it_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="There are no plans in"):
+        adopt(tmp_path, tmp_path / "new", make_study("ab", plans_name="NewPlans"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "refused"),
+    [
+        ({"rounds": 9, "seed": 5, "momentum": 0.5}, None),
+        ({"planner": "other"}, "planner"),
+        ({"geometry": "lists"}, "geometry"),
+    ],
+)
+def test_what_planning_reads_must_be_the_same(tmp_path: Path, changes: dict[str, Any], refused: str | None) -> None:
+    (tmp_path / "federation.toml").write_text(to_toml(make_study("ab").model_dump(mode="json")))
+    study = make_study("ab", **changes)
+    if refused is None:
+        check_same_planning(tmp_path, study)
+    else:
+        with pytest.raises(ConfigurationError, match=f"planned with {refused} = "):
+            check_same_planning(tmp_path, study)
