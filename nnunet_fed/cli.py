@@ -274,7 +274,7 @@ def simulate(
     threads: Annotated[int | None, typer.Option(help="Threads of each site; default: its share of the cores.")] = None,
 ) -> None:
     """Run a whole federation on this machine: real processes, the real network, nnU-Net's own commands."""
-    from nnunet_fed.simulate import Simulation, result_table
+    from nnunet_fed.simulate import Simulation, lesion_table, result_table
     from nnunet_fed.simulate import simulate as run
 
     folders = named_folders(sites)
@@ -292,4 +292,6 @@ def simulate(
         raise ConfigurationError(explain(error, Federation)) from None
     console = Console(stderr=True)
     summary = run(Simulation(folders, out, study, until.value, device, threads, planned), console)
-    Console().print(result_table(summary))
+    for table in (result_table(summary), lesion_table(summary)):
+        if table is not None:
+            Console().print(table)

@@ -6,8 +6,8 @@ nnunetv2's ``DatasetFingerprintExtractor``; the federated form is ours.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,8 @@ class LocalFingerprint:
     """Voxels after the crop to nonzero by voxels before it, of each case."""
     intensities: Sequence[Array]
     """Foreground intensities sampled from all cases: a 1D array for each channel."""
+    lesion_volumes: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """Volumes of the lesions of all cases by class; no part of nnU-Net's fingerprint, but read from the same files."""
 
 
 @dataclass(frozen=True)

@@ -26,11 +26,11 @@ from nnunet_fed.federation import SITE_FILE_VARIABLE, Federation, Site
 from nnunet_fed.planned import adopt, check_same_planning
 from nnunet_fed.processes import Process, Step, Worker, raise_first, signals_interrupt, stop, stop_workers
 from nnunet_fed.split import new_folder
-from nnunet_fed.summary import result_table, site_summary, summarise
+from nnunet_fed.summary import lesion_table, result_table, site_summary, summarise
 from nnunet_fed.transport.client import GrpcCommunicator
 from nnunet_fed.watch import watch
 
-__all__ = ["Simulation", "plugin_folder", "result_table", "simulate"]
+__all__ = ["Simulation", "lesion_table", "plugin_folder", "result_table", "simulate"]
 
 TRAINERS = {"fedavg": "nnUNetTrainerFedAvg", "fedgs": "nnUNetTrainerFedGS"}
 """nnU-Net trainer of each method."""

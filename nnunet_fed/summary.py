@@ -1,4 +1,4 @@
-"""What came out of a simulation: Dice by nnU-Net's own validation, and the traffic, by site. Source: ours."""
+"""What came out of a simulation: Dice by nnU-Net's own validation, by lesion size, and the traffic. Source: ours."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from rich.table import Table
 from rich.text import Text
 
 from nnunet_fed.federation import Federation
+from nnunet_fed.lesions import METRICS, SMALL_LESIONS, pool
 
 Numbers = Mapping[str, Any]
 ALL_NOTE = "trained and validated on all its cases; not in the mean"
+SIZE_NOTE = "Small: up to the volume in mm³ (2D: area in mm²) below which a fifth of the training lesions lie"
 
 
 def site_summary(results: Path, labels: Numbers, fold: int | str) -> dict[str, Any]:
@@ -27,6 +29,7 @@ def site_summary(results: Path, labels: Numbers, fold: int | str) -> dict[str, A
         fold: the fold.
     """
     record, validation = _read(results / "federation.json"), _read(results / "validation" / "summary.json")
+    lesions = _read(results / "validation" / "lesions.json")
     names = {str(tuple(value) if isinstance(value, list) else value): name for name, value in labels.items()}
     dice = _finite(validation.get("foreground_mean", {}).get("Dice"))
     return {
@@ -39,21 +42,29 @@ def site_summary(results: Path, labels: Numbers, fold: int | str) -> dict[str, A
             names.get(key, key): _finite(metrics["Dice"]) for key, metrics in validation.get("mean", {}).items()
         }
         or None,
+        **{key: lesions.get(key) for key in (SMALL_LESIONS, "lesions", *METRICS)},
         "bytes_sent": record.get("bytes_sent"),
         "bytes_received": record.get("bytes_received"),
     }
 
 
 def summarise(study: Federation, sites: Mapping[str, Numbers], seconds: float) -> dict[str, Any]:
-    """The sites' summaries with their mean Dice, over the sites that kept validation cases apart."""
-    counted = [site["dice"] for site in sites.values() if site["fold"] != "all"]
+    """The sites' summaries, with their mean Dice and with means over the lesions of all sites.
+
+    Both are of the sites that kept validation cases apart.
+    """
+    counted = [site for site in sites.values() if site["fold"] != "all"]
+    pooled = pool([site for site in counted if site["lesions"]])
     return {
         "method": study.method.name,
         "rounds": study.rounds,
         "seed": study.seed,
         "seconds": round(seconds, 1),
         "sites": dict(sites),
-        "mean_dice": {model: _mean([dice[model] for dice in counted]) for model in ("final", "global")},
+        "mean_dice": {model: _mean([site["dice"][model] for site in counted]) for model in ("final", "global")},
+        # the plans' own, hence the same at all sites
+        SMALL_LESIONS: next((site[SMALL_LESIONS] for site in sites.values() if site[SMALL_LESIONS]), None),
+        **{key: by_class or None for key, by_class in pooled.items()},
     }
 
 
@@ -87,6 +98,40 @@ def result_table(summary: Numbers) -> Table:
         )
     table.add_section()
     table.add_row("mean", "", "", *(_dice(mean[model]) for model in models.values()))
+    return table
+
+
+def lesion_table(summary: Numbers) -> Table | None:
+    """A row for each site and class, and one for each class at all sites; ``None`` where no lesion was compared."""
+    blocks = {f"{name} *" if site["fold"] == "all" else name: site for name, site in summary["sites"].items()}
+    blocks = {name: block for name, block in [*blocks.items(), ("all sites", summary)] if block["lesions"]}
+    if not blocks:
+        return None
+    notes = [f"* {ALL_NOTE}"] if any(name.endswith(" *") for name in blocks) else []
+    table = Table(
+        title="By lesion size",
+        caption=Text("\n".join([SIZE_NOTE, *notes])),
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("Site")
+    table.add_column("Class", overflow="fold")
+    heads = ["Small: up to", "Lesions small/large", "Dice small", "large", "all", "Recall small", "large"]
+    for head in heads:
+        table.add_column(head, justify="right")
+    metrics = ("dice_small", "dice_large", "dice_lesions", "lesion_recall_small", "lesion_recall_large")
+    for name, block in blocks.items():
+        for label, count in block["lesions"].items():
+            threshold = (block[SMALL_LESIONS] or {}).get(label)
+            table.add_row(
+                Text(name),
+                Text(label),
+                "-" if threshold is None else f"{threshold:.1f}",
+                f"{count['small']}/{count['large']}",
+                *(_dice(block[metric][label]) for metric in metrics),
+            )
+        table.add_section()
     return table
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -15,6 +16,7 @@ from rich.progress import Progress
 
 from nnunet_fed.errors import FederationError
 from nnunet_fed.fingerprint import LocalFingerprint
+from nnunet_fed.lesions import lesion_volumes
 
 
 def extract(dataset_id: int, total_cases: int, processes: int) -> LocalFingerprint:
@@ -30,7 +32,7 @@ def extract(dataset_id: int, total_cases: int, processes: int) -> LocalFingerpri
 
     Returns:
         Geometry of each case, and float32 intensities pooled over the cases; they are float64 where a case has no
-        foreground, as in nnU-Net.
+        foreground, as in nnU-Net. Besides the volumes of all lesions, which nnU-Net does not measure.
 
     Raises:
         FederationError: a case cannot be analysed, has values that are not finite, or its worker died.
@@ -54,8 +56,8 @@ def extract(dataset_id: int, total_cases: int, processes: int) -> LocalFingerpri
                 # no more cases than workers: if a worker dies, these are the suspects
                 while waiting and len(running) < processes:
                     case = waiting.pop()
-                    files = cases[case]
-                    job = pool.submit(extractor.analyze_case, files["images"], files["label"], reader, samples)
+                    labels = extractor.dataset_json["labels"]
+                    job = pool.submit(_analyse, extractor.analyze_case, cases[case], reader, samples, labels)
                     running[job] = case
                 done, _ = wait(running, return_when=FIRST_COMPLETED)
                 for job in done:
@@ -75,7 +77,22 @@ def extract(dataset_id: int, total_cases: int, processes: int) -> LocalFingerpri
         shapes_after_crop=[result[0] for result in ordered],
         relative_sizes=[float(result[4]) for result in ordered],
         intensities=[np.concatenate(channel) for channel in zip(*(result[2] for result in ordered), strict=True)],
+        lesion_volumes={name: [volume for result in ordered for volume in result[-1][name]] for name in ordered[0][-1]},
     )
+
+
+def _analyse(
+    analyze_case: Callable[..., tuple[Any, ...]],
+    files: dict[str, Any],
+    reader: Any,
+    samples: int,
+    labels: Mapping[str, Any],
+) -> tuple[Any, ...]:
+    """What nnU-Net says of a case, and the volumes of its lesions; runs in a worker."""
+    result = analyze_case(files["images"], files["label"], reader, samples)
+    segmentation, _ = reader().read_seg(files["label"])
+    # the spacing of the images: a label file without a sidecar (TIFF) has none
+    return (*result, lesion_volumes(segmentation[0], result[1], labels))
 
 
 def _result(job: Future[Any], case: str, files: dict[str, Any]) -> tuple[Any, ...]:

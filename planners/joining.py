@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from nnunet_fed.errors import ConfigurationError, DisagreementError
 from nnunet_fed.federation import PLANS_KEY, Federation
 from nnunet_fed.labels import LabelMap
+from nnunet_fed.lesions import SMALL_LESIONS
 from nnunet_fed.planners.dataset import check_agreement, describe
 from nnunet_fed.planners.harmonised import planner_class
 from nnunet_fed.planners.mapping import prepare_dataset
@@ -79,9 +80,9 @@ def join_and_preprocess(
     total_cases = sum(description["training cases"] for description in descriptions.values())
 
     report("planning")
-    planner = make_planner(
-        planner_class(study.planner), dataset, study, total_cases, agreed["fingerprint"], joined=True
-    )
+    # plans that were published before there was such a key have none
+    about = {"joined": True, **{key: agreed[key] for key in (SMALL_LESIONS,) if key in agreed}}
+    planner = make_planner(planner_class(study.planner), dataset, study, total_cases, agreed["fingerprint"], **about)
     plans = {
         **agreed["plans"],
         "dataset_name": dataset.name,

@@ -16,6 +16,7 @@ from nnunet_fed.errors import ConfigurationError, DisagreementError, FederationE
 from nnunet_fed.federation import PLANS_KEY, Federation
 from nnunet_fed.fingerprint import LocalFingerprint, fingerprint_of
 from nnunet_fed.labels import LabelMap
+from nnunet_fed.lesions import SMALL_LESIONS, small_lesion_thresholds
 from nnunet_fed.planners.dataset import PLAN_AGAIN, RawDataset, check_agreement, describe
 from nnunet_fed.planners.explanation import Row, explain
 from nnunet_fed.planners.extraction import extract
@@ -132,11 +133,12 @@ def agree(
     local = extract(dataset.id, total_cases, processes)
 
     report("harmonising")
+    small_lesions = {SMALL_LESIONS: small_lesion_thresholds(communicator, "planning/lesions", local.lesion_volumes)}
     planner = harmonised_planner(
         communicator,
         local,
         study.geometry,
-        lambda fingerprint: make_planner(make, dataset, study, total_cases, fingerprint),
+        lambda fingerprint: make_planner(make, dataset, study, total_cases, fingerprint, **small_lesions),
     )
     _write_local_fingerprint(dataset, local)
 
@@ -148,7 +150,7 @@ def agree(
         planner.plans_file.replace(planner.plans_file.with_suffix(".refused.json"))
         raise
     # for sites that join later; it is the same everywhere, so one copy is enough
-    published = {"fingerprint": planner.dataset_fingerprint, "plans": comparable(plans)}
+    published = {"fingerprint": planner.dataset_fingerprint, "plans": comparable(plans), **small_lesions}
     communicator.gather(PUBLISHED, published if communicator.site == next(iter(descriptions)) else None)
     return Agreement(dataset, local, planner, plans, total_cases)
 
@@ -199,7 +201,7 @@ def make_planner(
         study: what the plans carry.
         total_cases: training cases at all sites.
         fingerprint: of all sites.
-        about: facts that this site's plans carry beside the study.
+        about: what this site's plans carry beside the study.
     """
     dataset.preprocessed.mkdir(parents=True, exist_ok=True)
     _write_json(dataset.preprocessed / "dataset_fingerprint.json", fingerprint)

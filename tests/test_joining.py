@@ -27,7 +27,7 @@ from nnunet_fed.errors import ConfigurationError, DisagreementError, RoundClosed
 from nnunet_fed.federation import Site
 from nnunet_fed.outgoing import OutgoingLog
 from nnunet_fed.planners.joining import join_and_preprocess
-from nnunet_fed.planners.planning import plan_and_preprocess
+from nnunet_fed.planners.planning import PUBLISHED, plan_and_preprocess
 from nnunet_fed.planners.rehearsal import rehearse
 
 Serve = Callable[..., Served]
@@ -66,6 +66,9 @@ def test_a_site_that_joins_later(serve: Serve, tmp_path: Path, geometry: str) ->
     result = run(second, "c", join_and_preprocess, outgoing=OutgoingLog(log))
     plans = read(OTHER, "nnUNetFedPlans.json")
     assert plans["federation"]["joined"] is True
+    assert (
+        plans["federation"]["small_lesions"] == before["federation"]["small_lesions"] == {"lesion": None, "organ": 2.5}
+    )
     assert "joined" not in before["federation"]
     assert plans["federation"]["plans_digest"] == before["federation"]["plans_digest"] == result.plans_digest
     assert (plans["dataset_name"], plans["image_reader_writer"]) == ("Dataset021_Test", "NibabelIO")
@@ -123,4 +126,31 @@ def test_a_rehearsal_shows_what_a_site_alone_would_send(serve: Serve, tmp_path: 
     names = ("key", "verb", "bytes", "dtype", "shape", "value", "nonzero")
     sent = [{name: entry[name] for name in names if name in entry} for entry in lines(log, "upload")]
     assert [json.loads(text) for text in told if text.startswith("{")] == sent
-    assert {"planning/dataset", "planning/plans", "planning/published"} < {entry["key"] for entry in sent}
+    assert {"planning/dataset", "planning/lesions/present", "planning/lesions/counts", "planning/plans", PUBLISHED} < {
+        entry["key"] for entry in sent
+    }
+    (published,) = [entry["value"] for entry in sent if entry["key"] == PUBLISHED]
+    assert published["small_lesions"] == read(SITE_A, "nnUNetFedPlans.json")["federation"]["small_lesions"]
+
+
+@pytest.mark.usefixtures("three")
+def test_plans_from_before_there_were_thresholds_are_joined_without(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = serve(make_study("ab"))
+    together(lambda: run(first, "a"), lambda: run(first, "b"))
+    first.stop()
+    second = serve(make_study("abc"))
+    seat = second.seat("c", "planning")
+    gathered = seat.gathered
+
+    def without(key: str) -> Any:
+        answers = gathered(key)
+        for answer in answers.values() if key == PUBLISHED else ():
+            if answer is not None:
+                del answer["small_lesions"]
+        return answers
+
+    monkeypatch.setattr(seat, "gathered", without)
+    join_and_preprocess(seat, second.study, OTHER, None, 1)
+    assert "small_lesions" not in read(OTHER, "nnUNetFedPlans.json")["federation"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -15,7 +16,7 @@ import pytest
 import SimpleITK as sitk  # noqa: N813
 from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
-from nnunetv2.paths import nnUNet_preprocessed
+from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 
@@ -23,10 +24,12 @@ from nnunet_fed.communicator import LocalFederation
 from nnunet_fed.errors import ConfigurationError, DisagreementError, FederationError
 from nnunet_fed.federation import Federation
 from nnunet_fed.fingerprint import LocalFingerprint
+from nnunet_fed.labels import LabelMap
 from nnunet_fed.planners import planning
 from nnunet_fed.planners.dataset import find_dataset
 from nnunet_fed.planners.extraction import extract
 from nnunet_fed.planners.harmonised import planner_class
+from nnunet_fed.planners.mapping import prepare_dataset
 from nnunet_fed.planners.nnUNetPlannerFed import nnUNetPlannerFed
 from nnunet_fed.planners.nnUNetPlannerFedSmall import nnUNetPlannerFedSmall
 from nnunet_fed.planners.planning import PlanningResult, plan_and_preprocess
@@ -156,7 +159,11 @@ def instant(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
     def made_up(dataset_id: int, total_cases: int, processes: int) -> LocalFingerprint:
         return LocalFingerprint(
-            [[1.0, 1.0, 1.0]] * 2, [[20, 22, 24]] * 2, [0.9] * 2, [np.arange(9, dtype=np.float32)] * 2
+            [[1.0, 1.0, 1.0]] * 2,
+            [[20, 22, 24]] * 2,
+            [0.9] * 2,
+            [np.arange(9, dtype=np.float32)] * 2,
+            {"organ": [float(dataset_id), 2.5], "lesion": []},
         )
 
     def preprocess(dataset_id: int, plans_name: str, configurations: list[str], processes: list[int]) -> None:
@@ -203,6 +210,7 @@ def test_study_travels_in_the_plans(pooled: dict[str, Any]) -> None:
         "name": "test",
         "digest": agreed.digest,
         "study": agreed.model_dump(mode="json"),
+        "small_lesions": plans["federation"]["small_lesions"],
         "plans_digest": plans_digest(plans),
     }
     assert pooled["results"]["b"] == PlanningResult(
@@ -211,6 +219,26 @@ def test_study_travels_in_the_plans(pooled: dict[str, Any]) -> None:
     phases = ["checking", "extracting", "harmonising", "planning", "preprocessing", "planned"]
     assert sorted(pooled["phases"]) == sorted(3 * phases)
     assert list(dict.fromkeys(pooled["phases"])) == phases
+
+
+def test_thresholds_of_small_lesions_are_those_of_the_pool(pooled: dict[str, Any]) -> None:
+    agreed = [read(number, "nnUNetFedPlans.json")["federation"]["small_lesions"] for number in (SITE_A, SITE_B, SITE_C)]
+    assert agreed[0] == agreed[1] == agreed[2]
+    volumes: dict[str, list[float]] = {"organ": [], "lesion": []}
+    for case in (0, 1, 2, 4, 5):  # a block of 8 x 8 x 8 voxels each
+        label = Path(nnUNet_raw) / "Dataset001_Test" / "labelsTr" / f"case_{case:03d}.nii.gz"
+        volumes["lesion" if case % 2 else "organ"].append(
+            512 * math.prod(sorted(sitk.ReadImage(str(label)).GetSpacing()))
+        )
+    assert agreed[0] == {name: np.quantile(values, 0.2) for name, values in volumes.items()}
+
+
+def test_lesions_are_measured_with_the_mapped_labels(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few_samples(monkeypatch)
+    write_dataset(raw, OTHER, (0, 1))
+    mapped = prepare_dataset(OTHER, LabelMap(501, {"anything": ("organ", "lesion"), "nothing": ()}), 1)
+    volumes = extract(mapped.id, 2, 1).lesion_volumes
+    assert {name: len(values) for name, values in volumes.items()} == {"anything": 2, "nothing": 0}
 
 
 def test_preprocessed_cases(pooled: dict[str, Any]) -> None:
@@ -437,6 +465,19 @@ def test_value_that_is_not_finite(raw: Path, monkeypatch: pytest.MonkeyPatch, va
     sitk.WriteImage(image, file)
     with pytest.raises(FederationError, match=r"Case case_001 .*case_001_0001.nii.gz.* holds NaN or infinite"):
         extract(OTHER, 2, 1)
+
+
+def test_lesions_that_cannot_be_measured(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_dataset(raw, OTHER, (0, 1))
+    monkeypatch.setattr(DatasetFingerprintExtractor, "analyze_case", staticmethod(spoil_label))
+    with pytest.raises(FederationError, match=r"Case case_000 .*case_000.nii.gz\) cannot be analysed"):
+        extract(OTHER, 2, 1)
+
+
+def spoil_label(images: list[str], label: str, *_: Any) -> tuple[Any, ...]:
+    """A label file that breaks once nnU-Net has read it."""
+    Path(label).write_text("no image")
+    return (), [1.0, 1.0, 1.0], [], [], 1.0
 
 
 def die(*_: Any) -> None:

@@ -15,13 +15,15 @@ from typing import Any
 import pytest
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from serving import make_study
 
 from nnunet_fed import processes, simulate, watch
 from nnunet_fed.errors import ConfigurationError, FederationError
 from nnunet_fed.federation import Federation, Site
+from nnunet_fed.lesions import CaseResult, Lesion, aggregate
 from nnunet_fed.simulate import Simulation, count_cases, plugin_folder, to_toml, training_command
-from nnunet_fed.summary import result_table, site_summary, summarise
+from nnunet_fed.summary import lesion_table, result_table, site_summary, summarise
 
 LABELS = {"background": 0, "whole": [1, 2], "core": 2, "edge": 3}
 MODEL = "nnUNetTrainerFedAvg__nnUNetFedSmallPlans__3d_fullres"
@@ -43,7 +45,7 @@ def simulation(folder: Path, cases: dict[str, int], until: Any = "validate", **s
     return Simulation(sites, folder / "out", make_study(tuple(cases), planner="nnUNetPlannerFedSmall", **study), until)
 
 
-def results(fold: Path, dice: float | None = None, **record: Any) -> Path:
+def results(fold: Path, dice: float | None = None, lesions: dict[str, Any] | None = None, **record: Any) -> Path:
     (fold / "validation").mkdir(parents=True)
     (fold / "federation.json").write_text(json.dumps(record))
     if dice is not None:
@@ -53,6 +55,8 @@ def results(fold: Path, dice: float | None = None, **record: Any) -> Path:
             "metric_per_case": [{}, {}, {}],
         }
         (fold / "validation" / "summary.json").write_text(json.dumps(content))
+    if lesions is not None:
+        (fold / "validation" / "lesions.json").write_text(json.dumps(lesions))
     return fold
 
 
@@ -202,7 +206,7 @@ def test_summary_leaves_a_site_without_validation_cases_out_of_the_mean(tmp_path
         name: site_summary(results(tmp_path / name, dice, **record), LABELS, fold)
         for name, dice, fold in (("a", 0.5, 0), ("b", 0.7, 0), ("c", 0.99, "all"))
     }
-    assert sites["a"] == {
+    assert {name: value for name, value in sites["a"].items() if value is not None} == {
         "fold": 0,
         "train_cases": 4,
         "val_cases": 3,
@@ -228,6 +232,52 @@ def test_what_was_not_done_is_null(tmp_path: Path) -> None:
     summary = summarise(make_study(), {"a": planned, "b": trained}, 1.0)
     assert summary["mean_dice"] == {"final": None, "global": None}
     assert "mean" in text_of(result_table(summary))
+
+
+def found(small: int, large: int, dice: float) -> dict[str, Any]:
+    """``lesions.json`` of a site whose lesions all have one Dice; nobody has an edge."""
+    case = {
+        "whole": CaseResult((Lesion(3.0, True, True, dice),) * small + (Lesion(30.0, False, False, dice),) * large, 1),
+        "edge": CaseResult((), 0),
+    }
+    return {"small_lesions": {"whole": 12.34, "edge": None}, **aggregate([case]), "cases": {"one": {}}}
+
+
+def test_results_by_lesion_size_are_pooled_over_the_lesions(tmp_path: Path) -> None:
+    sites = {
+        "a": site_summary(results(tmp_path / "a", 0.5, found(1, 0, 0.2)), LABELS, 0),
+        "b": site_summary(results(tmp_path / "b", 0.5, found(3, 2, 0.6)), LABELS, 0),
+        "c": site_summary(results(tmp_path / "c", 0.5, found(9, 9, 0.9)), LABELS, "all"),
+        "d": site_summary(results(tmp_path / "d", 0.5), LABELS, 0),
+    }
+    assert sites["a"]["dice_small"] == {"whole": 0.2, "edge": None}
+    assert sites["a"]["dice_large"] == {"whole": None, "edge": None}
+    assert "cases" not in sites["a"]
+    assert sites["d"]["dice_small"] is None
+    summary = summarise(make_study("abcd"), sites, 1.0)
+    assert summary["small_lesions"] == {"whole": 12.34, "edge": None}
+    assert summary["lesions"]["whole"] == {"small": 4, "large": 2, "all": 6, "false_positives": 2}
+    assert summary["dice_small"] == {"whole": pytest.approx(0.5), "edge": None}
+    assert summary["dice_large"] == {"whole": pytest.approx(0.6), "edge": None}
+    assert (summary["lesion_recall_small"]["whole"], summary["lesion_recall_large"]["whole"]) == (1.0, 0.0)
+    table = lesion_table(summary)
+    assert table is not None
+    assert [list(column.cells)[-2:] for column in table.columns[:4]] == [
+        [Text("all sites")] * 2,
+        [Text("whole"), Text("edge")],
+        ["12.3", "-"],
+        ["4/2", "0/0"],
+    ]
+    shown = text_of(table)
+    for part in ("By lesion size", "c *", "not in the mean", "9/9", "0.5000"):
+        assert part in shown
+
+
+def test_without_results_by_lesion_size_there_is_no_table(tmp_path: Path) -> None:
+    summary = summarise(make_study("a"), {"a": site_summary(results(tmp_path / "a", 0.5), LABELS, 0)}, 1.0)
+    assert lesion_table(summary) is None
+    names = ("small_lesions", "lesions", "dice_small", "dice_large", "lesion_recall_small")
+    assert [summary[name] for name in names] == [None] * len(names)
 
 
 def test_a_personalized_model_has_a_column_beside_the_global_one(tmp_path: Path) -> None:

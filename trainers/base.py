@@ -32,6 +32,7 @@ from nnunet_fed.trainers.membership import Membership
 from nnunet_fed.trainers.ranks import RankZeroSeat, from_rank_zero, patient_group
 from nnunet_fed.trainers.record import logged_by
 from nnunet_fed.trainers.rounds import common_start, pad_log, require_agreement, round_of, scope_of_round
+from nnunet_fed.trainers.strata import evaluate_lesions
 
 DEBUG_VARIABLE = "nnUNet_fed_debug"
 THREADS_VARIABLE = "nnUNet_fed_threads"
@@ -284,6 +285,8 @@ class FederatedTrainer(nnUNetTrainer):
         else:
             self._report("validating")
             super().perform_actual_validation(save_probabilities)
+            with sentences_for_users():
+                evaluate_lesions(self)
         self._report("done", wait=True)
         if self._membership is not None:
             self._membership.seat.close()

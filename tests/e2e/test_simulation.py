@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from harness import environment
@@ -19,10 +20,10 @@ def test_a_round_with_forked_augmentation_workers_and_a_site_too_small_for_folds
     subprocess.run([*split, "--limit", "2"], check=True, timeout=60)
     out = tmp_path / "out"
     sites = ["--site", f"large={phantom / 'site_a'}", "--site", f"small={small / 'site_1'}"]
-    subprocess.run(
+    run = subprocess.run(
         [sys.executable, "-m", "nnunet_fed", "simulate", *sites, "--method", "fedavg", "--rounds", "1", "--iterations",
          "3", "--val-iterations", "1", "--lr", "0.05", "--momentum", "0.9", "--out", str(out)],
-        env=environment(nnUNet_n_proc_DA=2), check=True, timeout=400,
+        env=environment(nnUNet_n_proc_DA=2), check=True, timeout=400, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     summary = json.loads((out / "summary.json").read_text())
     assert summary["method"] == "fedavg"
@@ -33,11 +34,31 @@ def test_a_round_with_forked_augmentation_workers_and_a_site_too_small_for_folds
     assert set(large["dice_per_class"]) == {"organ", "lesion"}
     assert summary["mean_dice"] == large["dice"], "who validates on training cases is left out of the mean"
     assert large["bytes_sent"] > 700_000
+    results_by_lesion_size(out, summary, run.stdout)
     record = json.loads((out / "record.json").read_text())
     (run,) = [run for run in record["runs"].values() if run["purpose"] == "training"]
     (model,) = [collective for collective in run["collectives"] if collective["key"] == "round-0000/model"]
     assert {site: entry["weight"] for site, entry in model["sites"].items()} == {"large": 4.0, "small": 2.0}
     assert model["sites"]["large"]["bytes"] == large["bytes_sent"]
+
+
+def results_by_lesion_size(out: Path, summary: dict[str, Any], shown: str) -> None:
+    plans = [
+        json.loads(path.read_text()) for path in out.glob("sites/*/nnUNet_preprocessed/*/nnUNetFedSmallPlans.json")
+    ]
+    assert len(plans) == 2
+    thresholds = plans[0]["federation"]["small_lesions"]
+    assert thresholds == plans[1]["federation"]["small_lesions"] == summary["small_lesions"]
+    assert 0 < thresholds["lesion"] < thresholds["organ"]
+    for site, cases in (("large", 1), ("small", 2)):
+        (path,) = out.glob(f"sites/{site}/nnUNet_results/**/validation/lesions.json")
+        content = json.loads(path.read_text())
+        assert len(content.pop("cases")) == cases
+        assert {name: summary["sites"][site][name] for name in content} == content
+        assert content["lesions"]["organ"]["all"] == cases
+    for name in ("lesions", "dice_small", "dice_large", "lesion_recall_small"):
+        assert summary[name] == summary["sites"]["large"][name], "the other site has no validation cases"
+    assert "By lesion size" in shown
 
 
 def test_a_failing_site_ends_the_run_with_its_own_words(phantom: Path, tmp_path: Path) -> None:
