@@ -209,7 +209,12 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
                     pairs.append(pair)
             federated._membership.seat.leave("measured")
             federated._membership.seat.close()
-    return {"arguments": {k: str(v) for k, v in vars(arguments).items()}, "pairs": pairs, **summary(pairs)}
+    about = {
+        "arguments": {k: str(v) for k, v in vars(arguments).items()},
+        "parameters": sum(tensor.numel() for tensor in federated.network.parameters()),
+        "diagnostics": federated.diagnostics,
+    }
+    return {**about, "pairs": pairs, **summary(pairs)}
 
 
 def summary(pairs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -267,6 +272,8 @@ def show(result: dict[str, Any], trainer: str, console: Console) -> None:
     for what, seconds in result["excluded"].items():
         table.add_row(f"excluded: {what}", "", f"{seconds:.4f}", f"{seconds / plain['epoch']:+.2%}")
     console.print(table)
+    figures = "".join(f", {name} {value:.4g}" for name, value in result["diagnostics"].items())
+    console.print(f"{result['parameters'] / 1e6:.2f} million parameters; the method in the last round{figures or ': -'}")
     ratios = Table(title="Federated / plain, exchange excluded")
     for column in ("", "median of pairs", "least", "most"):
         ratios.add_column(column, justify="left" if not column else "right")
