@@ -273,7 +273,9 @@ def show(result: dict[str, Any], trainer: str, console: Console) -> None:
         table.add_row(f"excluded: {what}", "", f"{seconds:.4f}", f"{seconds / plain['epoch']:+.2%}")
     console.print(table)
     figures = "".join(f", {name} {value:.4g}" for name, value in result["diagnostics"].items())
-    console.print(f"{result['parameters'] / 1e6:.2f} million parameters; the method in the last round{figures or ': -'}")
+    console.print(
+        f"{result['parameters'] / 1e6:.2f} million parameters; the method in the last round{figures or ': -'}"
+    )
     ratios = Table(title="Federated / plain, exchange excluded")
     for column in ("", "median of pairs", "least", "most"):
         ratios.add_column(column, justify="left" if not column else "right")

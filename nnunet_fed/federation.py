@@ -121,9 +121,10 @@ class Federation(Table):
         return tuple(sorted(sites))
 
     @model_validator(mode="after")
-    def _quorum_is_possible(self) -> Federation:
+    def _sites_are_enough(self) -> Federation:
         if self.min_sites is not None and self.min_sites > len(self.sites):
             raise ValueError(f"min_sites is {self.min_sites}, but the study has only {len(self.sites)} sites")
+        self.method.check_sites(self.sites)
         return self
 
     @property

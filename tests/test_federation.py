@@ -50,6 +50,12 @@ METHODS: dict[str, dict[str, Any]] = {
         "variant": "fedgs_norm", "strength": 1.0, "threshold": 150.0, "log_base": 100.0, "classes": ("lesion",),
         "truncation_guard": False, "warm_down": 0.1,
     },
+    "fedsm": {
+        "softpull_self_weight": 0.8, "softpull_schedule": "constant", "gamma": 0.5, "selector_mode": "reference",
+        "selector_lr": 1e-4, "selector_patches": 4, "selector_steps_per_round": 2, "selector_class_balanced": False,
+        "selector_header_features": True, "selector_min_accuracy": 0.5, "warm_up_rounds": 1, "personal_every": 2,
+        "share_personal": False, "best_model_gate": True,
+    },
 }  # fmt: skip
 """Another value of each option of each method; all of them are mathematics."""
 
@@ -159,6 +165,10 @@ def sentence(model: type[Federation] | type[Site], **changes: Any) -> str:
         ({"geometry": "list"}, "geometry: there is no 'list'; known: 'private' or 'lists'."),
         ({"overwrite_target_spacing": [1.0, 1.0]}, "the key 'overwrite_target_spacing.2' is missing"),
         ({"overwrite_target_spacing": [1.0, 0.0, 1.0]}, "overwrite_target_spacing.1: input should be greater than 0"),
+        ({"method": {"name": "fedsm"}, "sites": ["a"]}, "FedSM personalizes between sites: it needs at least two."),
+        ({"method": {"name": "fedsm"}, "sites": ["a", "global"]}, "no site may be called 'global'"),
+        ({"method": {"name": "fedsm", "softpull_self_weight": 0.4}}, "is 0.4, but with 2 sites it must be at least 1/2"),
+        ({"method": {"name": "fedsm", "softpull_self_weight": 1.1}}, "softpull_self_weight: input should be less than"),
         ({"method": {"name": "fedgs", "strenght": 1}}, "unknown key 'method.strenght', did you mean 'strength'?"),
         (
             {"method": {"name": "fedgs", "threshold": 0.5}},

@@ -82,6 +82,10 @@ class Membership:
             figures,
         )
 
+    def note_facts(self, **facts: Any) -> None:
+        """Note facts of the training in this site's record."""
+        self._record.note(**facts)
+
     def happened(self, text: str) -> None:
         """Note an event here and at the coordinator."""
         self._record.happened(text)

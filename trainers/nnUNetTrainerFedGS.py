@@ -25,7 +25,8 @@ from nnunet_fed.methods.fedgs import (
 from nnunet_fed.payload import Array
 from nnunet_fed.tensors import shared_tensors, to_arrays
 from nnunet_fed.trainers import checkpoint
-from nnunet_fed.trainers.base import FederatedTrainer, sentences_for_users
+from nnunet_fed.trainers.base import FederatedTrainer
+from nnunet_fed.trainers.study_trainer import sentences_for_users
 
 CALIBRATION = "calibration/inverse-areas"
 """Key of the histogram; a scope of its own, so that a late site can fetch it whatever the round."""
@@ -92,7 +93,7 @@ class nnUNetTrainerFedGS(FederatedTrainer):  # noqa: N801
     def initialize(self) -> None:
         """As in nnU-Net; then watch the optimizer's steps."""
         super().initialize()
-        parameters = {name: tensor for name, tensor in self.bare_network.named_parameters() if tensor.requires_grad}
+        parameters = {name: tensor for name, tensor in self.shared_network.named_parameters() if tensor.requires_grad}
         self.scaler = GradientScaler(
             self.optimizer, parameters, accumulate=self.options.variant in ("fedgs", "fedgs_norm")
         )
@@ -133,7 +134,7 @@ class nnUNetTrainerFedGS(FederatedTrainer):  # noqa: N801
         if variant in gains:
             uploaded = with_gain(self._round_start, trained, gains[variant])
         else:
-            uploaded = to_arrays(self.scaler.surrogate(shared_tensors(self.bare_network)))
+            uploaded = to_arrays(self.scaler.surrogate(shared_tensors(self.shared_network)))
         figures["best_scalar"], figures["residual"] = against_plain(self._round_start, trained, uploaded)
         self.diagnostics = figures
         if self.scaler.scaled_steps == 0 and self.options.strength:

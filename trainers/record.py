@@ -59,6 +59,11 @@ class Record:
         self._content["bytes_received"] = self._content.get("bytes_received", 0) + received
         self._write()
 
+    def note(self, **facts: Any) -> None:
+        """Note further facts."""
+        self._content.update(facts)
+        self._write()
+
     def happened(self, text: str) -> None:
         """Note an event in words."""
         self._content["events"].append({"at": time.time(), "text": text})

@@ -1,0 +1,191 @@
+"""nnU-Net's trainer with the settings of a study, and checkpoints that a killed training goes on from exactly."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from torch._dynamo import OptimizedModule
+
+from nnunet_fed.errors import ConfigurationError, FederationError
+from nnunet_fed.federation import PLANS_KEY, Federation
+from nnunet_fed.methods.fedavg import site_weight
+from nnunet_fed.payload import Array
+from nnunet_fed.tensors import load_arrays, shared_tensors, to_arrays
+from nnunet_fed.trainers import checkpoint
+
+DEBUG_VARIABLE = "nnUNet_fed_debug"
+THREADS_VARIABLE = "nnUNet_fed_threads"
+"""Number of torch's threads; stock nnU-Net takes every core for each process on the CPU."""
+
+
+@contextmanager
+def sentences_for_users() -> Iterator[None]:
+    """End the process with the error's sentence instead of a traceback, unless ``nnUNet_fed_debug`` is set."""
+    try:
+        yield
+    except FederationError as error:
+        if os.environ.get(DEBUG_VARIABLE):
+            raise
+        raise SystemExit(f"Error: {error}") from None
+
+
+class StudyTrainer(nnUNetTrainer):
+    """What a federated trainer is without the other sites.
+
+    What is exchanged is saved before it is sent: ``checkpoint_latest.pth`` first holds the state *before* the exchange,
+    so that a killed training contributes the same bytes again (rule 2 of the protocol), then the state after the epoch.
+    """
+
+    method: ClassVar[str]
+    """Name of the method, as in the study's table."""
+
+    current_epoch: int
+
+    def __init__(
+        self,
+        plans: dict[str, Any],
+        configuration: str,
+        fold: int,
+        dataset_json: dict[str, Any],
+        device: torch.device = torch.device("cuda"),  # noqa: B008 (nnU-Net's own signature, which it inspects)
+    ):
+        with sentences_for_users():
+            self.study = self._study_of(plans)
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.initial_lr = self.study.initial_lr
+        self.num_iterations_per_epoch = self.study.iterations_per_epoch
+        self.num_val_iterations_per_epoch = self.study.val_iterations_per_epoch
+        self.num_epochs = self.study.epochs
+        self.save_every = self.study.local_epochs
+        if self.device.type == "cpu" and os.environ.get(THREADS_VARIABLE):
+            torch.set_num_threads(int(os.environ[THREADS_VARIABLE]))
+        self._training_cases = 0
+        self._attempt: int | None = None
+        self._resumed: dict[str, Any] | None = None
+        self._pending: list[dict[str, Any]] | None = None
+        self._next_epoch = 0
+
+    def _study_of(self, plans: dict[str, Any]) -> Federation:
+        name = plans.get("plans_name")
+        if PLANS_KEY not in plans:
+            raise ConfigurationError(
+                f"The plans '{name}' were not made for a federation. Run 'nnunet_fed plan_and_preprocess' and train "
+                "with the plans that it names, for example -p nnUNetFedPlans."
+            )
+        study = Federation.model_validate(plans[PLANS_KEY]["study"])
+        if study.method.name != self.method:
+            raise ConfigurationError(
+                f"The plans '{name}' were made for the method '{study.method.name}', {type(self).__name__} does "
+                f"'{self.method}'. Use the trainer of that method, or plan for another study."
+            )
+        return study
+
+    # ------------------------------------------------------------------------------------------- for the methods
+
+    def method_state(self) -> dict[str, Any]:
+        """The method's own state, for the checkpoint; part of what a resumed training must have to send the same."""
+        return {}
+
+    def load_method_state(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`method_state`; the network and the optimizer are restored already."""
+
+    @staticmethod
+    def bare(network: torch.nn.Module) -> torch.nn.Module:
+        """A network without the wrappers of ``DistributedDataParallel`` and ``torch.compile``."""
+        if isinstance(network, torch.nn.parallel.DistributedDataParallel):
+            network = network.module
+        return network._orig_mod if isinstance(network, OptimizedModule) else network
+
+    @property
+    def shared_network(self) -> torch.nn.Module:
+        """The network whose tensors the sites share: the one that is trained, unless a method has another."""
+        return self.bare(self.network)
+
+    def shared_arrays(self) -> dict[str, Array]:
+        """The tensors that this site shares, as arrays."""
+        return to_arrays(shared_tensors(self.shared_network))
+
+    def load_shared(self, arrays: dict[str, Array]) -> None:
+        """Take received tensors into the network, in place."""
+        load_arrays(shared_tensors(self.shared_network), arrays)
+
+    @property
+    def site_weight(self) -> float:
+        """This site's weight in a mean."""
+        return site_weight(self.study.weighting, self._training_cases)
+
+    # ------------------------------------------------------------------------------------------- nnU-Net's hooks
+
+    def initialize(self) -> None:
+        """Build the network from the study's seed."""
+        checkpoint.seed_everything(self.study.seed + self.local_rank)
+        super().initialize()
+
+    def configure_optimizers(self) -> Any:
+        """nnU-Net's optimizer and schedule, with the study's momentum."""
+        optimizer, schedule = super().configure_optimizers()
+        for group in optimizer.param_groups:
+            group["momentum"] = self.study.momentum
+        return optimizer, schedule
+
+    def get_tr_and_val_datasets(self) -> Any:
+        """nnU-Net's data sets; notes the number of training cases."""
+        training, validation = super().get_tr_and_val_datasets()
+        self._training_cases = len(training.identifiers)
+        return training, validation
+
+    def save_checkpoint(self, filename: str) -> None:
+        """nnU-Net's checkpoint with our state added; it replaces an older one only once it is complete."""
+        state = {
+            "attempt": self._attempt if self._resumed is None else self._resumed["attempt"],
+            "pending": self._pending,
+            "next_epoch": self._next_epoch,
+            "random": checkpoint.random_states(),
+            "method": self.method_state(),
+        }
+        self.save_for_prediction(filename, {checkpoint.FEDERATION: state})
+
+    def save_for_prediction(self, filename: str, additions: dict[str, Any] | None = None) -> None:
+        """nnU-Net's checkpoint of the current network.
+
+        It names the stock trainer, whose network it holds: so it predicts where nnunet_fed is not installed.
+
+        Args:
+            filename: replaced once the new file is complete.
+            additions: further entries.
+        """
+        if self.local_rank != 0 or self.disable_checkpointing:
+            super().save_checkpoint(filename)
+            return
+        part = Path(filename + ".part")
+        super().save_checkpoint(str(part))
+        checkpoint.amend(part, Path(filename), {**(additions or {}), "trainer_name": nnUNetTrainer.__name__})
+
+    def load_checkpoint(self, filename_or_checkpoint: Any) -> None:
+        """nnU-Net's checkpoint and our state; the random states wait until the training has started."""
+        super().load_checkpoint(filename_or_checkpoint)
+        state = checkpoint.federation_state(Path(filename_or_checkpoint))
+        if state is None:
+            return
+        self._resumed = state
+        self._pending = state["pending"]
+        self._next_epoch = state["next_epoch"]
+        if self._pending is not None:
+            for values in self.logger.get_checkpoint().values():
+                del values[self.current_epoch :]
+        self.load_method_state(state["method"])
+
+    def _save_pending(self, train_outputs: list[dict[str, Any]]) -> None:
+        """Save the state before the exchange, as of an epoch that is not over."""
+        self._pending = train_outputs
+        self.current_epoch -= 1  # nnU-Net writes the number of the next epoch
+        try:
+            self.save_checkpoint(str(Path(self.output_folder) / "checkpoint_latest.pth"))
+        finally:
+            self.current_epoch += 1

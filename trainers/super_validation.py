@@ -1,0 +1,129 @@
+"""Validation of FedSM's global model and of its super model, by nnU-Net's own prediction and evaluation. Source: ours."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from nnunetv2.configuration import default_num_processes
+from nnunetv2.evaluation.evaluate_predictions import compute_metrics_on_folder
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+from nnunet_fed.bundle import BUNDLE, FoldBundle, ValidationDice, load_tensors, read_bundle
+from nnunet_fed.methods.fedsm import GLOBAL
+from nnunet_fed.routing import Router
+from nnunet_fed.trainers.strata import evaluate_lesions
+
+if TYPE_CHECKING:
+    from nnunet_fed.trainers.nnUNetTrainerFedSM import nnUNetTrainerFedSM
+
+SUPER = "super"
+
+
+def validate_global_and_super(trainer: nnUNetTrainerFedSM, save_probabilities: bool) -> None:
+    """What stands in ``validation`` of the personalized model, in ``global/validation`` and ``super/validation``.
+
+    With ``best_model_gate`` the sites compare their models in between, if the training runs in this process.
+
+    Args:
+        trainer: which has validated its personalized model.
+        save_probabilities: as in nnU-Net.
+    """
+    with trainer.global_branch(), _below(trainer, GLOBAL):
+        _predict(trainer, trainer.do_split()[1], save_probabilities)
+        evaluate_lesions(trainer)
+    folder = Path(trainer.output_folder)
+    if trainer.validates_together and trainer.is_connected:
+        dice = {"personal": _mean_dice(folder), "common": _mean_dice(folder / GLOBAL)}
+        gathered = trainer.communicator.gather("validation/dice", dice)
+        if trainer.local_rank == 0:
+            trainer.write_bundle({site: ValidationDice(**values) for site, values in gathered.items()})
+    if (folder.parent / BUNDLE).is_file():
+        _validate_super(trainer, folder, save_probabilities)
+
+
+def _validate_super(trainer: nnUNetTrainerFedSM, folder: Path, save_probabilities: bool) -> None:
+    entry = read_bundle(folder.parent).folds.get(str(trainer.fold))
+    if entry is None:
+        return
+    router = Router(folder.parent, {str(trainer.fold): entry}, gamma=None, force=None)
+    chosen: dict[str, list[str]] = {}
+    for case, seen in trainer.selector_cases("validation").items():
+        chosen.setdefault(router.choose_for(seen)[0].choice, []).append(case)
+    counts = ", ".join(f"{choice}: {len(cases)}" for choice, cases in sorted(chosen.items()))
+    trainer.print_to_log_file(f"Models that the super model chooses for the validation cases: {counts}")
+    sources = {entry.site: folder, GLOBAL: folder / GLOBAL}
+    for site in sorted(chosen.keys() - sources.keys()):
+        with _weights_of(trainer, folder, entry, site), _below(trainer, SUPER):
+            _predict(trainer, chosen[site], save_probabilities)
+    if trainer.local_rank == 0:
+        _collect(trainer, folder, {source: chosen.get(choice, []) for choice, source in sources.items()})
+        with _below(trainer, SUPER):
+            evaluate_lesions(trainer)
+
+
+def _collect(trainer: nnUNetTrainerFedSM, folder: Path, chosen: dict[Path, list[str]]) -> None:
+    """Put predictions that are there already beside those made for the super model, and evaluate all as nnU-Net does."""
+    out = folder / SUPER / "validation"
+    out.mkdir(parents=True, exist_ok=True)
+    for source, cases in chosen.items():
+        for case in cases:
+            for file in (source / "validation").glob(f"{case}.*"):
+                shutil.copyfile(file, out / file.name)
+    labels = trainer.label_manager
+    compute_metrics_on_folder(
+        str(Path(trainer.preprocessed_dataset_folder_base) / "gt_segmentations"),
+        str(out),
+        str(out / "summary.json"),
+        trainer.plans_manager.image_reader_writer_class(),
+        trainer.dataset_json["file_ending"],
+        labels.foreground_regions if labels.has_regions else labels.foreground_labels,
+        labels.ignore_label,
+        chill=True,
+        num_processes=default_num_processes,
+    )
+
+
+def _predict(trainer: nnUNetTrainerFedSM, cases: Sequence[str], save_probabilities: bool) -> None:
+    """nnU-Net's validation of some of the cases."""
+    split = trainer.do_split
+    trainer.do_split = lambda: ([], list(cases))
+    try:
+        nnUNetTrainer.perform_actual_validation(trainer, save_probabilities)
+    finally:
+        trainer.do_split = split
+
+
+@contextmanager
+def _below(trainer: nnUNetTrainerFedSM, name: str) -> Iterator[None]:
+    """Let nnU-Net write its validation into a folder of its own."""
+    folder = trainer.output_folder
+    trainer.output_folder = str(Path(folder) / name)
+    try:
+        yield
+    finally:
+        trainer.output_folder = folder
+
+
+@contextmanager
+def _weights_of(trainer: nnUNetTrainerFedSM, folder: Path, entry: FoldBundle, site: str) -> Iterator[None]:
+    """Let the trainer's network have another site's personalized weights."""
+    network: torch.nn.Module = trainer.bare(trainer.network)
+    own: dict[str, Any] = copy.deepcopy(network.state_dict())
+    network.load_state_dict(load_tensors(folder / entry.personal_checkpoints[site])["network_weights"])
+    try:
+        yield
+    finally:
+        network.load_state_dict(own)
+
+
+def _mean_dice(folder: Path) -> float:
+    """nnU-Net's mean foreground Dice of a validation; 0 where there is nothing to compare."""
+    dice = float(json.loads((folder / "validation" / "summary.json").read_text())["foreground_mean"]["Dice"])
+    return 0.0 if dice != dice else dice
