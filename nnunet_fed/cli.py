@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from nnunet_fed import __version__
+from nnunet_fed.cli_predict import predict
 from nnunet_fed.errors import ConfigurationError, DisagreementError, FederationError
 from nnunet_fed.federation import Federation, Site, explain
 from nnunet_fed.options import named_folders, named_values, repeat_option, whole_number
@@ -38,7 +39,7 @@ app = typer.Typer(
 def main() -> None:
     """Run the command line; errors end in one sentence, unless ``--debug`` asks for the traceback."""
     try:
-        app(args=repeat_option(sys.argv[1:], "-c"))
+        app(args=repeat_option(repeat_option(sys.argv[1:], "-c"), "-f"))
     except FederationError as error:
         _end(error, str(error), status=2)
     except (KeyboardInterrupt, BrokenPipeError) as error:
@@ -235,6 +236,9 @@ def phantom(
     for folder in write_phantom(out, sites, cases, seed).values():
         print(folder)
     print(out / "test")
+
+
+app.command()(predict)
 
 
 class Until(str, Enum):
