@@ -93,7 +93,7 @@ class FedSM(MethodTable):
     """A case goes to a site's model if the selector's probability of that site is above it, else to the global one."""
     selector_mode: Literal["server_adam", "reference"] = "server_adam"
     """One Adam step on the sites' mean gradient, or the published code's mean of the sites' own steps."""
-    selector_lr: float = Field(default=1e-3, gt=0)
+    selector_lr: float = Field(default=1e-2, gt=0)
     selector_patches: int = Field(default=8, ge=1)
     """At most so many patches of a case."""
     selector_steps_per_round: int = Field(default=1, ge=1)
@@ -115,7 +115,7 @@ class FedSM(MethodTable):
     def check_sites(self, sites: tuple[str, ...]) -> None:
         """At least two, none with the global model's name, and a self-weight of at least 1/K."""
         if len(sites) < 2:
-            raise ValueError("FedSM personalizes between sites: it needs at least two")
+            raise ValueError("a study of FedSM needs at least two sites: it personalizes between them")
         if "global" in sites:
             raise ValueError("no site may be called 'global': it means the global model")
         if self.softpull_self_weight * len(sites) < 1:

@@ -106,7 +106,10 @@ class Router:
         """
         if self._force is not None:
             return Route(self._force, "forced"), None
-        seen = SelectorCase(draw_patches(data, self.configuration), header)
+        return self.choose_for(SelectorCase(draw_patches(data, self.configuration), header))
+
+    def choose_for(self, seen: SelectorCase) -> tuple[Route, dict[str, float]]:
+        """The selectors' choice for a case, and the sites' probabilities."""
         of_folds = [
             tempered(case_log_probabilities(selector, [seen])[0], entry.temperature).exp()
             for selector, entry in zip(self._selectors, self._folds.values(), strict=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from nnunet_fed.federation import Federation
 from nnunet_fed.lesions import METRICS, SMALL_LESIONS, pool
 
 Numbers = Mapping[str, Any]
+FOLDERS = {"final": "", "global": "global", "super": "super"}
+"""Where, in the folder of a fold, the validation of each model stands."""
 ALL_NOTE = "trained and validated on all its cases; not in the mean"
 SIZE_NOTE = "Small: up to the volume in mm³ (2D: area in mm²) below which a fifth of the training lesions lie"
 
@@ -31,13 +33,20 @@ def site_summary(results: Path, labels: Numbers, fold: int | str) -> dict[str, A
     record, validation = _read(results / "federation.json"), _read(results / "validation" / "summary.json")
     lesions = _read(results / "validation" / "lesions.json")
     names = {str(tuple(value) if isinstance(value, list) else value): name for name, value in labels.items()}
-    dice = _finite(validation.get("foreground_mean", {}).get("Dice"))
+    dice = {
+        model: _finite(_read(results / folder / "validation" / "summary.json")["foreground_mean"]["Dice"])
+        for model, folder in FOLDERS.items()
+        if (results / folder / "validation" / "summary.json").is_file()
+    }
+    final = dice.get("final")
+    if "global" in dice:  # a method that personalizes: what the site keeps is its own
+        dice["personal"] = final
     return {
         "fold": fold,
         "train_cases": record.get("training_cases"),
         "val_cases": len(validation["metric_per_case"]) if validation else None,
-        # the same, as federated averaging personalizes no model
-        "dice": {"final": dice, "global": dice},
+        "dice": {"final": final, "global": final, **dice},
+        "selector": record.get("selector"),
         "dice_per_class": {
             names.get(key, key): _finite(metrics["Dice"]) for key, metrics in validation.get("mean", {}).items()
         }
@@ -61,7 +70,8 @@ def summarise(study: Federation, sites: Mapping[str, Numbers], seconds: float) -
         "seed": study.seed,
         "seconds": round(seconds, 1),
         "sites": dict(sites),
-        "mean_dice": {model: _mean([site["dice"][model] for site in counted]) for model in ("final", "global")},
+        "mean_dice": {model: _mean([site["dice"].get(model) for site in counted]) for model in _models(counted)},
+        "selector": next((site["selector"] for site in sites.values() if site["selector"]), None),
         # the plans' own, hence the same at all sites
         SMALL_LESIONS: next((site[SMALL_LESIONS] for site in sites.values() if site[SMALL_LESIONS]), None),
         **{key: by_class or None for key, by_class in pooled.items()},
@@ -80,8 +90,9 @@ def result_table(summary: Numbers) -> Table:
     table.add_column("Site")
     mean = summary["mean_dice"]
     # one column where the model that a site keeps is the global one
-    both = any(dice["final"] != dice["global"] for dice in (mean, *(site["dice"] for site in sites.values())))
-    models = {"Dice": "final", **({"Dice, global model": "global"} if both else {})}
+    models = {f"Dice, {model} model": model for model in ("personal", "global", "super") if model in mean}
+    if "personal" not in mean:
+        models = {"Dice": "final"}
     heads = ["Train. cases", "Val. cases", *models, *classes, "Sent", "Received"]
     for head in heads:
         table.add_column(Text(head), justify="right", overflow="fold")
@@ -91,7 +102,7 @@ def result_table(summary: Numbers) -> Table:
             f"{name} *" if site["fold"] == "all" else name,
             _count(site["train_cases"]),
             _count(site["val_cases"]),
-            *(_dice(site["dice"][model]) for model in models.values()),
+            *(_dice(site["dice"].get(model)) for model in models.values()),
             *(_dice(per_class.get(label)) for label in classes),
             _megabytes(site["bytes_sent"]),
             _megabytes(site["bytes_received"]),
@@ -133,6 +144,10 @@ def lesion_table(summary: Numbers) -> Table | None:
             )
         table.add_section()
     return table
+
+
+def _models(sites: Iterable[Numbers]) -> list[str]:
+    return list(dict.fromkeys(["final", "global", *(model for site in sites for model in site["dice"])]))
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -165,9 +165,9 @@ def sentence(model: type[Federation] | type[Site], **changes: Any) -> str:
         ({"geometry": "list"}, "geometry: there is no 'list'; known: 'private' or 'lists'."),
         ({"overwrite_target_spacing": [1.0, 1.0]}, "the key 'overwrite_target_spacing.2' is missing"),
         ({"overwrite_target_spacing": [1.0, 0.0, 1.0]}, "overwrite_target_spacing.1: input should be greater than 0"),
-        ({"method": {"name": "fedsm"}, "sites": ["a"]}, "FedSM personalizes between sites: it needs at least two."),
+        ({"method": {"name": "fedsm"}, "sites": ["a"]}, "a study of FedSM needs at least two sites"),
         ({"method": {"name": "fedsm"}, "sites": ["a", "global"]}, "no site may be called 'global'"),
-        ({"method": {"name": "fedsm", "softpull_self_weight": 0.4}}, "is 0.4, but with 2 sites it must be at least 1/2"),
+        ({"method": {"name": "fedsm", "softpull_self_weight": 0.4}}, "with 2 sites it must be at least 1/2"),
         ({"method": {"name": "fedsm", "softpull_self_weight": 1.1}}, "softpull_self_weight: input should be less than"),
         ({"method": {"name": "fedgs", "strenght": 1}}, "unknown key 'method.strenght', did you mean 'strength'?"),
         (

@@ -50,8 +50,7 @@ def test_the_selector_has_the_dimension_and_channels_of_the_plans(patch_size: tu
 
 def test_the_usual_selector_is_as_small_as_planned() -> None:
     network = Selector(SelectorConfiguration(1, 3, (64, 64, 64)))
-    weights = 27 * (16 + 16 * 32 + 32 * 64 + 64 * 128 + 128 * 128) + 128 * 3
-    assert sum(p.numel() for p in network.parameters()) == weights + (16 + 32 + 64 + 128 + 128) + 3
+    assert sum(p.numel() for p in network.parameters()) == 27 * (16 + 16 * 32) + 32 * 3 + (16 + 32) + 3
 
 
 def test_t12_neither_building_nor_training_draws_from_the_global_generators() -> None:
@@ -172,7 +171,7 @@ def sites_cases(count: int, seed: int = 0, sizes: Sequence[int] = (1, 1, 1)) -> 
 def test_t13_server_adam_is_adam_on_all_cases_in_one_place(weighting: str) -> None:
     cases = sites_cases(1, sizes=(1, 2, 4))
     central = Selector(SMALL, seed=3)
-    optimizer = torch.optim.Adam(central.parameters(), lr=1e-3)
+    optimizer = torch.optim.Adam(central.parameters(), lr=1e-2)
     losses = []
     for _ in range(6):
         optimizer.zero_grad()
@@ -303,7 +302,7 @@ def unsynchronized(seat: LocalCommunicator, cases: list[SelectorCase], rounds: i
     return training
 
 
-ROUNDS = 30
+ROUNDS = 60
 
 
 def accuracies(training: SelectorTraining) -> list[float]:

@@ -280,11 +280,17 @@ def test_without_results_by_lesion_size_there_is_no_table(tmp_path: Path) -> Non
     assert [summary[name] for name in names] == [None] * len(names)
 
 
-def test_a_personalized_model_has_a_column_beside_the_global_one(tmp_path: Path) -> None:
-    site = {**site_summary(results(tmp_path / "a", 0.5), LABELS, 0), "dice": {"final": 0.8, "global": 0.5}}
-    shown = text_of(result_table(summarise(make_study("a"), {"a": site}, 1.0)))
-    assert "Dice, global model" in shown
-    assert "0.8000" in shown
+def test_personal_global_and_super_model_have_a_column_each(tmp_path: Path) -> None:
+    folder = results(tmp_path / "a", 0.8)
+    for model, dice in (("global", 0.5), ("super", 0.75)):
+        results(folder / model, dice)
+    site = site_summary(folder, LABELS, 0)
+    assert site["dice"] == {"final": 0.8, "personal": 0.8, "global": 0.5, "super": 0.75}
+    summary = summarise(make_study("a"), {"a": site}, 1.0)
+    assert summary["mean_dice"] == site["dice"]
+    shown = text_of(result_table(summary))
+    for part in ("personal", "global", "super", "0.8000", "0.5000", "0.7500"):
+        assert part in shown
 
 
 # ------------------------------------------------------------------------------------------- the live table

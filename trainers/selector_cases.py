@@ -74,8 +74,8 @@ def _header_reader(trainer: nnUNetTrainer) -> Callable[[str], torch.Tensor]:
     def of_case(name: str) -> torch.Tensor:
         if name not in files:
             raise FederationError(
-                f"Case {name} has no raw image in {folder / 'imagesTr'}, of which the selector needs spacing, shape and "
-                "intensities. Put the raw data there, or set 'selector_header_features = false' in the study."
+                f"Case {name} has no raw image in {folder / 'imagesTr'}, of which the selector needs spacing, shape "
+                "and intensities. Put the raw data there, or set 'selector_header_features = false' in the study."
             )
         image, properties = reader.read_images(files[name]["images"])
         return header_features(image, properties["spacing"])

@@ -1,4 +1,4 @@
-"""Validation of FedSM's global model and of its super model, by nnU-Net's own prediction and evaluation. Source: ours."""
+"""Validation of FedSM's global and super model, by nnU-Net's own prediction and evaluation. Source: ours."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _validate_super(trainer: nnUNetTrainerFedSM, folder: Path, save_probabilitie
 
 
 def _collect(trainer: nnUNetTrainerFedSM, folder: Path, chosen: dict[Path, list[str]]) -> None:
-    """Put predictions that are there already beside those made for the super model, and evaluate all as nnU-Net does."""
+    """Put predictions that are there already beside those of the super model, and evaluate all as nnU-Net does."""
     out = folder / SUPER / "validation"
     out.mkdir(parents=True, exist_ok=True)
     for source, cases in chosen.items():

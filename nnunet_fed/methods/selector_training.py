@@ -61,7 +61,7 @@ class SelectorTraining:
         configuration: SelectorConfiguration,
         seed: int,
         mode: Mode = "server_adam",
-        learning_rate: float = 1e-3,
+        learning_rate: float = 1e-2,
         device: torch.device = torch.device("cpu"),  # noqa: B008 (a constant)
     ):
         self.configuration = configuration

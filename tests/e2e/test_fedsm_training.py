@@ -1,0 +1,146 @@
+"""FedSM by the stock commands: the branches against plain nnU-Net and FedAvg, crashes, and prediction."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from harness import PLANS, Planned, RunningFederation, command, environment, federation, same_bits, train_all, until
+
+pytestmark = pytest.mark.e2e
+
+SITES = {"site_a": "site_a", "site_b": "site_b"}
+
+
+def fedsm(**options: Any) -> dict[str, Any]:
+    return {"name": "fedsm", "selector_steps_per_round": 2, "selector_patches": 2, **options}
+
+
+@pytest.fixture(scope="module")
+def trained(planned: Planned, tmp_path_factory: pytest.TempPathFactory) -> RunningFederation:
+    """Two sites, three rounds, with the validation of all three models."""
+    folder = tmp_path_factory.mktemp("fedsm") / "run"
+    method = fedsm(best_model_gate=True, selector_min_accuracy=0.0, gamma=0.0)
+    with federation(planned, folder, SITES, {"nnUNet_fed_skip_validation": ""}, method=method) as running:
+        train_all(running)
+        return running
+
+
+def weights_of(site: Any, name: str) -> dict[str, torch.Tensor]:
+    weights: dict[str, torch.Tensor] = site.checkpoint(name)["network_weights"]
+    return weights
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_12_the_global_branch_is_federated_averaging(
+    trained: RunningFederation, undisturbed: RunningFederation
+) -> None:
+    for name, site in trained.sites.items():
+        averaged = undisturbed.sites[name].checkpoint()
+        assert equal(weights_of(site, "checkpoint_global.pth"), averaged["network_weights"])
+        assert not equal(weights_of(site, "checkpoint_final.pth"), averaged["network_weights"])
+        assert same_bits(site.checkpoint("checkpoint_global.pth"), averaged), "its optimizer too"
+
+
+def test_every_site_has_every_personalized_model(trained: RunningFederation) -> None:
+    a, b = trained.sites.values()
+    assert equal(weights_of(a, "checkpoint_personal_site_b.pth"), weights_of(b, "checkpoint_final.pth"))
+    assert equal(weights_of(b, "checkpoint_personal_site_a.pth"), weights_of(a, "checkpoint_final.pth"))
+    selectors = [site.results / "fedsm_selector.pth" for site in (a, b)]
+    assert selectors[0].read_bytes() == selectors[1].read_bytes()
+    assert (a.results.parent / "fedsm_bundle.json").is_file()
+
+
+def test_three_models_are_validated(trained: RunningFederation) -> None:
+    for site in trained.sites.values():
+        for folder in ("validation", "global/validation", "super/validation"):
+            summary = json.loads((site.results / folder / "summary.json").read_text())
+            assert len(summary["metric_per_case"]) == 1
+            assert (site.results / folder / "lesions.json").is_file()
+        bundle = json.loads((site.results.parent / "fedsm_bundle.json").read_text())["folds"]["0"]
+        assert bundle["validation_dice"].keys() == SITES.keys(), "the gate has been agreed on"
+        record = site.record()
+        assert sum(map(sum, record["selector"]["confusion"])) == 2
+        assert all(entry["diagnostics"]["deviation"] > 0 for entry in record["rounds"])
+
+
+def test_17_what_a_site_sends(trained: RunningFederation) -> None:
+    for name, site in trained.sites.items():
+        entries = [json.loads(line) for line in (site.results / "outgoing.jsonl").read_text().splitlines()]
+        sent = {
+            entry["key"].partition("/")[2]: entry["bytes"]
+            for entry in entries
+            if entry["what"] == "upload" and entry["key"].startswith("round-0001/")
+        }
+        assert sent["model"] == sent["personal"], "two models"
+        selector = sent["selector-0"]
+        assert selector == sent["selector-1"] < sent["model"]
+        rest = sum(sent.values()) - 2 * sent["model"] - 2 * selector
+        state = 3 * selector if name == "site_a" else 0
+        assert 0 <= rest - state < 5000, "but for a few numbers; the first site publishes the selector and its moments"
+
+
+def test_2_without_pull_a_personalized_model_is_local_training_and_19_a_crash_changes_nothing(
+    planned: Planned, tmp_path: Path
+) -> None:
+    method = fedsm(softpull_self_weight=1.0, share_personal=False)
+    with federation(planned, tmp_path / "calm", SITES, method=method, rounds=2) as calm:
+        train_all(calm)
+    with federation(planned, tmp_path / "crash", SITES, method=method, rounds=2) as crash:
+        a, b = crash.sites["site_a"], crash.sites["site_b"]
+        a.start()
+        b.start()
+        until(lambda: crash.closed("round-0000/model"), "the first round is over")
+        b.send(signal.SIGSTOP)
+        until(lambda: crash.contributed("site_a", "round-0001/personal-sites"), "a is in the second exchange")
+        a.send(signal.SIGKILL)
+        b.send(signal.SIGCONT)
+        a.start("--c")
+        a.finish()
+        b.finish()
+    for name, site in crash.sites.items():
+        for file in ("checkpoint_final.pth", "checkpoint_global.pth"):
+            assert same_bits(site.checkpoint(file), calm.sites[name].checkpoint(file))
+        assert not list(site.results.glob("checkpoint_personal_*"))
+
+    with federation(planned, tmp_path / "alone", {"site_a": "site_a"}, rounds=2) as alone:
+        train_all(alone)
+    assert same_bits(calm.sites["site_a"].checkpoint(), alone.sites["site_a"].checkpoint()), "one site is plain nnU-Net"
+
+
+def test_the_super_model_predicts_and_so_does_stock_nnunet_with_each_checkpoint(
+    trained: RunningFederation, phantom: Path, tmp_path: Path
+) -> None:
+    site = trained.sites["site_a"]
+    model = site.results.parent
+    images = phantom / "test" / "imagesTs"
+    run = [command("nnunet_fed"), "predict", "-i", str(images), "-m", str(model), "-device", "cpu", "--disable_tta"]
+    subprocess.run(
+        [*run, "-o", str(tmp_path / "super"), "-npp", "1", "-nps", "1"], env=site.environment, check=True, timeout=200
+    )
+    routing = json.loads((tmp_path / "super" / "routing.json").read_text())["cases"]
+    assert len(routing) == len(list(images.iterdir())) == len(list((tmp_path / "super").glob("*.nii.gz")))
+    # where nnunet_fed is not installed
+    stock = {name: value for name, value in site.environment.items() if not name.startswith("nnUNet_ext")}
+    predict = [command("nnUNetv2_predict_from_modelfolder"), "-i", str(images), "-m", str(model), "-f", "0"]
+    for name in ("final", "global", "personal_site_b"):
+        out = tmp_path / name
+        subprocess.run(
+            [*predict, "-o", str(out), "-chk", f"checkpoint_{name}.pth", "-device", "cpu", "--disable_tta",
+             "-npp", "1", "-nps", "1"],
+            env=stock, check=True, timeout=200,
+        )  # fmt: skip
+    files = {"site_a": "final", "site_b": "personal_site_b", "global": "global"}
+    for case, entry in routing.items():
+        mine = (tmp_path / "super" / f"{case}.nii.gz").read_bytes()
+        assert mine == (tmp_path / files[entry["choice"]] / f"{case}.nii.gz").read_bytes()
+    assert PLANS in model.name
+    assert environment()
