@@ -177,6 +177,11 @@ def read_bundle(model_folder: Path) -> Bundle:
         raise ConfigurationError(f"{path} is no valid bundle: {error}") from None
 
 
+def fold_of(model_folder: Path, fold: int | str) -> FoldBundle | None:
+    """A fold's entry, if there is a bundle with one; raises :class:`ConfigurationError` for one that cannot be read."""
+    return read_bundle(model_folder).folds.get(str(fold)) if (model_folder / BUNDLE).is_file() else None
+
+
 def verify_fold(model_folder: Path, fold: str, entry: FoldBundle) -> None:
     """Compare the fold's files with their hashes; raises :class:`FederationError` for a missing or another one."""
     for name, expected in entry.sha256.items():

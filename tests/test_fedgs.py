@@ -341,6 +341,18 @@ def test_15_every_name_of_a_tensor_agrees_and_buffers_are_left_alone() -> None:
     assert any(not tensor.is_floating_point() for tensor in uploaded.values())
 
 
+def test_memory_is_two_sets_of_the_parameters_from_the_first_scaled_step_on() -> None:
+    def held(scaler: GradientScaler) -> int:
+        dictionaries = [value for value in vars(scaler).values() if isinstance(value, dict) and value]
+        tensors = {id(tensor): tensor for entry in dictionaries for tensor in entry.values()}
+        own = {id(tensor) for tensor in scaler.parameters.values()}
+        return sum(tensor.numel() for number, tensor in tensors.items() if number not in own)
+
+    model = network()
+    assert held(train(model, [1, 1, 1])) == 0
+    assert held(train(model, [1, 2, 2])) == 2 * sum(tensor.numel() for tensor in model.parameters())
+
+
 def test_16_r_begins_at_zero_and_goes_on_where_it_stopped() -> None:
     model = network()
     scaler = train(model, [2, 1.5])

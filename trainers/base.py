@@ -48,15 +48,8 @@ class FederatedTrainer(StudyTrainer):
     communicator: RankZeroSeat
     """The verbs, on every rank; set when the training starts."""
 
-    def __init__(
-        self,
-        plans: dict[str, Any],
-        configuration: str,
-        fold: int,
-        dataset_json: dict[str, Any],
-        device: torch.device = torch.device("cuda"),  # noqa: B008 (nnU-Net's own signature, which it inspects)
-    ):
-        super().__init__(plans, configuration, fold, dataset_json, device)
+    def configure_study(self) -> None:
+        """Take what the trainer needs from the study, at the end of construction."""
         self._membership: Membership | None = None
         self._study_now = self.study
         self._figures: dict[str, float] = {}

@@ -26,7 +26,6 @@ from nnunet_fed.payload import Array
 from nnunet_fed.tensors import shared_tensors, to_arrays
 from nnunet_fed.trainers import checkpoint
 from nnunet_fed.trainers.base import FederatedTrainer
-from nnunet_fed.trainers.study_trainer import sentences_for_users
 
 CALIBRATION = "calibration/inverse-areas"
 """Key of the histogram; a scope of its own, so that a late site can fetch it whatever the round."""
@@ -42,25 +41,15 @@ class nnUNetTrainerFedGS(FederatedTrainer):  # noqa: N801
 
     method = "fedgs"
 
-    def __init__(
-        self,
-        plans: dict[str, Any],
-        configuration: str,
-        fold: int,
-        dataset_json: dict[str, Any],
-        device: torch.device = torch.device("cuda"),  # noqa: B008 (nnU-Net's own signature, which it inspects)
-    ):
-        super().__init__(plans, configuration, fold, dataset_json, device)
+    def configure_study(self) -> None:
+        """Find the lesion classes and their thresholds; raises :class:`ConfigurationError` if they do not fit."""
+        super().configure_study()
         assert isinstance(self.study.method, FedGS)
         self.options = self.study.method
-        with sentences_for_users():
-            self._classes = self._lesion_classes()
-            self._thresholds = (
-                None if self.options.threshold == "calibrate" else self._per_class("threshold", self.options.threshold)
-            )
-            self._given_bases = (
-                None if self.options.log_base is None else self._per_class("log_base", self.options.log_base)
-            )
+        self._classes = self._lesion_classes()
+        threshold, log_base = self.options.threshold, self.options.log_base
+        self._thresholds = None if threshold == "calibrate" else self._per_class("threshold", threshold)
+        self._given_bases = None if log_base is None else self._per_class("log_base", log_base)
         self._round_start: dict[str, Array] = {}
         self.scaler: GradientScaler
 

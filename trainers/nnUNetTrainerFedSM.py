@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +14,8 @@ import torch
 from nnunet_fed.bundle import (
     GLOBAL_CHECKPOINT,
     SELECTOR_FILE,
+    ValidationDice,
+    fold_of,
     personal_checkpoint,
     write_checkpoint,
     write_fold,
@@ -44,15 +46,12 @@ class nnUNetTrainerFedSM(FederatedTrainer):  # noqa: N801
 
     method = "fedsm"
 
-    def __init__(
-        self,
-        plans: dict[str, Any],
-        configuration: str,
-        fold: int,
-        dataset_json: dict[str, Any],
-        device: torch.device = torch.device("cuda"),  # noqa: B008 (nnU-Net's own signature, which it inspects)
-    ):
-        super().__init__(plans, configuration, fold, dataset_json, device)
+    network: Any
+    grad_scaler: Any
+
+    def configure_study(self) -> None:
+        """Take the method's options."""
+        super().configure_study()
         assert isinstance(self.study.method, FedSM)
         self.options = self.study.method
         self._global_branch: dict[str, Any] = {}
@@ -214,7 +213,7 @@ class nnUNetTrainerFedSM(FederatedTrainer):  # noqa: N801
             mine = site == self.communicator.site
             arrays = to_arrays(shared_tensors(self.bare(self.network))) if mine else {}
             received = self.communicator.mean(f"{scope}/personal-of-{site}", arrays, float(mine))
-            if not mine and self.local_rank == 0:
+            if not mine and self.local_rank == 0 and not self.disable_checkpointing:
                 load_arrays(shared_tensors(network), received)
                 path = folder / personal_checkpoint(site)
                 write_checkpoint(path, folder / "checkpoint_latest.pth", network.state_dict())
@@ -224,9 +223,13 @@ class nnUNetTrainerFedSM(FederatedTrainer):  # noqa: N801
         with self.global_branch():
             self.save_for_prediction(str(folder / GLOBAL_CHECKPOINT))
         write_selector(folder / SELECTOR_FILE, self.selector_configuration, self.selector.network)
-        self.write_bundle(None)
+        dice = None
+        if self._resumed is not None and self.options.best_model_gate:  # --c after the end validates without the others
+            entry = fold_of(folder.parent, self.fold)
+            dice = None if entry is None else entry.validation_dice
+        self.write_bundle(dice)
 
-    def write_bundle(self, validation_dice: dict[str, Any] | None) -> None:
+    def write_bundle(self, validation_dice: Mapping[str, ValidationDice] | None) -> None:
         """Describe the super model; without the last round's validation of the selector there is none."""
         found = self._selector_validation
         if found is None:

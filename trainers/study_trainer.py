@@ -70,6 +70,11 @@ class StudyTrainer(nnUNetTrainer):
         self._resumed: dict[str, Any] | None = None
         self._pending: list[dict[str, Any]] | None = None
         self._next_epoch = 0
+        with sentences_for_users():
+            self.configure_study()
+
+    def configure_study(self) -> None:
+        """Take what the trainer needs from the study, at the end of construction; raises :class:`FederationError`."""
 
     def _study_of(self, plans: dict[str, Any]) -> Federation:
         name = plans.get("plans_name")

@@ -15,7 +15,7 @@ from nnunetv2.configuration import default_num_processes
 from nnunetv2.evaluation.evaluate_predictions import compute_metrics_on_folder
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-from nnunet_fed.bundle import BUNDLE, FoldBundle, ValidationDice, load_tensors, read_bundle
+from nnunet_fed.bundle import FoldBundle, ValidationDice, fold_of, load_tensors
 from nnunet_fed.methods.fedsm import GLOBAL
 from nnunet_fed.routing import Router
 from nnunet_fed.trainers.strata import evaluate_lesions
@@ -44,14 +44,12 @@ def validate_global_and_super(trainer: nnUNetTrainerFedSM, save_probabilities: b
         gathered = trainer.communicator.gather("validation/dice", dice)
         if trainer.local_rank == 0:
             trainer.write_bundle({site: ValidationDice(**values) for site, values in gathered.items()})
-    if (folder.parent / BUNDLE).is_file():
-        _validate_super(trainer, folder, save_probabilities)
+    entry = fold_of(folder.parent, trainer.fold)
+    if entry is not None:
+        _validate_super(trainer, folder, entry, save_probabilities)
 
 
-def _validate_super(trainer: nnUNetTrainerFedSM, folder: Path, save_probabilities: bool) -> None:
-    entry = read_bundle(folder.parent).folds.get(str(trainer.fold))
-    if entry is None:
-        return
+def _validate_super(trainer: nnUNetTrainerFedSM, folder: Path, entry: FoldBundle, save_probabilities: bool) -> None:
     router = Router(folder.parent, {str(trainer.fold): entry}, gamma=None, force=None)
     chosen: dict[str, list[str]] = {}
     for case, seen in trainer.selector_cases("validation").items():

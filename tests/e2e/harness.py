@@ -193,6 +193,23 @@ def train_all(running: RunningFederation) -> None:
         site.finish()
 
 
+def kill_in_exchange(running: RunningFederation, key: str) -> None:
+    """Start both sites; kill the first after its contribution to ``key`` of the second round, and continue it.
+
+    The second stands still meanwhile: so the first has the state from before the exchange only.
+    """
+    first, second = running.sites.values()
+    first.start()
+    second.start()
+    until(lambda: running.closed("round-0000/model"), "the first round is over")
+    second.send(signal.SIGSTOP)
+    until(lambda: running.contributed(first.name, f"round-0001/{key}"), f"{first.name} has contributed")
+    assert not running.closed(f"round-0001/{key}")
+    first.send(signal.SIGKILL)
+    second.send(signal.SIGCONT)
+    first.start("--c")
+
+
 def same_bits(one: dict[str, Any], other: dict[str, Any]) -> bool:
     """Whether two checkpoints hold the same weights and the same optimizer state."""
     weights, others = one["network_weights"], other["network_weights"]

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import Planned, RunningFederation, federation, same_bits, train_all, until
+from harness import Planned, RunningFederation, federation, kill_in_exchange, same_bits, train_all
 
 pytestmark = pytest.mark.e2e
 
@@ -57,18 +56,9 @@ def test_16_killed_sites_send_what_they_would_have_sent(
 ) -> None:
     method = fedgs(variant="fedgs_norm", classes=["lesion"])
     with federation(planned, tmp_path / "run", SITES, method=method) as running:
-        a, b = running.sites["site_a"], running.sites["site_b"]
-        a.start()
-        b.start()
-        until(lambda: running.closed("round-0000/model"), "the first round is over")
-        b.send(signal.SIGSTOP)
-        until(lambda: running.contributed("site_a", "round-0001/factor"), "a has begun to contribute")
-        assert not running.closed("round-0001/factor")
-        a.send(signal.SIGKILL)
-        b.send(signal.SIGCONT)
-        a.start("--c")
-        a.finish()
-        b.finish()
+        kill_in_exchange(running, "factor")
+        for site in running.sites.values():
+            site.finish()
     for name, site in running.sites.items():
         assert same_bits(site.checkpoint(), normalised.sites[name].checkpoint())
         mine, theirs = (run.sites[name].record()["rounds"] for run in (running, normalised))

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from harness import PLANS, Planned, RunningFederation, command, environment, federation, same_bits, train_all, until
+from harness import Planned, RunningFederation, command, federation, kill_in_exchange, same_bits, train_all
 
 pytestmark = pytest.mark.e2e
 
@@ -95,17 +94,9 @@ def test_2_without_pull_a_personalized_model_is_local_training_and_19_a_crash_ch
     with federation(planned, tmp_path / "calm", SITES, method=method, rounds=2) as calm:
         train_all(calm)
     with federation(planned, tmp_path / "crash", SITES, method=method, rounds=2) as crash:
-        a, b = crash.sites["site_a"], crash.sites["site_b"]
-        a.start()
-        b.start()
-        until(lambda: crash.closed("round-0000/model"), "the first round is over")
-        b.send(signal.SIGSTOP)
-        until(lambda: crash.contributed("site_a", "round-0001/personal-sites"), "a is in the second exchange")
-        a.send(signal.SIGKILL)
-        b.send(signal.SIGCONT)
-        a.start("--c")
-        a.finish()
-        b.finish()
+        kill_in_exchange(crash, "personal-sites")
+        for site in crash.sites.values():
+            site.finish()
     for name, site in crash.sites.items():
         for file in ("checkpoint_final.pth", "checkpoint_global.pth"):
             assert same_bits(site.checkpoint(file), calm.sites[name].checkpoint(file))
@@ -116,31 +107,29 @@ def test_2_without_pull_a_personalized_model_is_local_training_and_19_a_crash_ch
     assert same_bits(calm.sites["site_a"].checkpoint(), alone.sites["site_a"].checkpoint()), "one site is plain nnU-Net"
 
 
-def test_the_super_model_predicts_and_so_does_stock_nnunet_with_each_checkpoint(
+def test_the_super_model_predicts_as_stock_nnunet_does_with_the_chosen_checkpoint(
     trained: RunningFederation, phantom: Path, tmp_path: Path
 ) -> None:
     site = trained.sites["site_a"]
-    model = site.results.parent
-    images = phantom / "test" / "imagesTs"
-    run = [command("nnunet_fed"), "predict", "-i", str(images), "-m", str(model), "-device", "cpu", "--disable_tta"]
-    subprocess.run(
-        [*run, "-o", str(tmp_path / "super"), "-npp", "1", "-nps", "1"], env=site.environment, check=True, timeout=200
-    )
-    routing = json.loads((tmp_path / "super" / "routing.json").read_text())["cases"]
-    assert len(routing) == len(list(images.iterdir())) == len(list((tmp_path / "super").glob("*.nii.gz")))
+    images, model = phantom / "test" / "imagesTs", site.results.parent
+    common = ["-i", str(images), "-m", str(model), "-device", "cpu", "--disable_tta"]
+
+    def predict(name: str, *arguments: str, environment: dict[str, str] = site.environment) -> None:
+        words = [command(name), *(["predict"] if name == "nnunet_fed" else []), *common, *arguments]
+        subprocess.run(words, env=environment, check=True, timeout=200)
+
+    predict("nnunet_fed", "-o", str(tmp_path / "super"), "-npp", "0", "-nps", "0")
     # where nnunet_fed is not installed
     stock = {name: value for name, value in site.environment.items() if not name.startswith("nnUNet_ext")}
-    predict = [command("nnUNetv2_predict_from_modelfolder"), "-i", str(images), "-m", str(model), "-f", "0"]
-    for name in ("final", "global", "personal_site_b"):
-        out = tmp_path / name
-        subprocess.run(
-            [*predict, "-o", str(out), "-chk", f"checkpoint_{name}.pth", "-device", "cpu", "--disable_tta",
-             "-npp", "1", "-nps", "1"],
-            env=stock, check=True, timeout=200,
-        )  # fmt: skip
-    files = {"site_a": "final", "site_b": "personal_site_b", "global": "global"}
+    arguments = ["-f", "0", "-o", str(tmp_path / "stock"), "-chk", "checkpoint_personal_site_b.pth"]
+    predict("nnUNetv2_predict_from_modelfolder", *arguments, "-npp", "1", "-nps", "1", environment=stock)
+    predict("nnunet_fed", "-o", str(tmp_path / "forced"), "--force", "site_b", "-npp", "0", "-nps", "0")
+
+    routing = json.loads((tmp_path / "super" / "routing.json").read_text())["cases"]
+    assert {f"{case}.nii.gz" for case in routing} == {path.name for path in (tmp_path / "super").glob("*.nii.gz")}
+    assert len(routing) == len(list(images.iterdir()))
     for case, entry in routing.items():
-        mine = (tmp_path / "super" / f"{case}.nii.gz").read_bytes()
-        assert mine == (tmp_path / files[entry["choice"]] / f"{case}.nii.gz").read_bytes()
-    assert PLANS in model.name
-    assert environment()
+        stock_bytes = (tmp_path / "stock" / f"{case}.nii.gz").read_bytes()
+        assert (tmp_path / "forced" / f"{case}.nii.gz").read_bytes() == stock_bytes
+        if entry["choice"] == "site_b":
+            assert (tmp_path / "super" / f"{case}.nii.gz").read_bytes() == stock_bytes

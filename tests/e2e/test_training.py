@@ -10,7 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import PLANS, Planned, RunningFederation, environment, federation, same_bits, train_all, until
+from harness import (
+    PLANS,
+    Planned,
+    RunningFederation,
+    environment,
+    federation,
+    kill_in_exchange,
+    same_bits,
+    train_all,
+    until,
+)
 
 pytestmark = pytest.mark.e2e
 
@@ -88,17 +98,7 @@ def test_everything_that_stock_nnunet_writes_is_written(undisturbed: RunningFede
 def test_killed_sites_go_on_bit_identically(planned: Planned, undisturbed: RunningFederation, tmp_path: Path) -> None:
     with federation(planned, tmp_path / "run", {"site_a": "site_a", "site_b": "site_b"}) as running:
         a, b = running.sites["site_a"], running.sites["site_b"]
-        a.start()
-        b.start()
-        until(lambda: running.closed("round-0000/model"), "the first round is over")
-
-        # between its contribution and the checkpoint after the exchange: b cannot have contributed, it stands still
-        b.send(signal.SIGSTOP)
-        until(lambda: running.contributed("site_a", "round-0001/model"), "a has contributed")
-        assert not running.closed("round-0001/model")
-        a.send(signal.SIGKILL)
-        b.send(signal.SIGCONT)
-        a.start("--c")
+        kill_in_exchange(running, "model")
         until(lambda: running.closed("round-0001/model"), "the second round is over")
 
         # between rounds: b trains, and its last checkpoint is the one after the second round
