@@ -1,9 +1,9 @@
 """FedSM beside local training and FedAvg, on given sites; and who serves a site that nobody trained on.
 
-Two federations with equal budgets: one with the pull, one without (``softpull_self_weight = 1``), whose personalized
-models are those of training alone. The global model of both is FedAvg's, bit for bit. ``--constant`` adds a federation
-with the constant pull and plots how far the personalized models are apart; ``--unseen`` routes the images of a folder
-with the selector. Finished federations are kept and skipped on a second call.
+Federations with equal budgets: ``pulled`` has the defaults, ``local`` no pull (``softpull_self_weight = 1``), so that
+its personalized models are those of training alone, ``constant`` the constant pull. The global model of all of them is
+that of FedAvg, bit for bit. ``--plot`` draws how far the personalized models are apart; ``--unseen`` routes the images
+of a folder with the selector. Finished federations are kept and skipped on a second call.
 
     python benchmarks/fedsm.py --site A=sites/A --site B=sites/B --out fedsm --json fedsm.json
 """
@@ -92,7 +92,8 @@ def routes(model: Path, images: Path) -> dict[str, Any]:
 
 def show(figures: dict[str, Any], console: Console) -> None:
     """Print the tables."""
-    pulled, local = figures["pulled"]["summary"], figures["local"]["summary"]
+    pulled = figures["pulled"]["summary"]
+    local = figures["local"]["summary"] if "local" in figures else None
     table = Table(title=f"Validation Dice, {pulled['rounds']} rounds, one seed")
     columns = ("site", "cases", "local only", "FedAvg = global", "personal", "super")
     for column in columns:
@@ -100,9 +101,12 @@ def show(figures: dict[str, Any], console: Console) -> None:
     rows = [*pulled["sites"].items(), ("mean", None)]
     for name, site in rows:
         dice = site["dice"] if site else pulled["mean_dice"]
-        alone = local["sites"][name]["dice"] if site else local["mean_dice"]
-        values = (alone["final"], dice["global"], dice["final"], dice["super"])
-        table.add_row(name, str(site["train_cases"] if site else ""), *(f"{value:.4f}" for value in values))
+        alone = None
+        if local is not None:
+            alone = (local["sites"][name]["dice"] if site else local["mean_dice"])["final"]
+        values = (alone, dice["global"], dice["final"], dice["super"])
+        cells = ["-" if value is None else f"{value:.4f}" for value in values]
+        table.add_row(name, str(site["train_cases"] if site else ""), *cells)
     console.print(table)
     selector = pulled["selector"]
     console.print(
@@ -123,7 +127,10 @@ def plot(figures: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6, 3.4), layout="constrained")
-    for pull, label, style in (("pulled", "lr_coupled", "-o"), ("constant", "constant", "--s")):
+    styles = {"pulled": ("lr_coupled", "-o"), "constant": ("constant", "--s")}
+    for pull, (label, style) in styles.items():
+        if pull not in figures:
+            continue
         deviation = figures[pull]["deviation"]
         axes.semilogy(range(1, len(deviation) + 1), deviation, style, label=f"softpull_schedule = {label}")
     axes.set(xlabel="round", ylabel="deviation of the personalized models")
@@ -141,13 +148,14 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=50)
     parser.add_argument("--selector-steps", type=int, default=10, help="steps of the selector a round")
     parser.add_argument("--header-features", action="store_true")
-    parser.add_argument("--constant", type=Path, metavar="FILE", help="plot the deviation under both schedules there")
+    parser.add_argument("--federations", nargs="+", choices=list(PULLS), default=["pulled", "local"])
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="plot the deviation of the personalized models there")
     parser.add_argument("--unseen", type=Path, help="folder of images of another site")
     parser.add_argument("--json", type=Path, help="write all figures there")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     figures: dict[str, Any] = {}
-    for pull in PULLS if arguments.constant else ("pulled", "local"):
+    for pull in dict.fromkeys(["pulled", *arguments.federations]):
         run = train(arguments, pull)
         first = next(iter(records_of(run).values()))
         figures[pull] = {
@@ -158,8 +166,8 @@ def main() -> None:
     if arguments.unseen:
         model = next((arguments.out / "pulled").glob(f"sites/*/nnUNet_results/*/{TRAINERS['fedsm']}__*"))
         figures["unseen"] = routes(model, arguments.unseen)
-    if arguments.constant:
-        plot(figures, arguments.constant)
+    if arguments.plot:
+        plot(figures, arguments.plot)
     show(figures, Console())
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
