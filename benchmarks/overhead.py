@@ -33,12 +33,17 @@ from rich.table import Table
 
 DATASET = "Dataset001_Phantom"
 SITE = "site_a"
-METHODS: dict[str, tuple[dict[str, Any], float]] = {
-    "nnUNetTrainerFedAvg": ({"name": "fedavg"}, 1.03),
+ALONE = {"sites": (SITE,)}
+BESIDE_ANOTHER = {"sites": (SITE, "site_b"), "min_sites": 1, "deadline_minutes": 0.005}
+"""For a method that needs two sites: the other one is absent, and no round waits for it."""
+METHODS: dict[str, tuple[dict[str, Any], float, dict[str, Any]]] = {
+    "nnUNetTrainerFedAvg": ({"name": "fedavg"}, 1.03, ALONE),
     # every foreground counts as a small lesion: there is work to do in nearly every step
-    "nnUNetTrainerFedGS": ({"name": "fedgs", "threshold": 1, "log_base": 10, "truncation_guard": False}, 1.05),
+    "nnUNetTrainerFedGS": ({"name": "fedgs", "threshold": 1, "log_base": 10, "truncation_guard": False}, 1.05, ALONE),
+    # two steps where nnU-Net makes one
+    "nnUNetTrainerFedSM": ({"name": "fedsm"}, 2.1, BESIDE_ANOTHER),
 }
-"""Table of the study's method and target of each trainer that can be measured, a module in nnunet_fed.trainers."""
+"""Of each trainer that can be measured, a module in nnunet_fed.trainers: method table, target, and sites."""
 
 
 @dataclass
@@ -92,7 +97,8 @@ def prepare(folder: Path, arguments: argparse.Namespace) -> tuple[dict[str, Any]
 
     study = Federation.model_validate(
         {
-            "name": "overhead", "sites": (SITE,), "method": METHODS[arguments.trainer][0], "fold": "all",
+            "name": "overhead", "method": METHODS[arguments.trainer][0], "fold": "all",
+            **METHODS[arguments.trainer][2],
             "planner": arguments.planner, "configuration": arguments.configuration,
             "rounds": arguments.warmup + arguments.epochs + 1, "iterations_per_epoch": arguments.iterations,
             "val_iterations_per_epoch": arguments.val_iterations,
