@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,11 @@ import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from hypothesis import given
 from hypothesis import strategies as st
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import nn
 
 from nnunet_fed.communicator import LocalCommunicator, LocalFederation
+from nnunet_fed.method_tables import FedGS
 from nnunet_fed.methods.fedgs import (
     HISTOGRAM_BINS,
     Floats,
@@ -29,6 +32,7 @@ from nnunet_fed.methods.fedgs import (
     with_gain,
 )
 from nnunet_fed.tensors import load_arrays, shared_tensors, to_arrays
+from nnunet_fed.trainers.nnUNetTrainerFedGS import nnUNetTrainerFedGS
 
 TUMOUR = LesionClasses(("tumour",), (1,))
 
@@ -167,6 +171,20 @@ def test_ignored_voxels_are_in_no_region() -> None:
     target[0, 0, 2:4, 2:4] = 1
     target[0, 1, :3] = 1
     assert LesionClasses(("whole",), (0,), regions=True, ignore=4).inverse_areas(target)[0, 0] == 70 / 2
+
+
+def test_classes_of_region_based_training_are_the_channels_that_nnunet_gives_them() -> None:
+    labels = {"whole": [1, 2], "background": 0, "core": [2], "edge": [1], "ignore": 3}
+    dataset_json = {"labels": labels, "regions_class_order": [1, 2, 3]}
+    manager = LabelManager(labels, regions_class_order=[1, 2, 3])
+    for classes in (None, ("edge", "whole")):
+        options = FedGS(name="fedgs", classes=classes)
+        trainer = SimpleNamespace(dataset_json=dataset_json, label_manager=manager, options=options)
+        found = nnUNetTrainerFedGS._lesion_classes(trainer)
+        assert found.names == (classes or ("whole", "core", "edge"))
+        for name, channel in zip(found.names, found.indices, strict=True):
+            assert manager.foreground_regions[channel] == tuple(labels[name])
+        assert (found.regions, found.ignore) == (True, 3)
 
 
 def test_a_class_cut_by_the_patch_is_not_small_in_3d() -> None:
