@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from nnunet_fed.errors import ConfigurationError, FederationError
 from nnunet_fed.federation import SITE_NAME, explain
+from nnunet_fed.method_tables import Table
 from nnunet_fed.methods.fedsm import GLOBAL
 from nnunet_fed.methods.selector import Selector, SelectorConfiguration
 from nnunet_fed.methods.selector_validation import SelectorValidation
@@ -34,11 +35,7 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
 
 
-class _Table(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class ValidationDice(_Table):
+class ValidationDice(Table):
     """Mean Dice on a site's own validation cases."""
 
     personal: float
@@ -47,7 +44,7 @@ class ValidationDice(_Table):
     """Of the global model."""
 
 
-class FoldBundle(_Table):
+class FoldBundle(Table):
     """One trained fold; complete in itself, so that folds may be trained one by one."""
 
     site: str
@@ -96,7 +93,7 @@ class FoldBundle(_Table):
         return self.accuracy >= self.selector_min_accuracy
 
 
-class Bundle(_Table):
+class Bundle(Table):
     """All folds that were trained in a model folder, by the folds' names."""
 
     format_version: Literal[1] = 1

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from nnunet_fed.errors import ConfigurationError
@@ -19,8 +20,14 @@ PLANNING = (
 """Fields of a study on which plans and preprocessed data depend."""
 
 
-def check_same_planning(earlier: Path, study: Federation) -> None:
-    """See that an earlier simulation planned what ``study`` would plan; raises :class:`ConfigurationError`."""
+def check_same_planning(earlier: Path, study: Federation, sites: Mapping[str, Path]) -> None:
+    """See that an earlier simulation planned what ``study`` would plan; raises :class:`ConfigurationError`.
+
+    Args:
+        earlier: its folder.
+        study: the new one.
+        sites: raw data set of each site. Where the earlier simulation copied them, they cannot be compared.
+    """
     past = Federation.read(earlier / "federation.toml")
     for field in PLANNING:
         before, now = getattr(past, field), getattr(study, field)
@@ -29,6 +36,13 @@ def check_same_planning(earlier: Path, study: Federation) -> None:
                 f"The simulation in {earlier} was planned with {field} = {before!r}, this one has {now!r}: "
                 "plan anew, without --planned."
             )
+    for site, folder in sites.items():
+        for link in (earlier / "sites" / site / "nnUNet_raw").glob("Dataset*"):
+            if link.is_symlink() and link.resolve() != folder.resolve():
+                raise ConfigurationError(
+                    f"The simulation in {earlier} was planned with the data in {link.resolve()} for site '{site}', "
+                    f"this one has {folder}: plan anew, without --planned."
+                )
 
 
 def adopt(preprocessed: Path, folder: Path, study: Federation) -> None:

@@ -76,7 +76,7 @@ def simulate(simulation: Simulation, console: Console) -> dict[str, Any]:
     started = time.monotonic()
     study = simulation.study
     if simulation.planned is not None:
-        check_same_planning(simulation.planned, study)
+        check_same_planning(simulation.planned, study, simulation.sites)
     if study.plans_name is None:
         study = study.model_copy(update={"plans_name": study.planner.replace("Planner", "") + "Plans"})
     places = _places(simulation)

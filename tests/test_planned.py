@@ -58,7 +58,21 @@ def test_what_planning_reads_must_be_the_same(tmp_path: Path, changes: dict[str,
     (tmp_path / "federation.toml").write_text(to_toml(make_study("ab").model_dump(mode="json")))
     study = make_study("ab", **changes)
     if refused is None:
-        check_same_planning(tmp_path, study)
+        check_same_planning(tmp_path, study, {})
     else:
         with pytest.raises(ConfigurationError, match=f"planned with {refused} = "):
-            check_same_planning(tmp_path, study)
+            check_same_planning(tmp_path, study, {})
+
+
+def test_a_site_with_other_data_is_named(tmp_path: Path) -> None:
+    study = make_study("ab")
+    (tmp_path / "federation.toml").write_text(to_toml(study.model_dump(mode="json")))
+    data = {name: tmp_path / name for name in ("a", "b", "other")}
+    for site in "ab":
+        data[site].mkdir()
+        raw = tmp_path / "sites" / site / "nnUNet_raw"
+        raw.mkdir(parents=True)
+        (raw / "Dataset001_x").symlink_to(data[site])
+    check_same_planning(tmp_path, study, {"a": data["a"], "b": data["b"]})
+    with pytest.raises(ConfigurationError, match="for site 'b', this one has .*other: plan anew"):
+        check_same_planning(tmp_path, study, {"a": data["a"], "b": data["other"]})

@@ -126,8 +126,6 @@ class nnUNetTrainerFedGS(FederatedTrainer):  # noqa: N801
             uploaded = to_arrays(self.scaler.surrogate(shared_tensors(self.shared_network)))
         figures["best_scalar"], figures["residual"] = against_plain(self._round_start, trained, uploaded)
         self.diagnostics = figures
-        if self.scaler.scaled_steps == 0 and self.options.strength:
-            self.print_to_log_file("No step of this round held a small lesion: this site's update is a plain one.")
         self.load_shared(self.communicator.mean(f"{scope}/{self.MODEL}", uploaded, weight))
         if variant == "fedgs_norm":
             self.scaler.normaliser = figures["federation_mean_factor"]

@@ -202,11 +202,14 @@ class nnUNetTrainerFedSM(FederatedTrainer):  # noqa: N801
 
     def _share_at_last(self, scope: str) -> None:
         """Judge the selector over the federation, and give every site all personalized models if the study says so."""
-        self._own_site = self.communicator.site
         own = case_log_probabilities(self.selector.network, self.selector_cases("validation"))
-        self._selector_validation = validate_selector(self.communicator, scope, own, self.options.gamma)
-        if not self.options.share_personal:
-            return
+        found = validate_selector(self.communicator, scope, own, self.options.gamma)
+        if self.options.share_personal:
+            self._share_personal(scope)
+        # last: a round that closes without this site in between leaves no half of a super model
+        self._own_site, self._selector_validation = self.communicator.site, found
+
+    def _share_personal(self, scope: str) -> None:
         folder = Path(self.output_folder)
         network = copy.deepcopy(self.bare(self.network))
         for site in self.communicator.sites:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -124,4 +125,4 @@ def _weights_of(trainer: nnUNetTrainerFedSM, folder: Path, entry: FoldBundle, si
 def _mean_dice(folder: Path) -> float:
     """nnU-Net's mean foreground Dice of a validation; 0 where there is nothing to compare."""
     dice = float(json.loads((folder / "validation" / "summary.json").read_text())["foreground_mean"]["Dice"])
-    return 0.0 if dice != dice else dice
+    return dice if math.isfinite(dice) else 0.0
