@@ -73,7 +73,7 @@ def routes(model: Path, images: Path) -> dict[str, Any]:
     predictor.initialize_from_trained_model_folder(str(model))
     preprocessor = predictor.configuration_manager.preprocessor_class(verbose=False)
     reasons: Counter[str] = Counter()
-    certainties, seconds = [], []
+    certainties, distances, seconds = [], [], []
     for image in sorted(images.iterdir()):
         data, _, _ = preprocessor.run_case(
             [str(image)], None, predictor.plans_manager, predictor.configuration_manager, predictor.dataset_json
@@ -87,7 +87,12 @@ def routes(model: Path, images: Path) -> dict[str, Any]:
         seconds.append(time.perf_counter() - started)
         reasons[f"{taken.choice} ({taken.reason})"] += 1
         certainties.append(max((probabilities or {"": 0.0}).values()))
-    return {"routes": dict(reasons), "certainty": statistics.mean(certainties), "seconds": statistics.median(seconds)}
+        distances.append(taken.unfamiliarity or 0.0)
+    return {
+        "routes": dict(reasons), "certainty": statistics.mean(certainties),
+        "unfamiliarity": [min(distances), statistics.median(distances), max(distances)],
+        "seconds": statistics.median(seconds),
+    }  # fmt: skip
 
 
 def show(figures: dict[str, Any], console: Console) -> None:

@@ -21,6 +21,7 @@ from pydantic import Field, ValidationError, model_validator
 from nnunet_fed.errors import ConfigurationError, FederationError
 from nnunet_fed.federation import SITE_NAME, explain
 from nnunet_fed.method_tables import Table
+from nnunet_fed.methods.familiarity import Familiarity
 from nnunet_fed.methods.fedsm import GLOBAL
 from nnunet_fed.methods.selector import Selector, SelectorConfiguration
 from nnunet_fed.methods.selector_validation import SelectorValidation
@@ -60,6 +61,8 @@ class FoldBundle(Table):
     """Of the selector on all sites' validation cases."""
     selector_min_accuracy: Probability
     """The gate: with a lower accuracy every case is predicted by the global model."""
+    familiarity: Familiarity | None = None
+    """What the sites' images look like, if ``familiarity_gate`` is on."""
     validation_dice: dict[str, ValidationDice] | None
     """By site, if ``best_model_gate`` is on."""
     shared: tuple[str, ...]
@@ -115,6 +118,7 @@ def write_fold(
     validation: SelectorValidation,
     selector_min_accuracy: float,
     shared: Sequence[str],
+    familiarity: Familiarity | None = None,
     validation_dice: Mapping[str, ValidationDice] | None = None,
 ) -> None:
     """Enter a fold into the bundle, with the hashes of its files as they are now; other folds' entries stay.
@@ -130,6 +134,7 @@ def write_fold(
         validation: what the federation found of it; its sites are the classes.
         selector_min_accuracy: least accuracy with which the selector is used.
         shared: other sites whose ``checkpoint_personal_SITE.pth`` stands in the fold's folder.
+        familiarity: what the sites' images look like, if images of nobody are to be recognised.
         validation_dice: of every site, if ``best_model_gate`` is on.
 
     Raises:
@@ -146,6 +151,7 @@ def write_fold(
         confusion=validation.confusion,
         accuracy=validation.accuracy,
         selector_min_accuracy=selector_min_accuracy,
+        familiarity=familiarity,
         validation_dice=None if validation_dice is None else dict(validation_dice),
         shared=tuple(sorted(shared)),
         sha256={name: _sha256(model_folder / f"fold_{fold}" / name) for name in names},

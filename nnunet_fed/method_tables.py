@@ -107,6 +107,8 @@ class FedSM(MethodTable):
     """So many rounds the personalized models are the global one."""
     personal_every: int = Field(default=1, ge=1)
     """The personalized model trains on every so many batches."""
+    familiarity_gate: bool = True
+    """Cases whose texture is unlike that of every site's images go to the global model."""
     share_personal: bool = True
     """Every site gets all personalized models at the end; otherwise a super model has its own and the global one."""
     best_model_gate: bool = False

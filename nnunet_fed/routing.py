@@ -114,12 +114,14 @@ class Router:
             tempered(case_log_probabilities(selector, [seen])[0], entry.temperature).exp()
             for selector, entry in zip(self._selectors, self._folds.values(), strict=True)
         ]
+        far = [entry.familiarity.unfamiliarity(seen) for entry in self._folds.values() if entry.familiarity]
         sites = next(iter(self._folds.values())).sites
         probabilities: dict[str, float] = dict(zip(sites, torch.stack(of_folds).mean(0).tolist(), strict=True))
         taken = route(
             probabilities,
             self.gamma,
             trusted=all(entry.trusted for entry in self._folds.values()),
+            unfamiliarity=float(np.mean(far)) if far else None,
             global_instead=self._global_instead,
             available=self.available,
         )
@@ -174,6 +176,7 @@ class RoutingLog:
         self._content["cases"][case] = {
             "choice": taken.choice,
             "reason": taken.reason,
+            "unfamiliarity": taken.unfamiliarity,
             "probabilities": None if probabilities is None else dict(probabilities),
         }
         part = self._path.with_name(self._path.name + ".part")

@@ -31,8 +31,9 @@ from nnunet_fed.bundle import (
 )
 from nnunet_fed.cli import DEBUG_VARIABLE, main
 from nnunet_fed.errors import ConfigurationError, FederationError
+from nnunet_fed.methods.familiarity import Familiarity, texture
 from nnunet_fed.methods.fedsm import GLOBAL, Route
-from nnunet_fed.methods.selector import Selector, SelectorConfiguration
+from nnunet_fed.methods.selector import Selector, SelectorConfiguration, draw_patches
 from nnunet_fed.methods.selector_validation import SelectorValidation
 from nnunet_fed.predict import ROUTING, SuperModelPredictor
 
@@ -269,6 +270,21 @@ def test_an_inaccurate_selector_is_not_followed(tmp_path: Path, caplog: pytest.L
     assert taken == Route(GLOBAL, "gate")
     assert probabilities["a"] > 0.9, "for the record"
     assert predictor(folder, force="a").router.choose(case_data(-1), None)[0].choice == "a"
+
+
+def test_images_of_nobody_go_to_the_global_model(tmp_path: Path) -> None:
+    seen = texture(draw_patches(case_data(-1), SELECTOR))
+    precision = tuple(map(tuple, np.eye(len(seen)).tolist()))
+    made = predictor(
+        write_model(tmp_path / "model", familiarity=Familiarity({"a": tuple(seen.tolist())}, precision, 1.0))
+    )
+    taken, _ = made.router.choose(case_data(-1), None)
+    assert (taken.choice, taken.reason) == ("a", "personal")
+    assert taken.unfamiliarity == pytest.approx(0, abs=1e-9)
+    noisy = case_data(-1) + 0.5 * torch.randn(1, 16, 20, 16, generator=torch.Generator().manual_seed(1))
+    taken, probabilities = made.router.choose(noisy, None)
+    assert (taken.choice, taken.reason) == (GLOBAL, "unfamiliar")
+    assert max(probabilities, key=probabilities.get) == "a", "the selector alone would not have noticed"
 
 
 def test_models_that_are_not_shared_or_not_better(tmp_path: Path) -> None:

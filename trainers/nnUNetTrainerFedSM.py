@@ -23,6 +23,7 @@ from nnunet_fed.bundle import (
 )
 from nnunet_fed.errors import DisagreementError
 from nnunet_fed.method_tables import FedSM
+from nnunet_fed.methods.familiarity import Familiarity, fit_familiarity
 from nnunet_fed.methods.fedsm import pull_round
 from nnunet_fed.methods.selector import SelectorConfiguration, case_log_probabilities
 from nnunet_fed.methods.selector_training import SelectorTraining
@@ -58,6 +59,7 @@ class nnUNetTrainerFedSM(FederatedTrainer):  # noqa: N801
         self._batch = 0
         self._cases: dict[str, SelectorCases] = {}
         self._selector_validation: SelectorValidation | None = None
+        self._familiarity: Familiarity | None = None
         self._own_site = ""
         self.selector: SelectorTraining
 
@@ -204,6 +206,10 @@ class nnUNetTrainerFedSM(FederatedTrainer):  # noqa: N801
         """Judge the selector over the federation, and give every site all personalized models if the study says so."""
         own = case_log_probabilities(self.selector.network, self.selector_cases("validation"))
         found = validate_selector(self.communicator, scope, own, self.options.gamma)
+        if self.options.familiarity_gate:
+            self._familiarity = fit_familiarity(
+                self.communicator, scope, self.selector_cases("training"), self.selector_cases("validation")
+            )
         if self.options.share_personal:
             self._share_personal(scope)
         # last: a round that closes without this site in between leaves no half of a super model
@@ -246,7 +252,8 @@ class nnUNetTrainerFedSM(FederatedTrainer):  # noqa: N801
         write_fold(
             Path(self.output_folder_base), self.fold, site=site, gamma=self.options.gamma,
             selector=self.selector_configuration, validation=found, shared=others,
-            selector_min_accuracy=self.options.selector_min_accuracy, validation_dice=validation_dice,
+            selector_min_accuracy=self.options.selector_min_accuracy, familiarity=self._familiarity,
+            validation_dice=validation_dice,
         )  # fmt: skip
         facts = {
             "accuracy": found.accuracy, "accuracy_by_site": found.accuracy_by_site, "confusion": found.confusion,
@@ -279,6 +286,7 @@ class nnUNetTrainerFedSM(FederatedTrainer):  # noqa: N801
             "selector": self.selector.state_dict(),
             # plain values: a checkpoint is read where nnunet_fed is not installed, too
             "selector_validation": None if found is None else {**asdict(found), "site": self._own_site},
+            "familiarity": None if self._familiarity is None else asdict(self._familiarity),
         }
 
     def load_method_state(self, state: dict[str, Any]) -> None:
@@ -292,6 +300,8 @@ class nnUNetTrainerFedSM(FederatedTrainer):  # noqa: N801
             found = dict(state["selector_validation"])
             self._own_site = found.pop("site")
             self._selector_validation = SelectorValidation(**found)
+        if state["familiarity"] is not None:
+            self._familiarity = Familiarity(**state["familiarity"])
 
 
 def _floats(state: dict[str, Array]) -> dict[str, Array]:

@@ -24,7 +24,7 @@ from nnunet_fed.payload import Tensors
 from nnunet_fed.tensors import to_arrays
 
 Schedule = Literal["constant", "lr_coupled"]
-Reason = Literal["personal", "below_gamma", "gate", "forced", "best_model_gate", "not_shared"]
+Reason = Literal["personal", "below_gamma", "gate", "unfamiliar", "forced", "best_model_gate", "not_shared"]
 
 GLOBAL = "global"
 """The global model, wherever a site's name says a personalized one."""
@@ -198,6 +198,8 @@ class Route:
     choice: str
     """A site, or :data:`GLOBAL`."""
     reason: Reason
+    unfamiliarity: float | None = None
+    """See :meth:`nnunet_fed.methods.familiarity.Familiarity.unfamiliarity`; ``None``: not measured."""
 
 
 def check_gamma(gamma: float) -> float:
@@ -212,6 +214,7 @@ def route(
     gamma: float,
     *,
     trusted: bool = True,
+    unfamiliarity: float | None = None,
     global_instead: Collection[str] = (),
     available: Collection[str] | None = None,
 ) -> Route:
@@ -224,19 +227,28 @@ def route(
         probabilities: of the sites, by name.
         gamma: within 0 and 1.
         trusted: whether the selector passed its gate; if not, every case goes to the global model.
+        unfamiliarity: of the image; a case that is not at most 1 goes to the global model. ``None``: not measured.
         global_instead: sites whose cases the global model serves, see :func:`best_model_gate`.
         available: sites whose personalized model is at hand; ``None``: all.
     """
     likeliest = max(probabilities, key=lambda site: probabilities[site])
+    choice, reason = GLOBAL, _reason_for_global(probabilities[likeliest] > check_gamma(gamma), trusted, unfamiliarity)
+    if reason is None and likeliest in global_instead:
+        reason = "best_model_gate"
+    elif reason is None and available is not None and likeliest not in available:
+        reason = "not_shared"
+    elif reason is None:
+        choice, reason = likeliest, "personal"
+    return Route(choice, reason, unfamiliarity)
+
+
+def _reason_for_global(is_sure: bool, trusted: bool, unfamiliarity: float | None) -> Reason | None:
+    """Why no site's model may predict a case, whichever it is."""
     if not trusted:
-        return Route(GLOBAL, "gate")
-    if not probabilities[likeliest] > check_gamma(gamma):
-        return Route(GLOBAL, "below_gamma")
-    if likeliest in global_instead:
-        return Route(GLOBAL, "best_model_gate")
-    if available is not None and likeliest not in available:
-        return Route(GLOBAL, "not_shared")
-    return Route(likeliest, "personal")
+        return "gate"
+    if unfamiliarity is not None and not unfamiliarity <= 1:  # not a number is not familiar either
+        return "unfamiliar"
+    return None if is_sure else "below_gamma"
 
 
 def best_model_gate(personal: Mapping[str, float], common: Mapping[str, float]) -> frozenset[str]:
