@@ -23,7 +23,17 @@ class MethodTable(Table):
         """See that the method suits the study's sites; raises :class:`ValueError`."""
 
 
-class FedAvg(MethodTable):
+class FineTuned(MethodTable):
+    """A method after whose rounds a site may train on alone; see :mod:`nnunet_fed.trainers.finetuning`."""
+
+    finetune_epochs: int = Field(default=0, ge=0)
+    """Epochs of local fine-tuning after the last round. What is deployed is the best of them by the site's own
+    validation; 0: what the rounds gave."""
+    finetune_lr_factor: float = Field(default=0.1, gt=0)
+    """Learning rate at the start of the fine-tuning, over the study's; nnU-Net's schedule begins anew with it."""
+
+
+class FedAvg(FineTuned):
     """Federated averaging (McMahan et al. 2017, Algorithm 1): the mean of the sites' weights after local training."""
 
     name: Literal["fedavg"]
@@ -127,8 +137,30 @@ class FedSM(MethodTable):
             )
 
 
-Method = Annotated[FedAvg | FedGS | FedSM, Field(discriminator="name")]
+class FedOAP(FineTuned):
+    """A shared trunk, private parts and fine-tuning, across organs; see :mod:`nnunet_fed.methods.fedoap`."""
+
+    name: Literal["fedoap"]
+    finetune_epochs: int = Field(default=2, ge=0)
+    """As for :class:`FineTuned`; 2 is the public code's."""
+    heads: int = Field(default=1, ge=1)
+    """Heads of the attention; the public code's has one."""
+    query_branch: Literal["copy", "light"] = "copy"
+    """The private branch that gives the queries: as the encoder's last stage, or one convolution block."""
+    adapter: Literal["res3", "none"] = "res3"
+    """The private spatial adapter before the output."""
+    private_stem: bool = False
+    """The first convolution is private too, so that sites may have other input channels."""
+    tau: float = Field(default=0.75, ge=0, le=1)
+    """Fine-tuning: logits are perturbed where the error exceeds it; at 1 nowhere."""
+    sigma: float = Field(default=0.1, ge=0)
+    """Fine-tuning: standard deviation of the perturbation."""
+    perturbation_weight: float = Field(default=0.1, ge=0, le=1)
+    """Fine-tuning: weight of the perturbed loss, the source's lambda; 0: plain fine-tuning."""
+
+
+Method = Annotated[FedAvg | FedGS | FedSM | FedOAP, Field(discriminator="name")]
 """The method's table: ``name`` and the options of that method. A new method adds its table to this union."""
 
-METHOD_TABLES: dict[str, type[MethodTable]] = {"fedavg": FedAvg, "fedgs": FedGS, "fedsm": FedSM}
+METHOD_TABLES: dict[str, type[MethodTable]] = {"fedavg": FedAvg, "fedgs": FedGS, "fedsm": FedSM, "fedoap": FedOAP}
 """Table of each method, by its name."""

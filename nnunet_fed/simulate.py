@@ -32,7 +32,10 @@ from nnunet_fed.watch import watch
 
 __all__ = ["Simulation", "lesion_table", "plugin_folder", "result_table", "simulate"]
 
-TRAINERS = {"fedavg": "nnUNetTrainerFedAvg", "fedgs": "nnUNetTrainerFedGS", "fedsm": "nnUNetTrainerFedSM"}
+TRAINERS = {
+    "fedavg": "nnUNetTrainerFedAvg", "fedgs": "nnUNetTrainerFedGS", "fedsm": "nnUNetTrainerFedSM",
+    "fedoap": "nnUNetTrainerFedOAP",
+}  # fmt: skip
 """nnU-Net trainer of each method."""
 HOST = "127.0.0.1"
 FOLDS = 5

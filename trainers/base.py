@@ -19,7 +19,7 @@ from nnunet_fed.errors import (
 )
 from nnunet_fed.federation import Federation, Site
 from nnunet_fed.plans import plans_digest
-from nnunet_fed.tensors import digest_of_tensors, shared_tensors
+from nnunet_fed.tensors import digest_of_tensors
 from nnunet_fed.trainers import checkpoint
 from nnunet_fed.trainers.membership import Membership
 from nnunet_fed.trainers.ranks import RankZeroSeat, from_rank_zero, patient_group
@@ -99,7 +99,7 @@ class FederatedTrainer(StudyTrainer):
         A training that is refused has written nothing yet but its log.
         """
         loaders = super().get_dataloaders()
-        if self.current_epoch < self.num_epochs:
+        if self.current_epoch < self.study.epochs:
             try:
                 self._study_now = from_rank_zero(self._join)
             except BaseException:
@@ -123,7 +123,7 @@ class FederatedTrainer(StudyTrainer):
 
     def on_train_start(self) -> None:
         """Let nnU-Net start, join, then agree on initial weights or go on where the federation is."""
-        if self.current_epoch >= self.num_epochs:  # --c after the end: nothing left for which to need the others
+        if self.current_epoch >= self.study.epochs:  # --c after the rounds: nothing left for which to need the others
             super().on_train_start()
             return
         super().on_train_start()  # joins in get_dataloaders
@@ -147,6 +147,8 @@ class FederatedTrainer(StudyTrainer):
                 self._skip_to(self._next_epoch)
         if self.current_epoch >= self.num_epochs:
             raise _TrainingOver
+        if self.current_epoch >= self.study.epochs and self._membership is not None:
+            self._membership.part("finished its rounds")  # what follows needs nobody
         super().on_epoch_start()
         self._report("training")
 
@@ -162,7 +164,7 @@ class FederatedTrainer(StudyTrainer):
         if self._pending is not None:
             train_outputs, self.num_iterations_per_epoch = self._pending, self.study.iterations_per_epoch
         super().on_train_epoch_end(train_outputs)
-        if (self.current_epoch + 1) % self.study.local_epochs == 0:
+        if self.current_epoch < self.study.epochs and (self.current_epoch + 1) % self.study.local_epochs == 0:
             if not resent:
                 self._save_pending(train_outputs)
             self._exchange_round(self.current_epoch // self.study.local_epochs)
@@ -191,7 +193,7 @@ class FederatedTrainer(StudyTrainer):
 
     def _leave(self) -> None:
         if self._membership is not None:
-            self._membership.seat.leave("finished")
+            self._membership.leave("finished")
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """nnU-Net's validation, watched by those who watch."""
@@ -205,7 +207,7 @@ class FederatedTrainer(StudyTrainer):
         if self.validates_together:
             self._leave()
         if self._membership is not None:
-            self._membership.seat.close()
+            self._membership.close()
 
     def validate(self, save_probabilities: bool) -> None:
         """nnU-Net's validation of :attr:`network`, then the same by lesion size."""
@@ -240,7 +242,7 @@ class FederatedTrainer(StudyTrainer):
             self.load_shared(arrays)
             digests = {
                 "plans": plans_digest(self.plans_manager.plans),
-                "initial weights": digest_of_tensors(shared_tensors(self.shared_network)),
+                "initial weights": digest_of_tensors(self.shared()),
             }
             require_agreement(self.communicator, scope, digests)
         except RoundClosedError:

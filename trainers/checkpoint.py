@@ -54,6 +54,13 @@ def amend(part: Path, filename: Path, additions: Mapping[str, Any]) -> None:
     part.unlink()
 
 
+def network_weights(filename: Path) -> dict[str, torch.Tensor]:
+    """The network's ``state_dict`` in a checkpoint that this site has written, memory-mapped."""
+    checkpoint = torch.load(filename, map_location="cpu", weights_only=False, mmap=True)
+    weights: dict[str, torch.Tensor] = checkpoint["network_weights"]
+    return weights
+
+
 def federation_state(filename: Path) -> dict[str, Any] | None:
     """Our state in a checkpoint; ``None`` in one that a federated trainer did not write."""
     checkpoint = torch.load(filename, map_location="cpu", weights_only=False, mmap=True)

@@ -58,6 +58,7 @@ class Membership:
                 f"{self.seat.attempt}. Start this training without --c."
             )
         self.attempt = self.seat.attempt
+        self._is_over = False
         self._record = Record(folder / "federation.json", continues)
 
     def describe(self, training_cases: int) -> None:
@@ -87,10 +88,27 @@ class Membership:
         self._record.note(**facts)
 
     def happened(self, text: str) -> None:
-        """Note an event here and at the coordinator."""
+        """Note an event here and, while the site has its seat, at the coordinator."""
         self._record.happened(text)
-        self.seat.note(text)
+        if not self._is_over:
+            self.seat.note(text)
 
     def report(self, progress: dict[str, Any], wait: bool = False) -> None:
-        """Tell those who watch."""
-        self.seat.report(progress, wait)
+        """Tell those who watch, while the site has its seat."""
+        if not self._is_over:
+            self.seat.report(progress, wait)
+
+    def leave(self, reason: str) -> None:
+        """Take leave in order: no later round waits for this site."""
+        if not self._is_over:
+            self.seat.leave(reason)
+
+    def close(self) -> None:
+        """From here on nothing is sent."""
+        self.seat.close()
+        self._is_over = True
+
+    def part(self, reason: str) -> None:
+        """Leave, and send nothing more."""
+        self.leave(reason)
+        self.close()

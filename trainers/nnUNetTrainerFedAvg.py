@@ -1,9 +1,9 @@
 """Federated averaging inside nnU-Net's training."""
 
-from nnunet_fed.trainers.base import FederatedTrainer
+from nnunet_fed.trainers.finetuning import FineTuningTrainer
 
 
-class nnUNetTrainerFedAvg(FederatedTrainer):  # noqa: N801
+class nnUNetTrainerFedAvg(FineTuningTrainer):  # noqa: N801
     """Every round ends with the weighted mean of the sites' weights (:mod:`nnunet_fed.methods.fedavg`)."""
 
     method = "fedavg"

@@ -54,6 +54,12 @@ def from_rank_zero(function: Callable[[], T], group: Any = None) -> T:
     return value
 
 
+def wait_for_all() -> None:
+    """Return once every rank has come here, for example to read what rank 0 wrote before."""
+    if is_distributed():
+        dist.barrier()
+
+
 def patient_group(minutes: float) -> Any:
     """A gloo group on which ranks may wait that long for rank 0; ``None`` without ``torch.distributed``.
 

@@ -44,6 +44,8 @@ class StudyTrainer(nnUNetTrainer):
 
     method: ClassVar[str]
     """Name of the method, as in the study's table."""
+    PREDICTED_AS: ClassVar[str] = nnUNetTrainer.__name__
+    """The trainer that checkpoints name: the one whose network it is. The stock one predicts without nnunet_fed."""
 
     current_epoch: int
 
@@ -112,13 +114,17 @@ class StudyTrainer(nnUNetTrainer):
         """The network whose tensors the sites share: the one that is trained, unless a method has another."""
         return self.bare(self.network)
 
+    def shared(self) -> dict[str, torch.Tensor]:
+        """The tensors that this site shares, by name."""
+        return shared_tensors(self.shared_network)
+
     def shared_arrays(self) -> dict[str, Array]:
         """The tensors that this site shares, as arrays."""
-        return to_arrays(shared_tensors(self.shared_network))
+        return to_arrays(self.shared())
 
     def load_shared(self, arrays: dict[str, Array]) -> None:
         """Take received tensors into the network, in place."""
-        load_arrays(shared_tensors(self.shared_network), arrays)
+        load_arrays(self.shared(), arrays)
 
     @property
     def site_weight(self) -> float:
@@ -140,8 +146,18 @@ class StudyTrainer(nnUNetTrainer):
         return optimizer, schedule
 
     def get_tr_and_val_datasets(self) -> Any:
-        """nnU-Net's data sets; notes the number of training cases."""
+        """nnU-Net's data sets; notes the number of training cases.
+
+        Raises:
+            ConfigurationError: there is no training or no validation case.
+        """
         training, validation = super().get_tr_and_val_datasets()
+        for kind, cases in (("training", training), ("validation", validation)):
+            if not cases.identifiers:
+                raise ConfigurationError(
+                    f"Fold {self.fold} has no {kind} case. Correct splits_final.json in "
+                    f"{self.preprocessed_dataset_folder_base}, or train fold 'all', which validates on all cases."
+                )
         self._training_cases = len(training.identifiers)
         return training, validation
 
@@ -159,7 +175,7 @@ class StudyTrainer(nnUNetTrainer):
     def save_for_prediction(self, filename: str, additions: dict[str, Any] | None = None) -> None:
         """nnU-Net's checkpoint of the current network.
 
-        It names the stock trainer, whose network it holds: so it predicts where nnunet_fed is not installed.
+        It names the trainer :attr:`PREDICTED_AS`.
 
         Args:
             filename: replaced once the new file is complete.
@@ -170,7 +186,7 @@ class StudyTrainer(nnUNetTrainer):
             return
         part = Path(filename + ".part")
         super().save_checkpoint(str(part))
-        checkpoint.amend(part, Path(filename), {**(additions or {}), "trainer_name": nnUNetTrainer.__name__})
+        checkpoint.amend(part, Path(filename), {**(additions or {}), "trainer_name": self.PREDICTED_AS})
 
     def load_checkpoint(self, filename_or_checkpoint: Any) -> None:
         """nnU-Net's checkpoint and our state; the random states wait until the training has started."""

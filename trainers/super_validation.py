@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.evaluation.evaluate_predictions import compute_metrics_on_folder
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_fed.bundle import FoldBundle, ValidationDice, fold_of, load_tensors
 from nnunet_fed.methods.fedsm import GLOBAL
 from nnunet_fed.routing import Router
+from nnunet_fed.trainers.further_validation import below, predict_cases, weights_of
 from nnunet_fed.trainers.strata import evaluate_lesions
 
 if TYPE_CHECKING:
@@ -36,8 +32,8 @@ def validate_global_and_super(trainer: nnUNetTrainerFedSM, save_probabilities: b
         trainer: which has validated its personalized model.
         save_probabilities: as in nnU-Net.
     """
-    with trainer.global_branch(), _below(trainer, GLOBAL):
-        _predict(trainer, trainer.do_split()[1], save_probabilities)
+    with trainer.global_branch(), below(trainer, GLOBAL):
+        predict_cases(trainer, trainer.do_split()[1], save_probabilities)
         evaluate_lesions(trainer)
     folder = Path(trainer.output_folder)
     if trainer.validates_together and trainer.is_connected:
@@ -59,11 +55,12 @@ def _validate_super(trainer: nnUNetTrainerFedSM, folder: Path, entry: FoldBundle
     trainer.print_to_log_file(f"Models that the super model chooses for the validation cases: {counts}")
     sources = {entry.site: folder, GLOBAL: folder / GLOBAL}
     for site in sorted(chosen.keys() - sources.keys()):
-        with _weights_of(trainer, folder, entry, site), _below(trainer, SUPER):
-            _predict(trainer, chosen[site], save_probabilities)
+        weights = load_tensors(folder / entry.personal_checkpoints[site])["network_weights"]
+        with weights_of(trainer, weights), below(trainer, SUPER):
+            predict_cases(trainer, chosen[site], save_probabilities)
     if trainer.local_rank == 0:
         _collect(trainer, folder, {source: chosen.get(choice, []) for choice, source in sources.items()})
-        with _below(trainer, SUPER):
+        with below(trainer, SUPER):
             evaluate_lesions(trainer)
 
 
@@ -87,39 +84,6 @@ def _collect(trainer: nnUNetTrainerFedSM, folder: Path, chosen: dict[Path, list[
         chill=True,
         num_processes=default_num_processes,
     )
-
-
-def _predict(trainer: nnUNetTrainerFedSM, cases: Sequence[str], save_probabilities: bool) -> None:
-    """nnU-Net's validation of some of the cases."""
-    split = trainer.do_split
-    trainer.do_split = lambda: ([], list(cases))
-    try:
-        nnUNetTrainer.perform_actual_validation(trainer, save_probabilities)
-    finally:
-        trainer.do_split = split
-
-
-@contextmanager
-def _below(trainer: nnUNetTrainerFedSM, name: str) -> Iterator[None]:
-    """Let nnU-Net write its validation into a folder of its own."""
-    folder = trainer.output_folder
-    trainer.output_folder = str(Path(folder) / name)
-    try:
-        yield
-    finally:
-        trainer.output_folder = folder
-
-
-@contextmanager
-def _weights_of(trainer: nnUNetTrainerFedSM, folder: Path, entry: FoldBundle, site: str) -> Iterator[None]:
-    """Let the trainer's network have another site's personalized weights."""
-    network: torch.nn.Module = trainer.bare(trainer.network)
-    own: dict[str, Any] = copy.deepcopy(network.state_dict())
-    network.load_state_dict(load_tensors(folder / entry.personal_checkpoints[site])["network_weights"])
-    try:
-        yield
-    finally:
-        network.load_state_dict(own)
 
 
 def _mean_dice(folder: Path) -> float:

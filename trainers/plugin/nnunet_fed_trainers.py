@@ -5,6 +5,7 @@ So the trainers themselves are not here but imported from the installed package,
 
 from nnunet_fed.trainers.nnUNetTrainerFedAvg import nnUNetTrainerFedAvg
 from nnunet_fed.trainers.nnUNetTrainerFedGS import nnUNetTrainerFedGS
+from nnunet_fed.trainers.nnUNetTrainerFedOAP import nnUNetTrainerFedOAP
 from nnunet_fed.trainers.nnUNetTrainerFedSM import nnUNetTrainerFedSM
 
-__all__ = ["nnUNetTrainerFedAvg", "nnUNetTrainerFedGS", "nnUNetTrainerFedSM"]
+__all__ = ["nnUNetTrainerFedAvg", "nnUNetTrainerFedGS", "nnUNetTrainerFedOAP", "nnUNetTrainerFedSM"]

@@ -1,0 +1,123 @@
+"""FedOAP inside nnU-Net's training: a shared trunk, private parts that never leave the site, and fine-tuning."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+
+from nnunet_fed.errors import ConfigurationError
+from nnunet_fed.federation import PLANS_KEY, Federation, Site
+from nnunet_fed.method_tables import FedOAP
+from nnunet_fed.methods.fedoap import FedOAPArchitecture, is_private, wrap_network
+from nnunet_fed.methods.perturbed_boundary import PerturbedBoundaryLoss, with_perturbed_boundary
+from nnunet_fed.trainers.checkpoint import network_weights
+from nnunet_fed.trainers.finetuning import FineTuningTrainer
+from nnunet_fed.trainers.study_trainer import sentences_for_users
+
+PRETRAINED = "-pretrained_weights"
+"""nnU-Net's option, which it does not tell the trainer."""
+
+
+class nnUNetTrainerFedOAP(FineTuningTrainer):  # noqa: N801
+    """The mean of the shared tensors in each round, and the perturbed boundary loss in the fine-tuning.
+
+    See :mod:`nnunet_fed.methods.fedoap` and :mod:`nnunet_fed.methods.perturbed_boundary`. The network is not a stock
+    one: prediction needs nnunet_fed, and ``nnUNet_extTrainer`` as in training. What shapes it is in the plans.
+    """
+
+    method = "fedoap"
+    PREDICTED_AS = "nnUNetTrainerFedOAP"
+    FEDERATED = "federated"
+
+    def configure_study(self) -> None:
+        """Take the method's options."""
+        super().configure_study()
+        assert isinstance(self.study.method, FedOAP)
+        self.options = self.study.method
+        self._boundary_loss: PerturbedBoundaryLoss
+
+    @staticmethod
+    def build_network_architecture(
+        plans_manager: PlansManager,
+        configuration_manager: ConfigurationManager,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> torch.nn.Module:
+        """The network of the plans, wrapped as the study in them says; the same in training and prediction.
+
+        Raises:
+            ConfigurationError: the plans were made for another method, or their network cannot be wrapped.
+        """
+        study = Federation.model_validate(plans_manager.plans[PLANS_KEY]["study"])
+        if not isinstance(study.method, FedOAP):
+            raise ConfigurationError(
+                f"The plans '{plans_manager.plans_name}' were made for the method '{study.method.name}', not for "
+                "'fedoap': they do not say how the network is shaped. Plan for a study of FedOAP."
+            )
+        options = study.method
+        return wrap_network(
+            nnUNetTrainer.build_network_architecture(
+                plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
+            ),
+            FedOAPArchitecture(options.heads, options.query_branch, options.adapter),
+        )
+
+    def initialize(self) -> None:
+        """nnU-Net's, and a look at pretrained weights before nnU-Net asserts that they fit."""
+        super().initialize()
+        with sentences_for_users():
+            check_pretrained_weights(self.bare(self.network), sys.argv)
+
+    def shared(self) -> dict[str, torch.Tensor]:
+        """The tensors that are averaged (gamma); nothing else ever leaves the site."""
+        private_stem = self.options.private_stem
+        return {name: tensor for name, tensor in super().shared().items() if not is_private(name, private_stem)}
+
+    def _build_loss(self) -> Any:
+        def make(base: torch.nn.Module) -> PerturbedBoundaryLoss:
+            self._boundary_loss = PerturbedBoundaryLoss(
+                base, self.options.tau, self.options.sigma, weight=0.0,
+                softmax=not self.label_manager.has_regions, ignore_label=self.label_manager.ignore_label,
+            )  # fmt: skip
+            return self._boundary_loss
+
+        return with_perturbed_boundary(super()._build_loss(), make)
+
+    def on_train_epoch_start(self) -> None:
+        """Perturb in the fine-tuning only, with noise of this epoch's own."""
+        super().on_train_epoch_start()
+        self._boundary_loss.weight = self.options.perturbation_weight if self.is_finetuning else 0.0
+        if self.is_finetuning:
+            drawn_from = f"{self.study.seed}/{Site.from_environment().name}/{self.current_epoch}/{self.local_rank}"
+            self._boundary_loss.reseed(int.from_bytes(hashlib.sha256(drawn_from.encode()).digest()[:7], "little"))
+
+    def exchange(self, scope: str) -> None:
+        """Replace the shared tensors by their mean over the sites of the round; the private ones stay."""
+        self.load_shared(self.communicator.mean(f"{scope}/{self.MODEL}", self.shared_arrays(), self.site_weight))
+
+
+def check_pretrained_weights(network: torch.nn.Module, arguments: Sequence[str]) -> None:
+    """See that the weights which a command line names are of this network.
+
+    Raises:
+        ConfigurationError: they lack a tensor, as those of a stock nnU-Net do.
+    """
+    if PRETRAINED not in arguments[:-1]:
+        return
+    path = Path(arguments[arguments.index(PRETRAINED) + 1])
+    if not path.is_file():
+        raise ConfigurationError(f"{PRETRAINED} {path}: there is no such file.")
+    missing = [name for name in network.state_dict().keys() - network_weights(path).keys() if "seg_layers" not in name]
+    if missing:
+        raise ConfigurationError(
+            f"{PRETRAINED} {path}: these weights are not of a network of FedOAP, they lack {min(missing)} and "
+            f"{len(missing) - 1} more. Give a checkpoint of nnUNetTrainerFedOAP, or leave the option out."
+        )
