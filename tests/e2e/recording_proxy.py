@@ -1,0 +1,50 @@
+"""A TCP proxy that keeps what passes through it, for tests that look at the wire."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from contextlib import suppress
+
+
+class RecordingProxy:
+    """Forward connections to an address until it is closed.
+
+    Args:
+        target: ``host:port``.
+    """
+
+    def __init__(self, target: str):
+        host, _, port = target.rpartition(":")
+        self._target = (host, int(port))
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        self.sent = bytearray()
+        """What the clients have sent."""
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        self._listener.close()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                try:
+                    server = socket.create_connection(self._target)
+                except OSError:  # the coordinator is away
+                    client.close()
+                    continue
+                for source, sink, kept in ((client, server, self.sent), (server, client, None)):
+                    threading.Thread(target=self._pump, args=(source, sink, kept), daemon=True).start()
+
+    @staticmethod
+    def _pump(source: socket.socket, sink: socket.socket, kept: bytearray | None) -> None:
+        with suppress(OSError):
+            while data := source.recv(1 << 16):
+                if kept is not None:
+                    kept += data
+                sink.sendall(data)
+        for end in (source, sink):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
