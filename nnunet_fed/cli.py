@@ -22,7 +22,7 @@ from nnunet_fed import __version__
 from nnunet_fed.cli_predict import predict
 from nnunet_fed.errors import ConfigurationError, DisagreementError, FederationError
 from nnunet_fed.federation import Federation, Site, explain
-from nnunet_fed.options import named_folders, named_values, repeat_option, whole_number
+from nnunet_fed.options import named_folders, named_labels, named_values, repeat_option, whole_number
 
 DEBUG_VARIABLE = "nnUNet_fed_debug"
 
@@ -229,11 +229,12 @@ def phantom(
     sites: Annotated[int, typer.Option(help="Number of sites.")] = 3,
     cases: Annotated[int, typer.Option(help="Training cases a site.")] = 16,
     seed: Annotated[int, typer.Option(help="Another seed, other images.")] = 0,
+    organs: Annotated[bool, typer.Option("--organs", help="Another organ at each site, one kind of lesion.")] = False,
 ) -> None:
     """Write the built-in demo data: an organ with lesions, seen by a different scanner at each site."""
     from nnunet_fed.phantom import write_phantom
 
-    for folder in write_phantom(out, sites, cases, seed).values():
+    for folder in write_phantom(out, sites, cases, seed, organs=organs).values():
         print(folder)
     print(out / "test")
 
@@ -273,6 +274,12 @@ def simulate(
     planned: Annotated[
         Path | None, typer.Option(help="Folder of an earlier simulation of these sites: take its plans.")
     ] = None,
+    labels: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[SITE:]LABEL=OWN,...", help="Which labels of the sites, or of one, become LABEL; repeat for more."
+        ),
+    ] = None,
     until: Annotated[Until, typer.Option(help="Where to stop.")] = Until.validate,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[int | None, typer.Option(help="Threads of each site; default: its share of the cores.")] = None,
@@ -295,7 +302,8 @@ def simulate(
     except ValidationError as error:
         raise ConfigurationError(explain(error, Federation)) from None
     console = Console(stderr=True)
-    summary = run(Simulation(folders, out, study, until.value, device, threads, planned), console)
+    maps = named_labels(labels or [], folders)
+    summary = run(Simulation(folders, out, study, until.value, device, threads, planned, maps), console)
     for table in (result_table(summary), lesion_table(summary)):
         if table is not None:
             Console().print(table)

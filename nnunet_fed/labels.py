@@ -11,6 +11,9 @@ from nnunet_fed.errors import ConfigurationError
 BACKGROUND, IGNORE = "background", "ignore"
 """nnU-Net's names for 0 and for voxels that nobody has labelled."""
 
+Sources = Mapping[str, tuple[int | str, ...]]
+"""By the federation's label, the names or values of the site's labels that become it; none: the site has none."""
+
 
 @dataclass(frozen=True)
 class LabelMap:
@@ -18,8 +21,11 @@ class LabelMap:
 
     dataset: int
     """nnU-Net's number of the data set with the federation's labels, which is built beside the site's own."""
-    sources: Mapping[str, tuple[int | str, ...]]
-    """By the federation's label, the names or values of the site's labels that become it; none: the site has none."""
+    sources: Sources
+
+    def dataset_name(self, own: str) -> str:
+        """nnU-Net's name of the data set that is built, out of the site's own, ``Dataset001_Liver``."""
+        return f"Dataset{self.dataset:03d}_{own.partition('_')[2]}_mapped"
 
     def resolve(self, own: Mapping[str, Any], where: str) -> ResolvedMap:
         """Apply the map to a site's labels.

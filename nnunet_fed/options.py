@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,42 @@ def named_values(options: list[str]) -> dict[str, Any]:
         except tomllib.TOMLDecodeError:
             values[name] = text
     return values
+
+
+def named_labels(options: list[str], sites: Iterable[str]) -> dict[str, dict[str, tuple[int | str, ...]]]:
+    """Label maps by site out of ``LABEL=SOURCES`` for all sites and ``SITE:LABEL=SOURCES`` for one.
+
+    SOURCES are the site's labels, by name or number, with commas between them; none: the site has none of it. What is
+    said of one site precedes what is said of all. Labels stand in the order in which they are first named, which
+    numbers them.
+
+    Args:
+        options: as on the command line.
+        sites: all sites.
+
+    Raises:
+        ConfigurationError: an option has another form, or says twice what a label is.
+    """
+    given: dict[tuple[str | None, str], tuple[int | str, ...]] = {}
+    for option in options:
+        target, separator, text = option.partition("=")
+        site, _, label = target.partition(":") if ":" in target else (None, "", target)
+        if not separator or not label or site == "":
+            raise ConfigurationError(
+                f"--labels {option}: give a label of the federation and the site's labels that become it, as in "
+                "--labels lesion=tumour,cyst, or --labels site_a:lesion=tumour for one site."
+            )
+        if (site, label) in given:
+            raise ConfigurationError(f"--labels {target} is given twice; put commas between labels that become one.")
+        sources = [source.strip() for source in text.split(",") if source.strip()]
+        given[site, label] = tuple(int(source) if source.isdecimal() else source for source in sources)
+    maps: dict[str, dict[str, tuple[int | str, ...]]] = {}
+    for name in dict.fromkeys([*sites, *(site for site, _ in given if site is not None)]):
+        for label in dict.fromkeys(label for _, label in given):
+            found = given.get((name, label), given.get((None, label)))
+            if found is not None:
+                maps.setdefault(name, {})[label] = found
+    return maps
 
 
 def whole_number(option: str, text: str) -> int:

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,10 +23,12 @@ from rich.console import Console
 
 from nnunet_fed.errors import ConfigurationError, FederationError, UnreachableError
 from nnunet_fed.federation import SITE_FILE_VARIABLE, Federation, Site
-from nnunet_fed.planned import adopt, check_same_planning
+from nnunet_fed.labels import LabelMap, Sources
+from nnunet_fed.planned import DATASET, adopt, check_same_planning
 from nnunet_fed.processes import Process, Step, Worker, raise_first, signals_interrupt, stop, stop_workers
 from nnunet_fed.split import new_folder
 from nnunet_fed.summary import lesion_table, result_table, site_summary, summarise
+from nnunet_fed.toml import to_toml
 from nnunet_fed.transport.client import GrpcCommunicator
 from nnunet_fed.watch import watch
 
@@ -38,6 +40,8 @@ TRAINERS = {
 }  # fmt: skip
 """nnU-Net trainer of each method."""
 HOST = "127.0.0.1"
+MAPPED_DATASET = 2
+"""nnU-Net's number of the data set with the federation's labels, where a site has a map."""
 FOLDS = 5
 """Of nnU-Net's cross-validation, which needs as many cases."""
 STARTUP_SECONDS = 60.0
@@ -61,6 +65,8 @@ class Simulation:
     """Threads of each site; ``None``: its share of the cores."""
     planned: Path | None = None
     """Folder of an earlier simulation of these sites, whose plans and preprocessed data are taken over."""
+    labels: Mapping[str, Sources] = field(default_factory=dict)
+    """By site: ``labels`` of its ``site.toml``. A site that is not named has the federation's labels already."""
 
 
 def simulate(simulation: Simulation, console: Console) -> dict[str, Any]:
@@ -73,13 +79,13 @@ def simulate(simulation: Simulation, console: Console) -> dict[str, Any]:
         The content of ``summary.json``.
 
     Raises:
-        ConfigurationError: a site's folder or ``out`` cannot be used; nothing has started then.
+        ConfigurationError: a site's folder, a label map or ``out`` cannot be used; nothing has started then.
         FederationError: a command failed; with its own words and its log file.
     """
     started = time.monotonic()
     study = simulation.study
     if simulation.planned is not None:
-        check_same_planning(simulation.planned, study, simulation.sites)
+        check_same_planning(simulation.planned, study, simulation.sites, simulation.labels)
     if study.plans_name is None:
         study = study.model_copy(update={"plans_name": study.planner.replace("Planner", "") + "Plans"})
     places = _places(simulation)
@@ -90,7 +96,7 @@ def simulate(simulation: Simulation, console: Console) -> dict[str, Any]:
     for place in places:
         place.make(address)
         if simulation.planned is not None:
-            adopt(simulation.planned / "sites" / place.name / "nnUNet_preprocessed", place.folder, study)
+            adopt(simulation.planned / "sites" / place.name, place.folder, study)
     state, study_file = out / "coordinator", out / "federation.toml"
     state.mkdir()
     study_file.write_text(to_toml(study.model_dump(mode="json")), encoding="utf-8")
@@ -123,10 +129,10 @@ def simulate(simulation: Simulation, console: Console) -> dict[str, Any]:
 def planning_command(study: Federation) -> list[str]:
     """A site's command to plan and preprocess."""
     command = [sys.executable, "-m", "nnunet_fed", "plan_and_preprocess"]
-    return [*command, "-d", "1", "-c", study.configuration, "-np", "1"]
+    return [*command, "-d", str(DATASET), "-c", study.configuration, "-np", "1"]
 
 
-def training_command(study: Federation, fold: int | str, device: str) -> list[str]:
+def training_command(study: Federation, fold: int | str, device: str, dataset: int = DATASET) -> list[str]:
     """A site's command to train: nnU-Net's own."""
     name = "nnUNetv2_train"
     beside = Path(sys.executable).parent / name
@@ -134,7 +140,7 @@ def training_command(study: Federation, fold: int | str, device: str) -> list[st
     if command is None:
         raise ConfigurationError(f"The command {name} is not on the PATH: install nnunetv2 in this environment.")
     trainer = ["-tr", TRAINERS[study.method.name], "-p", str(study.plans_name), "-device", device]
-    return [command, "1", study.configuration, str(fold), *trainer]
+    return [command, str(dataset), study.configuration, str(fold), *trainer]
 
 
 def plugin_folder() -> Path:
@@ -143,30 +149,6 @@ def plugin_folder() -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise ConfigurationError("nnunet_fed.trainers is not there: install nnunet_fed again.")
     return Path(spec.submodule_search_locations[0]) / "plugin"
-
-
-def to_toml(values: Mapping[str, Any], within: str = "") -> str:
-    """JSON values as TOML: flat ones, then a table for each mapping; ``None`` is left out.
-
-    Args:
-        values: by key.
-        within: name of the table that they are in.
-    """
-    tables = {key: value for key, value in values.items() if isinstance(value, Mapping)}
-    # TOML reads JSON's numbers, strings and lists of them, but no pair of surrogates
-    lines = [
-        f"{_toml_key(key)} = {json.dumps(value, ensure_ascii=False)}\n"
-        for key, value in values.items()
-        if value is not None and key not in tables
-    ]
-    for key, table in tables.items():
-        name = within + _toml_key(key)
-        lines.append(f"\n[{name}]\n{to_toml(table, name + '.')}")
-    return "".join(lines)
-
-
-def _toml_key(key: str) -> str:
-    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else json.dumps(key, ensure_ascii=False)
 
 
 @dataclass(frozen=True)
@@ -178,11 +160,17 @@ class Place:
     folder: Path
     fold: int | str
     """What it trains: the study's fold, or ``all`` where there are too few cases for a cross-validation."""
+    label_map: LabelMap | None = None
 
     @property
     def dataset(self) -> str:
         """The data set's name for nnU-Net, which splits names at double underscores."""
-        return "Dataset001_" + re.sub(r"[^A-Za-z0-9]+", "_", self.name)
+        return f"Dataset{DATASET:03d}_" + re.sub(r"[^A-Za-z0-9]+", "_", self.name)
+
+    @property
+    def trained_dataset(self) -> str:
+        """Name of the data set that is planned and trained with: with a map the one that is built beside."""
+        return self.dataset if self.label_map is None else self.label_map.dataset_name(self.dataset)
 
     def make(self, coordinator: str) -> None:
         """Make nnU-Net's three folders, with the raw data as a link, and ``site.toml``."""
@@ -193,19 +181,22 @@ class Place:
             raw.symlink_to(self.source.resolve(), target_is_directory=True)
         except (OSError, NotImplementedError):
             shutil.copytree(self.source, raw)
-        site = {"name": self.name, "coordinator": coordinator, "insecure": True}
+        site: dict[str, Any] = {"name": self.name, "coordinator": coordinator, "insecure": True}
+        if self.label_map is not None:
+            site |= {"mapped_dataset": self.label_map.dataset, "labels": self.label_map.sources}
         (self.folder / "site.toml").write_text(to_toml(site), encoding="utf-8")
 
     @property
     def labels(self) -> dict[str, Any]:
-        """As ``dataset.json`` has them."""
-        labels: dict[str, Any] = json.loads((self.source / "dataset.json").read_text(encoding="utf-8"))["labels"]
-        return labels
+        """What is trained: the labels of ``dataset.json``, or those of the map."""
+        path = self.source / "dataset.json"
+        labels: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["labels"]
+        return labels if self.label_map is None else self.label_map.resolve(labels, str(path)).labels
 
     def results(self, study: Federation) -> Path:
         """The folder of the fold that was trained."""
         model = f"{TRAINERS[study.method.name]}__{study.plans_name}__{study.configuration}"
-        return self.folder / "nnUNet_results" / self.dataset / model / f"fold_{self.fold}"
+        return self.folder / "nnUNet_results" / self.trained_dataset / model / f"fold_{self.fold}"
 
 
 def _places(simulation: Simulation) -> list[Place]:
@@ -218,13 +209,31 @@ def _places(simulation: Simulation) -> list[Place]:
     # macOS and Windows would put 'A' and 'a' into one folder
     if len({name.casefold() for name in names}) < len(names):
         raise ConfigurationError(f"Two of the sites {', '.join(names)} differ in capitals only: rename one of them.")
+    strangers = sorted(set(simulation.labels) - set(names))
+    if strangers:
+        raise ConfigurationError(f"There is a label map for '{strangers[0]}', but the sites are {', '.join(names)}.")
     places = []
     for name in names:
         source = simulation.sites[name]
         split = count_cases(name, source) >= FOLDS or (source / "splits_final.json").is_file()
         folder = simulation.out.resolve() / "sites" / name
-        places.append(Place(name, source, folder, simulation.study.fold if split else "all"))
+        fold = simulation.study.fold if split else "all"
+        places.append(Place(name, source, folder, fold, _label_map(name, source, simulation.labels.get(name))))
     return places
+
+
+def _label_map(site: str, folder: Path, sources: Sources | None) -> LabelMap | None:
+    """A site's label map, once it is sure that it fits the data; a ``dataset.json`` without labels is planning's."""
+    if sources is None:
+        return None
+    label_map, path = LabelMap(MAPPED_DATASET, sources), folder / "dataset.json"
+    own = json.loads(path.read_text(encoding="utf-8")).get("labels")
+    if isinstance(own, dict):
+        try:
+            label_map.resolve(own, str(path))
+        except ConfigurationError as error:
+            raise ConfigurationError(f"Site '{site}': {error}") from None
+    return label_map
 
 
 def count_cases(site: str, folder: Path) -> int:
@@ -271,7 +280,8 @@ def _steps(simulation: Simulation, study: Federation, place: Place) -> list[Step
         training = {AUGMENTATION_VARIABLE: "0", **common, "nnUNet_fed_skip_validation": ""}
         if simulation.until == "train":
             training["nnUNet_fed_skip_validation"] = "1"
-        command = training_command(study, place.fold, simulation.device)
+        dataset = DATASET if place.label_map is None else place.label_map.dataset
+        command = training_command(study, place.fold, simulation.device, dataset)
         steps.append(Step("Training", command, training, folder / "train.log"))
     return steps
 

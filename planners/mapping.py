@@ -54,7 +54,7 @@ def prepare_dataset(dataset_id: int, label_map: LabelMap | None = None, workers:
         inspect(dataset, "Checking files", workers, lambda reader, case, seg: foreign_values(seg[0], known))
         return dataset
     resolved = label_map.resolve(dataset.json["labels"], str(dataset.folder / "dataset.json"))
-    target = _target(dataset, label_map.dataset)
+    target = _target(dataset, label_map)
     provenance = {
         "made_by": "nnunet_fed",
         "source": dataset.name,
@@ -72,9 +72,9 @@ def prepare_dataset(dataset_id: int, label_map: LabelMap | None = None, workers:
     return find_dataset(label_map.dataset)
 
 
-def _target(dataset: RawDataset, number: int) -> Path:
+def _target(dataset: RawDataset, label_map: LabelMap) -> Path:
     """Folder of the mapped data set, once it is sure that nothing else would be overwritten or mistaken for it."""
-    name = f"Dataset{number:03d}_{dataset.name.partition('_')[2]}_mapped"
+    number, name = label_map.dataset, label_map.dataset_name(dataset.name)
     folder = Path(nnUNet_raw) / name
     others = [str(other) for other in find_candidate_datasets(number) if other != name]
     if folder.is_dir() and _provenance(folder).get("source") != dataset.name:

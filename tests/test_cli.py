@@ -18,7 +18,7 @@ from nnunet_fed import __version__
 from nnunet_fed.cli import DEBUG_VARIABLE, main
 from nnunet_fed.coordinator import Coordinator
 from nnunet_fed.federation import SITE_FILE_VARIABLE, Federation, Site
-from nnunet_fed.options import repeat_option
+from nnunet_fed.options import named_labels, repeat_option
 from nnunet_fed.store import Store
 
 NOBODY = "127.0.0.1:9"
@@ -302,6 +302,14 @@ def test_one_option_takes_several_values(given: str, expected: str) -> None:
 # ------------------------------------------------------------------------------------------------- split and simulate
 
 
+def test_the_phantom_has_one_organ_or_many(command: Command, tmp_path: Path) -> None:
+    for organs, labels in (([], {"organ", "lesion"}), (["--organs"], {"liver", "lesion"})):
+        out = tmp_path / f"data{len(organs)}"
+        status, printed, _ = command("phantom", out, "--sites", "1", "--cases", "1", *organs)
+        assert (status, printed.split()[-2:]) == (0, [str(out / "site_a"), str(out / "test")])
+        assert set(json.loads((out / "site_a" / "dataset.json").read_text())["labels"]) == labels | {"background"}
+
+
 def test_split_needs_one_way_to_split(command: Command, tmp_path: Path) -> None:
     for arguments in ((), ("--by", "hospital", "--sites", "3")):
         assert "Give either --by COLUMN or --sites N" in command.fails("split", tmp_path, tmp_path / "out", *arguments)
@@ -323,6 +331,11 @@ def test_split_needs_one_way_to_split(command: Command, tmp_path: Path) -> None:
         (("--site", "a=x", "--option", "strength=2"), "unknown key 'method.strength'"),
         (("--site", "a=x", "--method", "fedgs", "--option", 'classes=["x", 1]'), "method.classes.1: input should be"),
         (("--site", "a=x", "--method", "fedgs", "--option", "variant=x"), "method.variant: there is no 'x'; known:"),
+        (("--site", "a=x", "--labels", "lesion"), "--labels lesion: give a label of the federation"),
+        (("--site", "a=x", "--labels", "=tumour"), "--labels =tumour: give a label of the federation"),
+        (("--site", "a=x", "--labels", ":lesion=tumour"), "--labels :lesion=tumour: give a label of the federation"),
+        (("--site", "a=x", "--labels", "y=1", "--labels", "y=2"), "--labels y is given twice; put commas between"),
+        (("--site", "a=x", "--labels", "b:y=1"), "There is a label map for 'b', but the sites are a."),
         (("--site", "a=x", "--fold", "one"), "--fold must be a whole number or 'all', not 'one'"),
         (("--site", "a=x", "--fold", "-1"), "fold: use a whole number from 0 on, or 'all'"),
         (("--site", "a=x", "--weighting", "size"), "weighting: there is no 'size'; known: 'cases' or 'uniform'"),
@@ -337,6 +350,23 @@ def test_a_mistake_in_a_simulation(
     monkeypatch.chdir(tmp_path)
     assert sentence in command.fails("simulate", "--out", "out", *arguments)
     assert not (tmp_path / "out").exists(), "nothing has started"
+
+
+@pytest.mark.parametrize(
+    ("options", "maps"),
+    [
+        ("", {}),
+        ("lesion=lesion", {"a": {"lesion": ("lesion",)}, "b": {"lesion": ("lesion",)}}),
+        ("b:lesion=tumour,3", {"b": {"lesion": ("tumour", 3)}}),
+        ("b:y=2 x=1 a:y=", {"a": {"y": (), "x": (1,)}, "b": {"y": (2,), "x": (1,)}}),
+        ("x=1 a:x=core", {"a": {"x": ("core",)}, "b": {"x": (1,)}}),
+        ("a:T1:x=1", {"a": {"T1:x": (1,)}}),
+    ],
+)
+def test_label_maps_of_all_sites_and_of_one(options: str, maps: dict[str, dict[str, Any]]) -> None:
+    made = named_labels(options.split(), "ab")
+    assert made == maps
+    assert [list(made[site]) for site in made] == [list(maps[site]) for site in made], "the order numbers the labels"
 
 
 # -------------------------------------------------------------------------------------------------------------- errors

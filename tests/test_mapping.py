@@ -177,6 +177,33 @@ def test_a_mapped_data_set(raw: Path) -> None:
     assert sorted(path.name for path in raw.iterdir()) == [source.name, MAPPED]
 
 
+@pytest.mark.parametrize(
+    ("labels", "sources", "lesions"),
+    [
+        ({"background": 0, "liver": 1, "tumor": 2, "vessel": 3}, ("tumor",), (2,)),  # LiTS, of which only the tumor
+        ({"background": 0, "necrosis": 1, "oedema": 2, "enhancing": 3}, (1, 2, 3), (1, 2, 3)),  # BraTS, all of it
+        ({"background": 0, "kidney": 1, "tumor": 2, "ignore": 3}, ("tumor",), (2,)),
+    ],
+)
+def test_one_lesion_in_many_organs(
+    raw: Path, labels: dict[str, int], sources: tuple[int | str, ...], lesions: tuple[int, ...]
+) -> None:
+    """Invariant 24 of FedOAP's notes: background, lesion and ignore, and as many lesion voxels as there were."""
+    source = write(raw, labels=labels)
+    made = prepare_dataset(1, LabelMap(501, {"lesion": sources}))
+    ignored = labels.get("ignore")
+    assert made.json["labels"] == {"background": 0, "lesion": 1} | ({} if ignored is None else {"ignore": 2})
+    for case in made.cases:
+        own, new = (
+            sitk.GetArrayFromImage(sitk.ReadImage(str(folder / "labelsTr" / f"{case}.nii.gz")))
+            for folder in (source, made.folder)
+        )
+        counts = dict(zip(*np.unique(new, return_counts=True), strict=True))
+        assert set(counts) == ({0, 1} if ignored is None else {0, 1, 2})
+        assert counts[1] == np.isin(own, lesions).sum()
+        assert counts.get(2, 0) == (own == ignored).sum()
+
+
 def test_copies_where_links_are_not_allowed(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise OSError("a required privilege is not held by the client")

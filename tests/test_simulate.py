@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from serving import make_study
 from nnunet_fed import processes, simulate, watch
 from nnunet_fed.errors import ConfigurationError, FederationError
 from nnunet_fed.federation import Federation, Site
+from nnunet_fed.labels import LabelMap
 from nnunet_fed.lesions import CaseResult, Lesion, aggregate
-from nnunet_fed.simulate import Simulation, count_cases, plugin_folder, to_toml, training_command
+from nnunet_fed.simulate import Simulation, count_cases, plugin_folder, training_command
 from nnunet_fed.summary import lesion_table, result_table, site_summary, summarise
 
 LABELS = {"background": 0, "whole": [1, 2], "core": 2, "edge": 3}
@@ -38,6 +40,16 @@ def raw(folder: Path, cases: int = 5, channels: int = 2) -> Path:
         (folder / "labelsTr" / f"case_{case}.nii.gz").touch()
     (folder / "dataset.json").write_text(json.dumps({"file_ending": ".nii.gz", "labels": LABELS}))
     return folder
+
+
+FLAT = {"background": 0, "organ": 1, "tumour": 2, "cyst": 3}
+
+
+def with_maps(given: Simulation, **labels: dict[str, tuple[int | str, ...]]) -> Simulation:
+    """The sites have labels that can be mapped, and maps."""
+    for folder in given.sites.values():
+        (folder / "dataset.json").write_text(json.dumps({"file_ending": ".nii.gz", "labels": FLAT}))
+    return replace(given, labels=labels)
 
 
 def simulation(folder: Path, cases: dict[str, int], until: Any = "validate", **study: Any) -> Simulation:
@@ -123,19 +135,6 @@ def test_the_sites_are_those_of_the_study_and_differ_in_more_than_capitals(tmp_p
         )
 
 
-def test_toml_comes_back_as_it_was(tmp_path: Path) -> None:
-    method = {
-        "name": "fedgs",
-        "threshold": {"Läsion 1": 150, "cyst": 2.5},
-        "log_base": 10,
-        "classes": ("Läsion 1", "cyst"),
-    }
-    study = make_study(("a", "b-2"), name='"Übung" \\ 😀\n', initial_lr=1e-7, min_sites=1, fold="all", method=method)
-    path = tmp_path / "federation.toml"
-    path.write_text(to_toml(study.model_dump(mode="json")), encoding="utf-8")
-    assert Federation.read(path) == study
-
-
 def test_a_site_has_nnunets_folders_its_data_as_a_link_and_a_name_that_nnunet_takes(tmp_path: Path) -> None:
     place = simulate.Place("site__a.1-x", raw(tmp_path / "raw"), tmp_path / "site", 0)
     place.make("127.0.0.1:1234")
@@ -163,6 +162,54 @@ def test_training_is_nnunets_own_command() -> None:
     command = training_command(study, "all", "cpu")
     assert Path(command[0]).name == "nnUNetv2_train"
     assert command[1:] == ["1", "2d", "all", "-tr", "nnUNetTrainerFedAvg", "-p", "P", "-device", "cpu"]
+
+
+def test_a_site_with_a_map_trains_the_mapped_data_set(tmp_path: Path) -> None:
+    given = with_maps(simulation(tmp_path, {"a": 5, "b": 5}, plans_name="P"), a={"lesion": ("tumour", 3), "edge": ()})
+    mapped, plain = simulate._places(given)
+    for place in (mapped, plain):
+        place.make("127.0.0.1:1234")
+    site = Site.read(mapped.folder / "site.toml")
+    assert site.label_map == LabelMap(2, {"lesion": ("tumour", 3), "edge": ()})
+    assert Site.read(plain.folder / "site.toml").label_map is None
+    assert (mapped.dataset, mapped.trained_dataset) == ("Dataset001_a", "Dataset002_a_mapped")
+    assert plain.trained_dataset == plain.dataset == "Dataset001_b"
+    assert mapped.labels == {"background": 0, "lesion": 1, "edge": 2}
+    assert plain.labels == FLAT
+    assert [place.results(given.study).parts[-3] for place in (mapped, plain)] == [
+        "Dataset002_a_mapped",
+        "Dataset001_b",
+    ]
+    planning, training = zip(*(simulate._steps(given, given.study, place) for place in (mapped, plain)), strict=True)
+    assert [step.command[step.command.index("-d") + 1] for step in planning] == ["1", "1"]
+    assert [step.command[1] for step in training] == ["2", "1"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (
+            {"a": {"lesion": ("tumor",)}},
+            "Site 'a': 'labels' .*names 'tumor', which .*a/dataset.json does not have. Use",
+        ),
+        ({"a": {"lesion": ()}}, "Site 'a': 'labels' in site.toml leaves none of the labels"),
+        ({"a": {"lesion": (2,), "edge": ("tumour",)}}, "Site 'a': .* become both 'lesion' and 'edge'"),
+        ({"c": {"lesion": (2,)}}, "There is a label map for 'c', but the sites are a, b"),
+    ],
+)
+def test_a_label_map_that_does_not_fit_is_found_before_anything_starts(
+    tmp_path: Path, labels: dict[str, Any], message: str
+) -> None:
+    given = with_maps(simulation(tmp_path, {"a": 5, "b": 5}), **labels)
+    with pytest.raises(ConfigurationError, match=message):
+        simulate.simulate(given, quiet())
+    assert not given.out.exists()
+
+
+def test_regions_are_not_mapped(tmp_path: Path) -> None:
+    given = replace(simulation(tmp_path, {"a": 5}), labels={"a": {"lesion": ("core",)}})
+    with pytest.raises(ConfigurationError, match="Site 'a': .*a/dataset.json has region-based labels"):
+        simulate.simulate(given, quiet())
 
 
 def test_importing_stays_light_and_finds_the_plugin() -> None:
@@ -415,6 +462,26 @@ def test_a_whole_simulation(tmp_path: Path, commands: Callable[..., None]) -> No
     assert set(json.loads((given.out / "record.json").read_text())) >= {"runs", "events", "study"}
     assert Federation.read(given.out / "federation.toml").plans_name == "nnUNetFedSmallPlans"
     assert (given.out / "sites" / "a" / "plan.log").read_text().startswith("planned")
+
+
+def test_results_of_a_mapped_site_are_in_the_words_of_the_federation(
+    tmp_path: Path, commands: Callable[..., None]
+) -> None:
+    by_class = {"1": {"Dice": 0.5}, "2": {"Dice": 0.25}}
+    content = {"foreground_mean": {"Dice": 0.375}, "mean": by_class, "metric_per_case": [{}]}
+    for number, dataset in enumerate(("Dataset001_a", "Dataset002_a_mapped"), start=1):
+        folder = results(tmp_path / "results" / dataset, training_cases=number)
+        (folder / "validation" / "summary.json").write_text(json.dumps(content))
+    commands(
+        "pass",
+        "import shutil; out = site / 'nnUNet_results'; "
+        f"[shutil.copytree(found, out / found.name / '{MODEL}' / 'fold_0') "
+        f"for found in pathlib.Path({str(tmp_path / 'results')!r}).iterdir()]",
+    )
+    given = with_maps(simulation(tmp_path, {"a": 5}), a={"lesion": ("tumour",), "edge": ("cyst",)})
+    site = simulate.simulate(given, quiet())["sites"]["a"]
+    assert site["train_cases"] == 2
+    assert site["dice_per_class"] == {"lesion": 0.5, "edge": 0.25}
 
 
 def test_a_failing_site_ends_all_and_is_shown_with_its_sentence(tmp_path: Path, commands: Callable[..., None]) -> None:

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from nnunet_fed.federation import Federation, Site
-from nnunet_fed.simulate import TRAINERS, plugin_folder, to_toml
+from nnunet_fed.simulate import TRAINERS, plugin_folder
+from nnunet_fed.toml import to_toml
 from nnunet_fed.transport.client import GrpcCommunicator
 
 PLANS = "nnUNetFedSmallPlans"

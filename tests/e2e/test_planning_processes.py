@@ -16,7 +16,7 @@ import pytest
 from harness import PATIENCE, PLANS, environment, until
 
 from nnunet_fed.federation import Federation, Site
-from nnunet_fed.simulate import to_toml
+from nnunet_fed.toml import to_toml
 from nnunet_fed.transport.client import GrpcCommunicator
 
 pytestmark = pytest.mark.e2e
