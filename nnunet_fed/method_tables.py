@@ -33,6 +33,12 @@ class FineTuned(MethodTable):
     """Learning rate at the start of the fine-tuning, over the study's; nnU-Net's schedule begins anew with it."""
 
 
+class Local(FineTuned):
+    """Every site trains alone, by the harmonised plans and from the common start: the control of all methods."""
+
+    name: Literal["local"]
+
+
 class FedAvg(FineTuned):
     """Federated averaging (McMahan et al. 2017, Algorithm 1): the mean of the sites' weights after local training."""
 
@@ -159,8 +165,10 @@ class FedOAP(FineTuned):
     """Fine-tuning: weight of the perturbed loss, the source's lambda; 0: plain fine-tuning."""
 
 
-Method = Annotated[FedAvg | FedGS | FedSM | FedOAP, Field(discriminator="name")]
+Method = Annotated[Local | FedAvg | FedGS | FedSM | FedOAP, Field(discriminator="name")]
 """The method's table: ``name`` and the options of that method. A new method adds its table to this union."""
 
-METHOD_TABLES: dict[str, type[MethodTable]] = {"fedavg": FedAvg, "fedgs": FedGS, "fedsm": FedSM, "fedoap": FedOAP}
+METHOD_TABLES: dict[str, type[MethodTable]] = {
+    "local": Local, "fedavg": FedAvg, "fedgs": FedGS, "fedsm": FedSM, "fedoap": FedOAP,
+}  # fmt: skip
 """Table of each method, by its name."""

@@ -35,8 +35,8 @@ from nnunet_fed.watch import watch
 __all__ = ["Simulation", "lesion_table", "plugin_folder", "result_table", "simulate"]
 
 TRAINERS = {
-    "fedavg": "nnUNetTrainerFedAvg", "fedgs": "nnUNetTrainerFedGS", "fedsm": "nnUNetTrainerFedSM",
-    "fedoap": "nnUNetTrainerFedOAP",
+    "local": "nnUNetTrainerLocal", "fedavg": "nnUNetTrainerFedAvg", "fedgs": "nnUNetTrainerFedGS",
+    "fedsm": "nnUNetTrainerFedSM", "fedoap": "nnUNetTrainerFedOAP",
 }  # fmt: skip
 """nnU-Net trainer of each method."""
 HOST = "127.0.0.1"
@@ -260,16 +260,8 @@ def count_cases(site: str, folder: Path) -> int:
 
 def _steps(simulation: Simulation, study: Federation, place: Place) -> list[Step]:
     folder = place.folder
-    threads = str(simulation.threads or max(1, (os.cpu_count() or 1) // len(simulation.sites)))
-    common = {
-        "nnUNet_def_n_proc": "2",
-        **os.environ,
-        **{name: str(folder / name) for name in NNUNET_FOLDERS},
-        **dict.fromkeys(THREAD_VARIABLES, threads),
-        SITE_FILE_VARIABLE: str(folder / "site.toml"),
-        "nnUNet_extTrainer": str(plugin_folder()),
-        "PYTHONUNBUFFERED": "1",
-    }
+    threads = simulation.threads or max(1, (os.cpu_count() or 1) // len(simulation.sites))
+    common = site_environment(folder, threads)
     planning = dict(common)
     if planning.get(AUGMENTATION_VARIABLE) == "0":  # stock planning fails with it
         del planning[AUGMENTATION_VARIABLE]
@@ -284,6 +276,24 @@ def _steps(simulation: Simulation, study: Federation, place: Place) -> list[Step
         command = training_command(study, place.fold, simulation.device, dataset)
         steps.append(Step("Training", command, training, folder / "train.log"))
     return steps
+
+
+def site_environment(folder: Path, threads: int) -> dict[str, str]:
+    """The environment of a site's commands.
+
+    Args:
+        folder: of the site, with nnU-Net's three folders and ``site.toml``.
+        threads: of each process.
+    """
+    return {
+        "nnUNet_def_n_proc": "2",
+        **os.environ,
+        **{name: str(folder / name) for name in NNUNET_FOLDERS},
+        **dict.fromkeys(THREAD_VARIABLES, str(threads)),
+        SITE_FILE_VARIABLE: str(folder / "site.toml"),
+        "nnUNet_extTrainer": str(plugin_folder()),
+        "PYTHONUNBUFFERED": "1",
+    }
 
 
 def _free_port() -> int:

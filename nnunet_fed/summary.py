@@ -16,7 +16,7 @@ from nnunet_fed.federation import Federation
 from nnunet_fed.lesions import METRICS, SMALL_LESIONS, pool
 
 Numbers = Mapping[str, Any]
-FOLDERS = {"final": "", "global": "global", "super": "super"}
+FOLDERS = {"final": "", "global": "global", "federated": "federated", "super": "super"}
 """Where, in the folder of a fold, the validation of each model stands."""
 ALL_NOTE = "trained and validated on all its cases; not in the mean"
 SIZE_NOTE = "Small: up to the volume in mm³ (2D: area in mm²) below which a fifth of the training lesions lie"
@@ -39,13 +39,15 @@ def site_summary(results: Path, labels: Numbers, fold: int | str) -> dict[str, A
         if (results / folder / "validation" / "summary.json").is_file()
     }
     final = dice.get("final")
-    if "global" in dice:  # a method that personalizes: what the site keeps is its own
+    if "global" in dice or "federated" in dice:  # a method that personalizes: what the site keeps is its own
         dice["personal"] = final
+    else:
+        dice["global"] = final
     return {
         "fold": fold,
         "train_cases": record.get("training_cases"),
         "val_cases": len(validation["metric_per_case"]) if validation else None,
-        "dice": {"final": final, "global": final, **dice},
+        "dice": {"final": final, **dice},
         "selector": record.get("selector"),
         "dice_per_class": {
             names.get(key, key): _finite(metrics["Dice"]) for key, metrics in validation.get("mean", {}).items()
@@ -90,7 +92,7 @@ def result_table(summary: Numbers) -> Table:
     table.add_column("Site")
     mean = summary["mean_dice"]
     # one column where the model that a site keeps is the global one
-    models = {f"Dice, {model} model": model for model in ("personal", "global", "super") if model in mean}
+    models = {f"Dice, {model} model": model for model in ("personal", "global", "federated", "super") if model in mean}
     if "personal" not in mean:
         models = {"Dice": "final"}
     heads = ["Train. cases", "Val. cases", *models, *classes, "Sent", "Received"]
@@ -147,7 +149,7 @@ def lesion_table(summary: Numbers) -> Table | None:
 
 
 def _models(sites: Iterable[Numbers]) -> list[str]:
-    return list(dict.fromkeys(["final", "global", *(model for site in sites for model in site["dice"])]))
+    return list(dict.fromkeys(["final", *(model for site in sites for model in site["dice"])]))
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -7,5 +7,12 @@ from nnunet_fed.trainers.nnUNetTrainerFedAvg import nnUNetTrainerFedAvg
 from nnunet_fed.trainers.nnUNetTrainerFedGS import nnUNetTrainerFedGS
 from nnunet_fed.trainers.nnUNetTrainerFedOAP import nnUNetTrainerFedOAP
 from nnunet_fed.trainers.nnUNetTrainerFedSM import nnUNetTrainerFedSM
+from nnunet_fed.trainers.nnUNetTrainerLocal import nnUNetTrainerLocal
 
-__all__ = ["nnUNetTrainerFedAvg", "nnUNetTrainerFedGS", "nnUNetTrainerFedOAP", "nnUNetTrainerFedSM"]
+__all__ = [
+    "nnUNetTrainerFedAvg",
+    "nnUNetTrainerFedGS",
+    "nnUNetTrainerFedOAP",
+    "nnUNetTrainerFedSM",
+    "nnUNetTrainerLocal",
+]

@@ -1,0 +1,12 @@
+"""Training without the other sites: the control of all methods."""
+
+from nnunet_fed.trainers.finetuning import FineTuningTrainer
+
+
+class nnUNetTrainerLocal(FineTuningTrainer):  # noqa: N801
+    """Plain nnU-Net with a study's budget, from the start that all sites have in common. Source: ours."""
+
+    method = "local"
+
+    def exchange(self, scope: str) -> None:
+        """Nothing is exchanged."""
