@@ -16,6 +16,7 @@ from serving import make_study
 from nnunet_fed import federation
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.federation import OPERATIONAL, SITE_FILE_VARIABLE, Federation, Site, canonical_json, digest_of, explain
+from nnunet_fed.method_tables import METHOD_TABLES
 
 OTHER_VALUES: dict[str, tuple[Any, bool]] = {
     # another value, and whether it changes the mathematics
@@ -44,8 +45,14 @@ OTHER_VALUES: dict[str, tuple[Any, bool]] = {
     "planning_deadline_minutes": (1.0, False),
     "keep_rounds": (4, False),
 }
+FINE_TUNED: dict[str, Any] = {"finetune_epochs": 4, "finetune_lr_factor": 0.5}
 METHODS: dict[str, dict[str, Any]] = {
-    "fedavg": {},
+    "local": FINE_TUNED,
+    "fedavg": FINE_TUNED,
+    "fedoap": {
+        **FINE_TUNED, "heads": 2, "query_branch": "light", "adapter": "none", "private_stem": True, "tau": 0.5,
+        "sigma": 1.0, "perturbation_weight": 0.0,
+    },
     "fedgs": {
         "variant": "fedgs_norm", "strength": 1.0, "threshold": 150.0, "log_base": 100.0, "classes": ("lesion",),
         "truncation_guard": False, "warm_down": 0.1,
@@ -54,7 +61,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "softpull_self_weight": 0.8, "softpull_schedule": "constant", "gamma": 0.5, "selector_mode": "reference",
         "selector_lr": 1e-4, "selector_patches": 4, "selector_steps_per_round": 2, "selector_class_balanced": False,
         "selector_header_features": True, "selector_min_accuracy": 0.5, "warm_up_rounds": 1, "personal_every": 2,
-        "share_personal": False, "best_model_gate": True,
+        "familiarity_gate": False, "share_personal": False, "best_model_gate": True,
     },
 }  # fmt: skip
 """Another value of each option of each method; all of them are mathematics."""
@@ -77,6 +84,7 @@ def test_the_digest_covers_the_mathematics_and_nothing_else(name: str) -> None:
 
 
 def test_the_method_and_its_options_belong_to_the_mathematics() -> None:
+    assert METHODS.keys() == METHOD_TABLES.keys()
     for name, options in METHODS.items():
         study = make_study(method={"name": name})
         assert {"name", *options} == set(type(study.method).model_fields)
