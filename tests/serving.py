@@ -50,9 +50,10 @@ class Served:
         purpose: str = "training",
         outgoing: Outgoing = lambda entry: None,
         files: Path | None = None,
+        tls: dict[str, Any] | None = None,
         **join: Any,
     ) -> GrpcCommunicator:
-        communicator = GrpcCommunicator(self.settings(site, files), outgoing=outgoing)
+        communicator = GrpcCommunicator(self.settings(site, files, **(tls or {})), outgoing=outgoing)
         self._stack.callback(communicator.close)
         digest = {"digest": self.study.digest, "configuration": "3d_fullres", "trainer": "T"}
         communicator.join(purpose, **({**digest, **join} if purpose == "training" else join))
