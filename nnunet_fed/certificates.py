@@ -1,6 +1,6 @@
 """What stands in certificates and private keys, and files for them. Source: ours; the formats are X.509's (RFC 5280).
 
-Only this module and :mod:`nnunet_fed.authority` import ``cryptography``; import them late, since plain text needs neither.
+Only this module and :mod:`nnunet_fed.authority` import ``cryptography``: import them late, plain text needs neither.
 """
 
 from __future__ import annotations
