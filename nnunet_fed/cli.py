@@ -18,10 +18,10 @@ import typer
 from pydantic import ValidationError
 from rich.console import Console
 
-from nnunet_fed import __version__
+from nnunet_fed import __version__, cli_certs
 from nnunet_fed.cli_predict import predict
 from nnunet_fed.errors import ConfigurationError, DisagreementError, FederationError
-from nnunet_fed.federation import Federation, Site, explain
+from nnunet_fed.federation import WATCHER, Federation, Site, explain
 from nnunet_fed.options import named_folders, named_labels, named_values, repeat_option, whole_number
 
 DEBUG_VARIABLE = "nnUNet_fed_debug"
@@ -61,6 +61,13 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+CertificateFile = Annotated[Path | None, typer.Option("--cert", metavar="FILE", help="Certificate (PEM), for TLS.")]
+KeyFile = Annotated[Path | None, typer.Option("--key", metavar="FILE", help="Its private key.")]
+AuthorityFile = Annotated[
+    Path | None, typer.Option("--ca", metavar="FILE", help="Authorities whose certificates are accepted.")
+]
+
+
 @app.callback()
 def _common(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
@@ -91,6 +98,12 @@ def coordinator(
     study: Annotated[Path, typer.Argument(metavar="FEDERATION.toml", help="The study.")],
     listen: Annotated[str, typer.Option(metavar="HOST:PORT", help="Address to listen on.")],
     state: Annotated[Path, typer.Option(metavar="DIR", help="The coordinator's memory.")],
+    cert: CertificateFile = None,
+    key: KeyFile = None,
+    ca: AuthorityFile = None,
+    revoked: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Certificates no longer accepted; read again when it changes.")
+    ] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="No TLS; on a loopback address only.")] = False,
     new_attempt: Annotated[bool, typer.Option("--new-attempt", help="Let all sites plan and train anew.")] = False,
 ) -> None:
@@ -98,10 +111,12 @@ def coordinator(
     from nnunet_fed.coordinator import Coordinator
     from nnunet_fed.store import Store
     from nnunet_fed.transport.server import CoordinatorServer
+    from nnunet_fed.transport.tls import KeyFiles
 
+    keys = KeyFiles.given(cert, key, ca)
     federation = Federation.read(study)
     store = Store(state)
-    server = CoordinatorServer(Coordinator(federation, store, new_attempt), listen, insecure)
+    server = CoordinatorServer(Coordinator(federation, store, new_attempt), listen, insecure, keys, revoked)
     stopped = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopped.set())
@@ -117,6 +132,12 @@ def status(
     address: Annotated[
         str | None, typer.Option("--coordinator", metavar="HOST:PORT", help="Default: the one in site.toml.")
     ] = None,
+    cert: CertificateFile = None,
+    key: KeyFile = None,
+    ca: AuthorityFile = None,
+    server_name: Annotated[
+        str | None, typer.Option(metavar="HOST", help="The coordinator's name in its certificate, if it differs.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole record once, as JSON.")] = False,
     once: Annotated[bool, typer.Option("--once", help="Print the table once.")] = False,
 ) -> None:
@@ -124,17 +145,36 @@ def status(
     from nnunet_fed.transport.client import GrpcCommunicator
     from nnunet_fed.watch import status_table, watch
 
-    try:
-        site = Site.from_environment() if address is None else Site(name="status", coordinator=address, insecure=True)
-    except ValidationError as error:
-        raise ConfigurationError(f"--{explain(error, Site)}") from None
-    seat = GrpcCommunicator(site)
+    seat = GrpcCommunicator(_watcher(address, cert, key, ca, server_name))
     if as_json:
         print(json.dumps(seat.status(record=True), indent=2))
     elif once:
         Console().print(status_table(seat.status()))
     else:
         watch(seat.status, lambda: True, Console())
+
+
+def _watcher(
+    address: str | None, cert: Path | None, key: Path | None, ca: Path | None, server_name: str | None
+) -> Site:
+    """Settings of a seat that only looks: as in site.toml, or as given."""
+    from nnunet_fed.transport.tls import KeyFiles
+
+    keys = KeyFiles.given(cert, key, ca)
+    if (keys and address is None) or (server_name and keys is None):
+        raise ConfigurationError(
+            "--coordinator, --cert, --key and --ca go together, and --server-name goes with them. Without them, what "
+            "stands in site.toml is used."
+        )
+    if address is None:
+        return Site.from_environment()
+    try:
+        return Site(
+            name=WATCHER, coordinator=address, certificate=cert, key=key, ca=ca, server_name=server_name,
+            insecure=keys is None,
+        )  # fmt: skip
+    except ValidationError as error:
+        raise ConfigurationError(f"--{explain(error, Site)}") from None
 
 
 @app.command("plan_and_preprocess")
@@ -240,6 +280,7 @@ def phantom(
 
 
 app.command()(predict)
+app.add_typer(cli_certs.app)
 
 
 class Until(str, Enum):

@@ -38,6 +38,8 @@ PLANS_KEY = "federation"
 _T = TypeVar("_T", bound=BaseModel)
 LONGEST_MINUTES = 366 * 24 * 60.0
 SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
+COORDINATOR, WATCHER = "coordinator", "watcher"
+"""Names in certificates that are no site's: the coordinator's own, and one for reading the status."""
 
 
 def canonical_json(value: Any) -> bytes:
@@ -115,6 +117,8 @@ class Federation(Table):
         for site in sites:
             if not SITE_NAME.fullmatch(site):
                 raise ValueError(f"site name {site!r}: use letters, digits, '_', '-' and '.', at most 63 of them")
+            if site in (COORDINATOR, WATCHER):
+                raise ValueError(f"no site can be called {site!r}: such a certificate is no site's")
         twice = sorted({site for site in sites if sites.count(site) > 1})
         if twice:
             raise ValueError(f"site name given twice: {', '.join(twice)}")
@@ -164,14 +168,26 @@ def _is_label_source(source: Any) -> Any:
 LabelSource = Annotated[tuple[StrictInt | StrictStr, ...], BeforeValidator(_is_label_source)]
 
 
+KEY_FILES = ("certificate", "key", "ca")
+"""Keys of ``site.toml`` that name the PEM files for TLS."""
+
+
 class Site(Table):
     """A site's own settings: ``site.toml``, found through the environment variable ``nnUNet_fed_site``."""
 
     name: str
     coordinator: str
     """``host:port`` of the coordinator."""
+    certificate: Path | None = None
+    """PEM file of this site's certificate, which says its name. As the next two, relative to ``site.toml``'s folder."""
+    key: Path | None = None
+    """PEM file of the certificate's private key."""
+    ca: Path | None = None
+    """PEM file of the authorities whose certificate the coordinator may show."""
+    server_name: str | None = Field(default=None, min_length=1)
+    """Host in the coordinator's certificate, if it is reached under another name (through a tunnel)."""
     insecure: bool = False
-    """Talk without TLS; accepted for a loopback address only."""
+    """Talk without TLS instead; accepted for a loopback address only."""
     fold: Fold | None = None
     """This site's fold for the study's fold; ``None``: the same, or ``all``."""
     connect_minutes: float = Field(default=1.0, gt=0, le=LONGEST_MINUTES)
@@ -197,6 +213,18 @@ class Site(Table):
         return address
 
     @model_validator(mode="after")
+    def _keys_are_complete(self) -> Site:
+        given = [name for name in KEY_FILES if getattr(self, name) is not None]
+        if self.insecure and (given or self.server_name):
+            raise ValueError(
+                f"insecure = true goes without {', '.join(given or ['server_name'])}: it means that nothing is "
+                "encrypted and nobody shows who they are. Remove the one or the other"
+            )
+        if given and len(given) < len(KEY_FILES):
+            raise ValueError(f"{', '.join(KEY_FILES)} go together, but only {' and '.join(given)} is given")
+        return self
+
+    @model_validator(mode="after")
     def _map_is_complete(self) -> Site:
         if (self.labels is None) != (self.mapped_dataset is None):
             raise ValueError("labels and mapped_dataset go together: give both, or neither")
@@ -212,7 +240,9 @@ class Site(Table):
     @classmethod
     def read(cls, path: Path) -> Site:
         """Read and check ``site.toml``; raises :class:`ConfigurationError` that names file, key and remedy."""
-        return _read(cls, path)
+        site = _read(cls, path)
+        files = {name: path.parent / getattr(site, name) for name in KEY_FILES if getattr(site, name) is not None}
+        return site.model_copy(update=files)
 
     @classmethod
     def from_environment(cls) -> Site:

@@ -19,14 +19,14 @@ def make_study(sites: Sequence[str] = ("a", "b"), **settings: Any) -> Federation
 
 
 class Served:
-    """A coordinator on loopback, and seats in it."""
+    """A coordinator on loopback, and seats in it; with TLS if it gets ``keys``."""
 
-    def __init__(self, study: Federation, folder: Path, stack: ExitStack):
+    def __init__(self, study: Federation, folder: Path, stack: ExitStack, **tls: Any):
         self.study = study
         store = Store(folder)
         stack.callback(store.close)
         self.coordinator = Coordinator(study, store)
-        self.server = CoordinatorServer(self.coordinator, "127.0.0.1:0", insecure=True)
+        self.server = CoordinatorServer(self.coordinator, "127.0.0.1:0", insecure=not tls, **tls)
         self.server.start()
         stack.callback(self.server.stop, 0)
         self._stack = stack
@@ -37,11 +37,23 @@ class Served:
         self.server.stop(0)
         self._store.close()
 
+    def settings(self, site: str, files: Path | None = None, **settings: Any) -> Site:
+        """Of a site; with TLS if it has a folder with files for it."""
+        names = {"certificate": "certificate.pem", "key": "key.pem", "ca": "ca.pem"}
+        tls = {key: files / name for key, name in names.items()} if files else {"insecure": True}
+        given = {"coordinator": self.server.address, "connect_minutes": 0.05, **tls, **settings}
+        return Site.model_validate({"name": site, **given})
+
     def seat(
-        self, site: str, purpose: str = "training", outgoing: Outgoing = lambda entry: None, **join: Any
+        self,
+        site: str,
+        purpose: str = "training",
+        outgoing: Outgoing = lambda entry: None,
+        files: Path | None = None,
+        tls: dict[str, Any] | None = None,
+        **join: Any,
     ) -> GrpcCommunicator:
-        settings = Site(name=site, coordinator=self.server.address, insecure=True, connect_minutes=0.05)
-        communicator = GrpcCommunicator(settings, outgoing=outgoing)
+        communicator = GrpcCommunicator(self.settings(site, files, **(tls or {})), outgoing=outgoing)
         self._stack.callback(communicator.close)
         digest = {"digest": self.study.digest, "configuration": "3d_fullres", "trainer": "T"}
         communicator.join(purpose, **({**digest, **join} if purpose == "training" else join))

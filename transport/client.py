@@ -20,8 +20,9 @@ from nnunet_fed.payload import Array, Tensors, chunks, decode, encode, measure
 from nnunet_fed.reduction import Verb
 from nnunet_fed.transport import federation_pb2 as pb
 from nnunet_fed.transport.federation_pb2_grpc import CoordinatorStub
-from nnunet_fed.transport.options import CHANNEL_OPTIONS, PROTOCOL, require_loopback
+from nnunet_fed.transport.options import PROTOCOL
 from nnunet_fed.transport.retry import DamagedError, insist
+from nnunet_fed.transport.tls import check_name, check_security, diagnose, open_channel
 
 logger = logging.getLogger(__name__)
 
@@ -42,16 +43,11 @@ class GrpcCommunicator:
         outgoing: hears of everything that this site sends, before it leaves (:mod:`nnunet_fed.outgoing`).
 
     Raises:
-        ConfigurationError: the coordinator's address needs TLS.
+        ConfigurationError: the coordinator's address needs TLS, or a file for it is missing or wrong.
     """
 
     def __init__(self, site: Site, outgoing: Outgoing = lambda entry: None):
-        if not site.insecure:
-            raise RefusedError(
-                "site.toml does not say 'insecure = true', and this version of nnunet_fed speaks without TLS only, "
-                "with a coordinator at a loopback address (a tunnel's end, between machines). Add the line."
-            )
-        require_loopback(site.coordinator)
+        check_security(site)
         self.site = site.name
         self.bytes_sent = 0
         self.bytes_received = 0
@@ -79,9 +75,11 @@ class GrpcCommunicator:
         """Take the seat; returns the study as the coordinator has it.
 
         Raises:
+            ConfigurationError: this site's certificate is another's.
             RefusedError: see :meth:`nnunet_fed.coordinator.Coordinator.join`.
             UnreachableError: no coordinator answers within ``connect_minutes``.
         """
+        check_name(self._settings)
         self._patience = 60 * self._settings.connect_minutes
         request = pb.JoinRequest(
             protocol=PROTOCOL, site=self.site, purpose=purpose, digest=digest, configuration=configuration,
@@ -171,7 +169,7 @@ class GrpcCommunicator:
     @property
     def _stub(self) -> CoordinatorStub:
         if self._opened is None:
-            self._channel = grpc.insecure_channel(self._settings.coordinator, options=CHANNEL_OPTIONS)
+            self._channel = open_channel(self._settings)
             self._opened = CoordinatorStub(self._channel)
         return self._opened
 
@@ -267,7 +265,8 @@ class GrpcCommunicator:
 
     def _call(self, function: Callable[[], T]) -> T:
         """Try until an answer comes or the patience ends, with growing, jittered pauses."""
-        return insist(function, self._patience, self._settings.coordinator, self._random)
+        settings = self._settings
+        return insist(function, self._patience, settings.coordinator, self._random, lambda: diagnose(settings))
 
 
 def _facts(offer: pb.OfferRequest) -> dict[str, Any]:

@@ -35,6 +35,6 @@ def require_loopback(address: str) -> None:
         loopback = False
     if not loopback:
         raise ConfigurationError(
-            f"'{address}' is not on this machine, and weights do not travel unencrypted. Use 127.0.0.1, and between "
-            "machines a tunnel that ends there, for example 'ssh -L 7464:127.0.0.1:7464 HOST'."
+            f"'{address}' is not on this machine, and weights do not travel unencrypted. Use 127.0.0.1, or TLS between "
+            "machines ('nnunet_fed certs' makes the files for it)."
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import time
+from collections import deque
 from collections.abc import Callable
 from datetime import datetime
 from typing import TypeVar
@@ -35,7 +36,17 @@ class DamagedError(Exception):
     """A download did not match its digest."""
 
 
-def insist(function: Callable[[], T], patience: float, address: str, jitter: random.Random) -> T:
+SURE = 3
+"""So many tries in a row must fail for the same reason before it is taken for one that stays."""
+
+
+def insist(
+    function: Callable[[], T],
+    patience: float,
+    address: str,
+    jitter: random.Random,
+    diagnose: Callable[[], str | None] = lambda: None,
+) -> T:
     """Try until an answer comes or the patience ends, with growing, jittered pauses.
 
     Args:
@@ -43,13 +54,15 @@ def insist(function: Callable[[], T], patience: float, address: str, jitter: ran
         patience: seconds.
         address: the coordinator's, for what the user reads.
         jitter: source of the pauses' jitter.
+        diagnose: asked for a reason that lasts (:func:`nnunet_fed.transport.tls.diagnose`) when nobody answers.
 
     Raises:
         RefusedError: the coordinator refuses; its text says why.
-        UnreachableError: no answer within the patience.
+        UnreachableError: no answer within the patience, or none to be expected.
     """
     end = time.monotonic() + patience
     pause = PAUSES[0]
+    reasons: deque[str | None] = deque(maxlen=SURE)
     while True:
         try:
             return function()
@@ -58,7 +71,10 @@ def insist(function: Callable[[], T], patience: float, address: str, jitter: ran
             details = error.details() if isinstance(error, grpc.RpcError) else "a transfer was damaged"
             if code in REFUSALS:
                 raise RefusedError(str(details)) from None
+            reasons.append(diagnose() if code == grpc.StatusCode.UNAVAILABLE else None)
             remaining = end - time.monotonic()
+            if reasons[-1] is not None and (remaining <= 0 or reasons.count(reasons[-1]) == SURE):
+                raise UnreachableError(reasons[-1]) from None
             if remaining <= 0:
                 raise UnreachableError(
                     f"The coordinator at {address} does not answer ({details}); gave up after "

@@ -16,10 +16,13 @@ from nnunet_fed.coordinator import Coordinator, Purpose, Verdict
 from nnunet_fed.errors import ConfigurationError, FederationError
 from nnunet_fed.payload import CHUNK
 from nnunet_fed.reduction import Verb
+from nnunet_fed.revocation import DenyList
 from nnunet_fed.store import Collective
 from nnunet_fed.transport import federation_pb2 as pb
 from nnunet_fed.transport.federation_pb2_grpc import CoordinatorServicer, add_CoordinatorServicer_to_server
+from nnunet_fed.transport.identity import IdentityInterceptor
 from nnunet_fed.transport.options import PROTOCOL, SERVER_OPTIONS, require_loopback
+from nnunet_fed.transport.tls import KeyFiles, server_credentials
 
 logger = logging.getLogger(__name__)
 
@@ -33,28 +36,46 @@ class CoordinatorServer:
     Args:
         coordinator: the state machine.
         address: ``host:port``; port 0 takes a free one.
-        insecure: plain text, on a loopback address only.
+        insecure: plain text, on a loopback address only; names are then believed.
+        keys: with which the coordinator shows who it is; whoever calls must show a certificate too.
+        revoked: file of the certificates that are no longer accepted (:mod:`nnunet_fed.revocation`).
 
     Raises:
-        ConfigurationError: the address is in use, or not allowed without TLS.
+        ConfigurationError: the address is in use, or not allowed without TLS; a file for it is missing or wrong.
     """
 
-    def __init__(self, coordinator: Coordinator, address: str, insecure: bool = False):
-        if not insecure:
+    def __init__(
+        self,
+        coordinator: Coordinator,
+        address: str,
+        insecure: bool = False,
+        keys: KeyFiles | None = None,
+        revoked: Path | None = None,
+    ):
+        if insecure == (keys is not None) or (insecure and revoked is not None):
             raise ConfigurationError(
-                "This version listens on a loopback address without TLS only: add --insecure, and between machines "
-                "use a tunnel, for example 'ssh -L 7464:127.0.0.1:7464 HOST'."
+                "Give either --cert, --key and --ca (and perhaps --revoked), with which the sites and the coordinator "
+                "show each other who they are ('nnunet_fed certs' makes these files), or --insecure, for this machine "
+                "only."
             )
-        require_loopback(address)
+        if insecure:
+            require_loopback(address)
         port_text = address.rpartition(":")[2]
         if not port_text.isdecimal() or int(port_text) > 65535:  # gRPC would take the number modulo 65536
             raise ConfigurationError(f"'{address}' is no HOST:PORT, for example 127.0.0.1:7464.")
         # a site holds at most one waiting call, one upload or download, and short ones
         workers = ThreadPoolExecutor(4 * len(coordinator.study.sites) + 8, thread_name_prefix="rpc")
-        self._server = grpc.server(workers, options=SERVER_OPTIONS)
+        denied = DenyList(revoked) if revoked is not None else None
+        guards = [] if keys is None else [IdentityInterceptor(coordinator.study, denied)]
+        credentials = None if keys is None else server_credentials(keys, coordinator.study.sites)
+        self._server = grpc.server(workers, options=SERVER_OPTIONS, interceptors=guards)
         add_CoordinatorServicer_to_server(_Service(coordinator), self._server)
         try:
-            port = self._server.add_insecure_port(address)
+            port = (
+                self._server.add_insecure_port(address)
+                if credentials is None
+                else self._server.add_secure_port(address, credentials)
+            )
         except RuntimeError:
             port = 0
         if port == 0:

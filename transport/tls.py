@@ -1,0 +1,299 @@
+"""TLS between sites and coordinator: credentials from PEM files, and why a handshake failed. Source: ours."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import ssl
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import grpc
+
+from nnunet_fed.errors import ConfigurationError
+from nnunet_fed.federation import Site
+from nnunet_fed.transport.options import CHANNEL_OPTIONS, require_loopback
+
+if TYPE_CHECKING:
+    from nnunet_fed.certificates import Certificate  # it imports a library that plain text does not need
+
+logger = logging.getLogger(__name__)
+
+RENEWAL_DAYS = 30.0
+"""So long before a certificate expires its owner is reminded."""
+PROBE_SECONDS = 5.0
+
+UNKNOWN_AUTHORITY = {18, 19, 20, 21}
+"""OpenSSL's X509_V_ERR_ codes for a certificate that no known authority has signed."""
+EXPIRED, NOT_YET_VALID, WRONG_HOST, WRONG_ADDRESS = 10, 9, 62, 64
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Checked content of a :class:`KeyFiles`, as PEM, and what the certificate says."""
+
+    certificate: bytes
+    key: bytes
+    ca: bytes
+    owner: Certificate
+
+
+@dataclass(frozen=True)
+class KeyFiles:
+    """The PEM files with which a site, or the coordinator, shows who it is."""
+
+    certificate: Path
+    """Its own, and those of authorities between it and the one that the others know."""
+    key: Path
+    """The certificate's private key."""
+    ca: Path
+    """The authorities whose certificates it accepts."""
+
+    @classmethod
+    def of(cls, site: Site) -> KeyFiles:
+        """A site's; raises :class:`ConfigurationError` if it has none."""
+        if site.certificate is None or site.key is None or site.ca is None:
+            raise ConfigurationError(
+                "site.toml does not say how to reach the coordinator: give certificate, key and ca ('nnunet_fed certs' "
+                "makes these files), or 'insecure = true' for a coordinator on this machine."
+            )
+        return cls(site.certificate, site.key, site.ca)
+
+    @classmethod
+    def given(cls, certificate: Path | None, key: Path | None, ca: Path | None) -> KeyFiles | None:
+        """Of a command line: all three or none; raises :class:`ConfigurationError`."""
+        if certificate is None and key is None and ca is None:
+            return None
+        if certificate is None or key is None or ca is None:
+            raise ConfigurationError("--cert, --key and --ca go together: give all three.")
+        return cls(certificate, key, ca)
+
+    def read(self) -> Keys:
+        """Read and check the files; a certificate that ends soon is logged.
+
+        Raises:
+            ConfigurationError: a file is missing or damaged, others could read the key, it is not the certificate's,
+                or a certificate is not valid now.
+        """
+        from nnunet_fed.certificates import read_certificates, read_private_key, to_der
+
+        certificate, key, ca = (_content(path) for path in (self.certificate, self.key, self.ca))
+        owner = read_certificates(certificate, self.certificate)[0]
+        _check_private(self.key)
+        if to_der(read_private_key(key, self.key).public_key()) != owner.public_key:
+            raise ConfigurationError(
+                f"The private key {self.key} does not belong to the certificate {self.certificate}: name two files "
+                "that were made together."
+            )
+        owner.check_dates(self.certificate)
+        if not any(authority.is_authority for authority in read_certificates(ca, self.ca)):
+            raise ConfigurationError(f"{self.ca} holds no authority's certificate: name the study's ca.pem.")
+        if owner.days_left < RENEWAL_DAYS:
+            logger.warning(
+                "the certificate %s ends in %.0f days: renew it (docs/security.md)", self.certificate, owner.days_left
+            )
+        return Keys(certificate, key, ca, owner)
+
+
+def check_security(site: Site) -> None:
+    """See that a site can show who it is, or needs not; raises :class:`ConfigurationError`. Opens nothing."""
+    if site.insecure:
+        require_loopback(site.coordinator)
+    else:
+        KeyFiles.of(site).read()
+
+
+def check_name(site: Site) -> None:
+    """See that a site's certificate is its own; raises :class:`ConfigurationError`."""
+    if site.insecure:
+        return
+    files = KeyFiles.of(site)
+    owner = files.read().owner
+    if owner.name != site.name:
+        raise ConfigurationError(
+            f"site.toml says name = '{site.name}', but the certificate {files.certificate} is of '{owner.name}': a "
+            "site's name is what its certificate says. Correct one of them."
+        )
+    if not owner.calls:
+        raise ConfigurationError(f"The certificate {files.certificate} is not for calling others (clientAuth).")
+
+
+def open_channel(site: Site) -> grpc.Channel:
+    """A channel to the coordinator; raises :class:`ConfigurationError`."""
+    if site.insecure:
+        return grpc.insecure_channel(site.coordinator, options=CHANNEL_OPTIONS)
+    keys = KeyFiles.of(site).read()
+    credentials = grpc.ssl_channel_credentials(keys.ca, keys.key, keys.certificate)
+    name = [("grpc.ssl_target_name_override", site.server_name)] if site.server_name else []
+    return grpc.secure_channel(site.coordinator, credentials, options=[*CHANNEL_OPTIONS, *name])
+
+
+def server_credentials(files: KeyFiles, sites: Sequence[str]) -> grpc.ServerCredentials:
+    """Credentials that demand a certificate of whoever calls. Renewed files are taken over with the next connection.
+
+    Args:
+        files: the coordinator's.
+        sites: names of the study's sites.
+
+    Raises:
+        ConfigurationError: see :meth:`KeyFiles.read`; or the certificate is a site's, or names no host.
+    """
+    stamp = _stamp(files)  # before they are read, lest a change in between is missed
+    keys = _server_keys(files, sites)
+
+    def renewed() -> Any:
+        nonlocal stamp
+        found = _stamp(files)
+        if found == stamp:
+            return None
+        try:
+            configuration = _configuration(_server_keys(files, sites))
+        except ConfigurationError as error:  # perhaps half of the files are there; what was valid goes on
+            logger.error("the renewed certificate is not taken over: %s", error)
+            return None
+        stamp = found
+        logger.info("the renewed certificate in %s is taken over", files.certificate)
+        return configuration
+
+    return grpc.dynamic_ssl_server_credentials(_configuration(keys), renewed, require_client_authentication=True)
+
+
+def _configuration(keys: Keys) -> Any:
+    return grpc.ssl_server_certificate_configuration([(keys.key, keys.certificate)], keys.ca)
+
+
+def _server_keys(files: KeyFiles, sites: Sequence[str]) -> Keys:
+    keys = files.read()
+    if keys.owner.name in sites:
+        raise ConfigurationError(
+            f"{files.certificate} is the certificate of site '{keys.owner.name}': the coordinator needs one of its "
+            "own ('nnunet_fed certs site DIR coordinator --host NAME')."
+        )
+    if not keys.owner.hosts or not keys.owner.serves:
+        raise ConfigurationError(
+            f"The certificate {files.certificate} names no host at which others reach its owner (subjectAltName, "
+            "serverAuth), so no site would accept it. Make one with --host."
+        )
+    return keys
+
+
+def _stamp(files: KeyFiles) -> list[tuple[int, int] | None]:
+    return [_changed(path) for path in (files.certificate, files.key, files.ca)]
+
+
+def _changed(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_ino
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigurationError(f"{path} cannot be read: {error.strerror}. 'nnunet_fed certs' makes it.") from None
+
+
+def _check_private(path: Path) -> None:
+    mode = stat.S_IMODE(path.stat().st_mode)
+    if os.name == "posix" and mode & 0o037:
+        raise ConfigurationError(
+            f"The private key {path} has the mode {mode:o}: whoever can read it can take part under its name. Close it "
+            f"with 'chmod 600 {path}'; reading may be granted to a group (640), more may not."
+        )
+
+
+def diagnose(site: Site) -> str | None:
+    """Why a coordinator that listens cannot be talked to, as a sentence; ``None``: TLS is not the reason.
+
+    gRPC tells a failed handshake and a dead coordinator apart in its log only. So this makes a connection of its own.
+    """
+    host, _, port = site.coordinator.rpartition(":")
+    address = host.strip("[]"), int(port)
+    name = site.server_name or address[0]
+    try:
+        return _plain_text(site, address) if site.insecure else _handshake(site, address, name)
+    except (OSError, ssl.SSLError):  # it does not listen, or the connection broke: another try may help
+        return None
+
+
+def _handshake(site: Site, address: tuple[str, int], name: str) -> str | None:
+    files = KeyFiles.of(site)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # as gRPC does
+    context.set_alpn_protocols(["h2"])
+    context.load_verify_locations(files.ca)
+    context.load_cert_chain(files.certificate, files.key)
+    try:
+        with _connect(address) as plain, context.wrap_socket(plain, server_hostname=name) as secured:
+            if secured.recv(1):  # HTTP/2 servers speak first
+                return None
+    except ssl.SSLCertVerificationError as error:
+        return _unacceptable(site, address, name, error)
+    except ssl.SSLError as error:
+        if error.reason == "WRONG_VERSION_NUMBER":
+            return f"What listens at {site.coordinator} speaks no TLS. Is it the coordinator, with --cert and --key?"
+        raise
+    return (
+        f"The coordinator at {site.coordinator} does not accept this site's certificate {files.certificate}: another "
+        "authority has signed it than the coordinator's --ca, or it has expired by the coordinator's clock. Its "
+        "operator finds the reason in the log."
+    )
+
+
+def _unacceptable(site: Site, address: tuple[str, int], name: str, error: ssl.SSLCertVerificationError) -> str:
+    shown = _shown(address)
+    whose = f"The certificate of the coordinator at {site.coordinator}"
+    if error.verify_code in UNKNOWN_AUTHORITY:
+        return (
+            f"{whose} is not signed by an authority in {site.ca}. Is it the ca.pem of this study, and does nothing in "
+            "between (a proxy that inspects TLS) answer instead?"
+        )
+    if error.verify_code == EXPIRED:
+        return f"{whose} expired on {shown.ends:%Y-%m-%d %H:%M} UTC. Let its operator renew it."
+    if error.verify_code == NOT_YET_VALID:
+        return f"{whose} is valid from {shown.begins:%Y-%m-%d %H:%M} UTC on. Is this machine's clock right?"
+    if error.verify_code in (WRONG_HOST, WRONG_ADDRESS):
+        return (
+            f"{whose} is for {', '.join(shown.hosts) or 'no host'}, not for {name}. Use one of these in site.toml, as "
+            "'coordinator', or as 'server_name' if a tunnel leads there."
+        )
+    return f"{whose} is not acceptable: {error.verify_message}."
+
+
+def _shown(address: tuple[str, int]) -> Certificate:
+    """The certificate that is shown at an address, whoever has signed it."""
+    from nnunet_fed.certificates import read_certificates
+
+    with _connect(address) as plain, _unverified().wrap_socket(plain) as secured:
+        der = secured.getpeercert(binary_form=True)
+    return read_certificates(ssl.DER_cert_to_PEM_cert(der or b"").encode(), f"What is shown at {address[0]}")[0]
+
+
+def _plain_text(site: Site, address: tuple[str, int]) -> str | None:
+    try:
+        with _connect(address) as plain, _unverified().wrap_socket(plain):
+            pass
+    except ssl.SSLError:
+        return None
+    return (
+        f"The coordinator at {site.coordinator} speaks TLS, and this site does not: it needs certificate, key and ca "
+        "instead of 'insecure = true' ('nnunet_fed certs' makes these files)."
+    )
+
+
+def _connect(address: tuple[str, int]) -> socket.socket:
+    return socket.create_connection(address, timeout=PROBE_SECONDS)
+
+
+def _unverified() -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.set_alpn_protocols(["h2"])
+    return context
