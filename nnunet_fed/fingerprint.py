@@ -13,10 +13,15 @@ from typing import Any
 import numpy as np
 
 from nnunet_fed.communicator import Collectives, LocalFederation
+from nnunet_fed.errors import FederationError
 from nnunet_fed.payload import Array
 from nnunet_fed.statistics import Floats, moments, quantiles
 
 PERCENTAGES = (0.5, 50.0, 99.5)
+INTENSITIES = "foreground_intensity_properties_per_channel"
+"""nnU-Net's key of them, in a fingerprint and in plans."""
+Intensities = dict[str, dict[str, float]]
+"""Properties by the number of the channel."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,9 @@ class PooledGeometry:
     """Median of the relative sizes."""
 
 
-def harmonise(communicator: Collectives, local: LocalFingerprint) -> dict[str, Any]:
+def harmonise(
+    communicator: Collectives, local: LocalFingerprint, intensities: Intensities | None = None
+) -> dict[str, Any]:
     """Agree on the complete fingerprint of all sites' cases (``geometry = "lists"``).
 
     The geometry of each case is gathered, in an order that tells nothing of the cases' names; of the intensities only
@@ -62,10 +69,11 @@ def harmonise(communicator: Collectives, local: LocalFingerprint) -> dict[str, A
 
     Args:
         communicator: this site's seat; all keys begin with ``planning/``.
-        local: this site's part; the same number of channels at every site.
+        local: this site's part; the same number of channels at every site, unless ``intensities`` are given.
+        intensities: of this site alone, see :func:`own_intensities`; ``None``: the sites agree on them.
 
     Returns:
-        The fingerprint in plain JSON types, the same at every site.
+        The fingerprint in plain JSON types, the same at every site but for given intensities.
 
     Raises:
         FederationError: no site has foreground, or an intensity is not finite.
@@ -76,7 +84,7 @@ def harmonise(communicator: Collectives, local: LocalFingerprint) -> dict[str, A
     )
     gathered = communicator.gather("planning/geometry", cases)
     spacings, shapes, relative_sizes = zip(*sorted(case for site in gathered.values() for case in site), strict=True)
-    intensities = pooled_intensities(communicator, local)
+    intensities = intensities or pooled_intensities(communicator, local)
     return fingerprint_with(spacings, shapes, intensities, float(np.median(relative_sizes)))
 
 
@@ -109,8 +117,8 @@ def middle_shapes(communicator: Collectives, shapes: Sequence[Sequence[int]]) ->
     return [[int(length) for length in shape] for shape in neighbours.T]
 
 
-def pooled_intensities(communicator: Collectives, local: LocalFingerprint) -> dict[str, dict[str, float]]:
-    """Agree on nnU-Net's ``foreground_intensity_properties_per_channel``, out of sums alone.
+def pooled_intensities(communicator: Collectives, local: LocalFingerprint) -> Intensities:
+    """Agree on nnU-Net's :data:`INTENSITIES`, out of sums alone.
 
     Percentiles, minimum and maximum equal those of the pooled values in every bit. Mean and standard deviation are
     float64 sums, whereas nnU-Net adds up float32: there it differs in the last digits of float32. Arguments and errors
@@ -133,17 +141,31 @@ def pooled_intensities(communicator: Collectives, local: LocalFingerprint) -> di
     }
 
 
+def own_intensities(local: LocalFingerprint) -> Intensities:
+    """What :func:`pooled_intensities` says of this site's cases alone; nothing is sent.
+
+    Raises:
+        FederationError: no case has foreground, or an intensity is not finite.
+    """
+    if not all(len(channel) for channel in local.intensities):
+        raise FederationError(
+            "No training case of this site has foreground, and no other site's intensities stand for those of its "
+            "channels. Check the labels, or leave the site out of the study."
+        )
+    return LocalFederation(["local"]).run(lambda communicator: pooled_intensities(communicator, local))["local"]
+
+
 def fingerprint_with(
     spacings: Sequence[Sequence[float]],
     shapes: Sequence[Sequence[float]],
-    intensities: dict[str, dict[str, float]],
+    intensities: Intensities,
     relative_size: float,
 ) -> dict[str, Any]:
     """A fingerprint in nnU-Net's format and in plain JSON types."""
     return {
         "spacings": [list(spacing) for spacing in spacings],
         "shapes_after_crop": [list(shape) for shape in shapes],
-        "foreground_intensity_properties_per_channel": intensities,
+        INTENSITIES: intensities,
         "median_relative_size_after_cropping": relative_size,
     }
 

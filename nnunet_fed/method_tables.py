@@ -5,7 +5,7 @@ pydantic only: the coordinator reads them, and it has no torch.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictStr, model_validator
 
@@ -18,6 +18,14 @@ class Table(BaseModel):
 
 class MethodTable(Table):
     """A method's table."""
+
+    own_channels_option: ClassVar[str | None] = None
+    """The option with which each site has input channels of its own; ``None``: the method has no such option."""
+
+    @property
+    def own_channels(self) -> bool:
+        """Each site has input channels of its own: they need not agree, and are normalised by its own intensities."""
+        return self.own_channels_option is not None and bool(getattr(self, self.own_channels_option))
 
     def check_sites(self, sites: tuple[str, ...]) -> None:
         """See that the method suits the study's sites; raises :class:`ValueError`."""
@@ -146,6 +154,7 @@ class FedSM(MethodTable):
 class FedOAP(FineTuned):
     """A shared trunk, private parts and fine-tuning, across organs; see :mod:`nnunet_fed.methods.fedoap`."""
 
+    own_channels_option = "private_stem"
     name: Literal["fedoap"]
     finetune_epochs: int = Field(default=2, ge=0)
     """As for :class:`FineTuned`; 2 is the public code's."""
@@ -156,7 +165,7 @@ class FedOAP(FineTuned):
     adapter: Literal["res3", "none"] = "res3"
     """The private spatial adapter before the output."""
     private_stem: bool = False
-    """The first convolution is private too, so that sites may have other input channels."""
+    """The first convolution is private too: each site has input channels of its own, see docs/planning.md."""
     tau: float = Field(default=0.75, ge=0, le=1)
     """Fine-tuning: logits are perturbed where the error exceeds it; at 1 nowhere."""
     sigma: float = Field(default=0.1, ge=0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from operator import attrgetter
 from pathlib import Path
 
 from nnunet_fed.errors import ConfigurationError
@@ -18,7 +19,7 @@ DATASET = 1
 """nnU-Net's number of a simulated site's own data set."""
 PLANNING = (
     "sites", "planner", "geometry", "overwrite_target_spacing", "gpu_memory_target_in_gb", "preprocessor_name",
-    "configuration",
+    "configuration", "method.own_channels",
 )  # fmt: skip
 """Fields of a study on which plans and preprocessed data depend."""
 
@@ -36,7 +37,7 @@ def check_same_planning(
     """
     past = Federation.read(earlier / "federation.toml")
     for field in PLANNING:
-        before, now = getattr(past, field), getattr(study, field)
+        before, now = (attrgetter(field)(each) for each in (past, study))
         if before != now:
             raise ConfigurationError(
                 f"The simulation in {earlier} was planned with {field} = {before!r}, this one has {now!r}: "

@@ -6,7 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from nnunet_fed.federation import PLANS_KEY, canonical_json, digest_of
+from nnunet_fed.federation import PLANS_KEY, Federation, canonical_json, digest_of
+from nnunet_fed.fingerprint import INTENSITIES
 
 _OF_ONE_SITE = (
     "dataset_name",
@@ -16,19 +17,25 @@ _OF_ONE_SITE = (
     PLANS_KEY,
 )
 """Keys of the plans that may differ from site to site and do not change the network or its input."""
+_OF_OWN_CHANNELS = (INTENSITIES, "normalization_schemes", "use_mask_for_norm")
+"""Keys of the plans and of each configuration that differ too where each site has input channels of its own."""
 
 
 def comparable(plans: Mapping[str, Any]) -> dict[str, Any]:
     """All of nnU-Net's plans that must be equal at every site, in plain JSON types.
 
     Leaves out the names of data set, plans and planner, the file reader, the study, and each configuration's
-    ``data_identifier``. Arrays and numpy's numbers become lists and numbers, keys become strings.
+    ``data_identifier``; where the study gives each site channels of its own, also what depends on these. Arrays and
+    numpy's numbers become lists and numbers, keys become strings.
     """
     content: dict[str, Any] = json.loads(json.dumps(dict(plans), default=_plain))
-    for key in _OF_ONE_SITE:
+    study = content.get(PLANS_KEY, {}).get("study")
+    own = _OF_OWN_CHANNELS if study and Federation.model_validate(study).method.own_channels else ()
+    for key in (*_OF_ONE_SITE, *own):
         content.pop(key, None)
     for configuration in content["configurations"].values():
-        configuration.pop("data_identifier", None)
+        for key in ("data_identifier", *own):
+            configuration.pop(key, None)
     return content
 
 

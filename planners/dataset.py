@@ -21,6 +21,7 @@ from nnunetv2.utilities.dataset_name_id_conversion import convert_id_to_dataset_
 import nnunet_fed
 from nnunet_fed.errors import ConfigurationError, DisagreementError
 from nnunet_fed.federation import canonical_json
+from nnunet_fed.method_tables import MethodTable
 
 # nnU-Net lists the cases in a pool of forked processes, before and after planning talks to the coordinator. A process
 # that has ever opened a gRPC channel must not fork, be it closed since: now and then a child hangs, and the pool waits
@@ -33,6 +34,8 @@ PLAN_AGAIN = (
 )
 _SHOWN_ONLY = ("training cases",)
 """Rows of the table in which sites may differ."""
+_CHANNELS = "channels"
+"""The row in which they may differ if each has its own."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +176,7 @@ def describe(dataset: RawDataset, planner: str) -> dict[str, Any]:
     except Exception as error:  # the readers raise whatever their libraries do
         raise ConfigurationError(f"{', '.join(first['images'])} cannot be read: {error}. Replace the case.") from error
     return {
-        "channels": dataset.channel_names,
+        _CHANNELS: dataset.channel_names,
         "labels": _ordered_labels(dataset.json["labels"]),
         "regions_class_order": dataset.json.get("regions_class_order"),
         "dimensions": 2 if images.shape[1] == 1 else 3,
@@ -192,26 +195,36 @@ def _ordered_labels(labels: Mapping[str, Any]) -> list[list[Any]]:
     return sorted(pairs, key=lambda pair: pair[1])
 
 
-def check_agreement(descriptions: Mapping[str, Mapping[str, Any]], remedy: str = PLAN_AGAIN) -> None:
-    """Compare what :func:`describe` said at each site; ``remedy`` is what to do once a difference is put right.
+def check_agreement(
+    descriptions: Mapping[str, Mapping[str, Any]], method: MethodTable, remedy: str = PLAN_AGAIN
+) -> None:
+    """Compare what :func:`describe` said at each site.
+
+    Args:
+        descriptions: by site.
+        method: of the study, which says whether channels may differ.
+        remedy: what to do once a difference is put right.
 
     Raises:
         DisagreementError: with a table of properties by sites; a star marks what differs from most sites.
     """
+    shown_only = (*_SHOWN_ONLY, _CHANNELS) if method.own_channels else _SHOWN_ONLY
     rows = list(next(iter(descriptions.values())))
     cells: dict[str, dict[str, str]] = {}
     disagreed = []
     for row in rows:
         values = {site: description.get(row) for site, description in descriptions.items()}
-        odd = set() if row in _SHOWN_ONLY else _odd_ones(values)
+        odd = set() if row in shown_only else _odd_ones(values)
         if odd:
             disagreed.append(row)
         cells[row] = {site: _cell(row, value) + (" *" if site in odd else "") for site, value in values.items()}
     if disagreed:
+        option = method.own_channels_option if _CHANNELS in disagreed else None
+        own_channels = f" Or let all plan with '{option} = true' in federation.toml: then each has its own channels."
         raise DisagreementError(
             f"The sites' data sets differ in {', '.join(disagreed)}:\n\n{_table(list(descriptions), cells)}\n\n"
             "Correct dataset.json, the data or the installation at the sites marked with '*'; labels can be mapped in "
-            f"site.toml. {remedy}"
+            f"site.toml.{own_channels if option else ''} {remedy}"
         )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 from rich.table import Table
 
-from nnunet_fed.fingerprint import LocalFingerprint, fingerprint_of
+from nnunet_fed.fingerprint import INTENSITIES, LocalFingerprint, fingerprint_of
 
 logger = logging.getLogger(__name__)
 _STDOUT = threading.Lock()
@@ -119,7 +119,7 @@ def _normalization(plans: Mapping[str, Any]) -> dict[tuple[str, str], str]:
         masked = ", inside the mask" if configuration["use_mask_for_norm"][channel] else ""
         described[f"channel {channel}: normalization", "share of the image kept by cropping"] = scheme + masked
         if scheme == "CTNormalization":
-            properties = plans["foreground_intensity_properties_per_channel"][str(channel)]
+            properties = plans[INTENSITIES][str(channel)]
             for key in _INTENSITIES:
                 described[f"channel {channel}: {key}", "foreground intensities of all cases"] = _text(properties[key])
     return described

@@ -27,7 +27,7 @@ def extract(dataset_id: int, total_cases: int, processes: int) -> LocalFingerpri
 
     Args:
         dataset_id: nnU-Net's number of the data set.
-        total_cases: number of training cases at all sites.
+        total_cases: number of training cases whose intensities are pooled.
         processes: number of worker processes.
 
     Returns:

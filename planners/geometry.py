@@ -13,6 +13,7 @@ from nnunetv2.preprocessing.resampling.default_resampling import compute_new_sha
 
 from nnunet_fed.communicator import Collectives
 from nnunet_fed.fingerprint import (
+    Intensities,
     LocalFingerprint,
     fingerprint_with,
     harmonise,
@@ -25,7 +26,11 @@ PlannerOf = Callable[[dict[str, Any]], Any]
 
 
 def harmonised_planner(
-    communicator: Collectives, local: LocalFingerprint, geometry: Literal["private", "lists"], planner_of: PlannerOf
+    communicator: Collectives,
+    local: LocalFingerprint,
+    geometry: Literal["private", "lists"],
+    planner_of: PlannerOf,
+    intensities: Intensities | None = None,
 ) -> Any:
     """Agree on a fingerprint, and make the planner that reads it.
 
@@ -39,16 +44,17 @@ def harmonised_planner(
         geometry: what the sites tell each other of the cases' spacings and shapes.
         planner_of: makes this site's planner of a fingerprint in nnU-Net's format, which it leaves where nnU-Net looks
             for it; called twice with ``private``, the second time with the final fingerprint.
+        intensities: of this site alone; ``None``: the sites agree on them.
 
     Returns:
-        The planner; its ``dataset_fingerprint`` is the same at every site.
+        The planner; its ``dataset_fingerprint`` is the same at every site but for given intensities.
 
     Raises:
         FederationError: no site has foreground, or an intensity is not finite.
     """
     if geometry == "lists":
-        return planner_of(harmonise(communicator, local))
-    intensities = pooled_intensities(communicator, local)
+        return planner_of(harmonise(communicator, local, intensities))
+    intensities = intensities or pooled_intensities(communicator, local)
     pooled = pooled_geometry(communicator, local)
 
     # of eleven values, the second smallest is the 10th percentile and the sixth is the 50th

@@ -21,6 +21,7 @@ from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 import nnunet_fed.planners
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.federation import PLANS_KEY, digest_of
+from nnunet_fed.fingerprint import INTENSITIES
 from nnunet_fed.plans import plans_digest
 from nnunet_fed.statistics import Floats
 
@@ -92,6 +93,7 @@ class HarmonisedPlanner:
             if "inherits_from" not in configuration:
                 digest = digest_of(self._preprocessing_inputs(plans, configuration))
                 configuration["data_identifier"] = f"nnUNetFed_{name}_{digest[:8]}"
+        plans[PLANS_KEY] = self.study  # which says what may differ
         plans[PLANS_KEY] = {**self.study, "plans_digest": plans_digest(plans)}
         if self.plans_file.exists():
             # nnU-Net would merge its configurations into the new plans, and these would differ from the other sites'
@@ -105,10 +107,7 @@ class HarmonisedPlanner:
         return {
             "nnunetv2": version("nnunetv2"),
             "configuration": {key: value for key, value in configuration.items() if key not in _NOT_PREPROCESSING},
-            "plans": [
-                plans[key]
-                for key in ("image_reader_writer", "transpose_forward", "foreground_intensity_properties_per_channel")
-            ],
+            "plans": [plans[key] for key in ("image_reader_writer", "transpose_forward", INTENSITIES)],
             "dataset": [
                 self.dataset_json.get(key) for key in ("channel_names", "modality", "labels", "regions_class_order")
             ],

@@ -8,9 +8,11 @@ from typing import Any, Protocol
 
 from nnunet_fed.errors import ConfigurationError, DisagreementError
 from nnunet_fed.federation import PLANS_KEY, Federation
+from nnunet_fed.fingerprint import INTENSITIES, own_intensities
 from nnunet_fed.labels import LabelMap
 from nnunet_fed.lesions import SMALL_LESIONS
 from nnunet_fed.planners.dataset import check_agreement, describe
+from nnunet_fed.planners.extraction import extract
 from nnunet_fed.planners.harmonised import planner_class
 from nnunet_fed.planners.mapping import prepare_dataset
 from nnunet_fed.planners.planning import (
@@ -75,14 +77,18 @@ def join_and_preprocess(
         raise ConfigurationError(
             f"Site '{seat.site}' has planned with the others. To preprocess again, give the command without --join."
         )
-    check_agreement({**descriptions, seat.site: describe(dataset, study.planner)}, _REMEDY)
+    check_agreement({**descriptions, seat.site: describe(dataset, study.planner)}, study.method, _REMEDY)
     agreed = next(answer for answer in published.values() if answer is not None)
     total_cases = sum(description["training cases"] for description in descriptions.values())
+    fingerprint, published_digest = agreed["fingerprint"], plans_digest(agreed["plans"])
+    if study.method.own_channels:
+        report("extracting")
+        fingerprint = {**fingerprint, INTENSITIES: own_intensities(extract(dataset.id, len(dataset.cases), processes))}
 
     report("planning")
     # plans that were published before there was such a key have none
     about = {"joined": True, **{key: agreed[key] for key in (SMALL_LESIONS,) if key in agreed}}
-    planner = make_planner(planner_class(study.planner), dataset, study, total_cases, agreed["fingerprint"], **about)
+    planner = make_planner(planner_class(study.planner), dataset, study, total_cases, fingerprint, **about)
     plans = {
         **agreed["plans"],
         "dataset_name": dataset.name,
@@ -90,10 +96,12 @@ def join_and_preprocess(
         "image_reader_writer": planner.determine_reader_writer().__name__,
         "experiment_planner_used": type(planner).__name__,
     }
+    if study.method.own_channels:
+        _fill_in_channels(plans, planner)
     check_configurations(plans, wanted)
     shutil.copy(dataset.folder / "dataset.json", dataset.preprocessed)  # as nnU-Net's planner does
     planner.save_plans(plans)
-    if plans[PLANS_KEY]["plans_digest"] != plans_digest(agreed["plans"]):
+    if plans[PLANS_KEY]["plans_digest"] != published_digest:
         raise DisagreementError(f"The plans of site '{seat.site}' are not those that the federation published.")
     planned_by = ", ".join(descriptions)
     seat.note(f"joined after planning, with {len(dataset.cases)} cases: the plans are those of {planned_by}")
@@ -103,3 +111,12 @@ def join_and_preprocess(
     report("planned")
     digest = plans[PLANS_KEY]["plans_digest"]
     return PlanningResult(dataset.name, planner.plans_identifier, digest, wanted, total_cases, len(dataset.cases))
+
+
+def _fill_in_channels(plans: dict[str, Any], planner: Any) -> None:
+    """What depends on this site's channels, as its planner would plan it; the others have not published theirs."""
+    plans[INTENSITIES] = planner.dataset_fingerprint[INTENSITIES]
+    schemes, masks = planner.determine_normalization_scheme_and_whether_mask_is_used_for_norm()
+    for configuration in plans["configurations"].values():
+        if "inherits_from" not in configuration:
+            configuration |= {"normalization_schemes": schemes, "use_mask_for_norm": masks}

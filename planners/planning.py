@@ -14,7 +14,7 @@ from nnunetv2.experiment_planning.plan_and_preprocess_api import preprocess_data
 from nnunet_fed.communicator import Collectives
 from nnunet_fed.errors import ConfigurationError, DisagreementError, FederationError
 from nnunet_fed.federation import PLANS_KEY, Federation
-from nnunet_fed.fingerprint import LocalFingerprint, fingerprint_of
+from nnunet_fed.fingerprint import INTENSITIES, LocalFingerprint, fingerprint_of, own_intensities
 from nnunet_fed.labels import LabelMap
 from nnunet_fed.lesions import SMALL_LESIONS, small_lesion_thresholds
 from nnunet_fed.planners.dataset import PLAN_AGAIN, RawDataset, check_agreement, describe
@@ -126,11 +126,13 @@ def agree(
     dataset = prepare_dataset(dataset_id, labels, processes)
     _check_number(communicator.site, dataset, study)
     descriptions = communicator.gather(DESCRIPTIONS, describe(dataset, study.planner))
-    check_agreement(descriptions)
+    check_agreement(descriptions, study.method)
     total_cases = sum(description["training cases"] for description in descriptions.values())
 
     report("extracting")
-    local = extract(dataset.id, total_cases, processes)
+    own_channels = study.method.own_channels
+    local = extract(dataset.id, len(dataset.cases) if own_channels else total_cases, processes)
+    intensities = own_intensities(local) if own_channels else None
 
     report("harmonising")
     small_lesions = {SMALL_LESIONS: small_lesion_thresholds(communicator, "planning/lesions", local.lesion_volumes)}
@@ -139,6 +141,7 @@ def agree(
         local,
         study.geometry,
         lambda fingerprint: make_planner(make, dataset, study, total_cases, fingerprint, **small_lesions),
+        intensities,
     )
     _write_local_fingerprint(dataset, local)
 
@@ -150,7 +153,8 @@ def agree(
         planner.plans_file.replace(planner.plans_file.with_suffix(".refused.json"))
         raise
     # for sites that join later; it is the same everywhere, so one copy is enough
-    published = {"fingerprint": planner.dataset_fingerprint, "plans": comparable(plans), **small_lesions}
+    fingerprint = {**planner.dataset_fingerprint, **({INTENSITIES: {}} if own_channels else {})}
+    published = {"fingerprint": fingerprint, "plans": comparable(plans), **small_lesions}
     communicator.gather(PUBLISHED, published if communicator.site == next(iter(descriptions)) else None)
     return Agreement(dataset, local, planner, plans, total_cases)
 

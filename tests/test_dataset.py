@@ -18,6 +18,7 @@ from nnunet_fed.communicator import LocalFederation
 from nnunet_fed.errors import DisagreementError, FederationError
 from nnunet_fed.federation import Federation
 from nnunet_fed.labels import LabelMap
+from nnunet_fed.method_tables import FedAvg
 from nnunet_fed.planners import extraction, planning
 from nnunet_fed.planners.dataset import check_agreement
 from nnunet_fed.planners.planning import PlanningResult, plan_and_preprocess
@@ -201,11 +202,12 @@ def descriptions() -> dict[str, dict[str, Any]]:
 )
 def test_the_page_on_disagreement_shows_what_is_printed(title: str, changes: dict[str, dict[str, Any]]) -> None:
     told = descriptions()
-    check_agreement(told)
+    method = FedAvg(name="fedavg")
+    check_agreement(told, method)
     for site, change in changes.items():
         told[site] |= change
     with pytest.raises(DisagreementError) as error:
-        check_agreement(told)
+        check_agreement(told, method)
     section = re.split(rf"^## {title}$", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)[1]
     shown = re.findall(r"```text\n(.*?)\n```", section, flags=re.DOTALL)[0]
     assert shown == f"Error: {error.value}"

@@ -73,6 +73,8 @@ def test_without_plans_it_says_so(tmp_path: Path) -> None:
         ({"rounds": 9, "seed": 5, "momentum": 0.5}, None),
         ({"planner": "other"}, "planner"),
         ({"geometry": "lists"}, "geometry"),
+        ({"method": {"name": "fedoap"}}, None),
+        ({"method": {"name": "fedoap", "private_stem": True}}, "method.own_channels"),
     ],
 )
 def test_what_planning_reads_must_be_the_same(tmp_path: Path, changes: dict[str, Any], refused: str | None) -> None:
