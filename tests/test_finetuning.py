@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.federation import Federation
 from nnunet_fed.method_tables import METHOD_TABLES
 from nnunet_fed.simulate import TRAINERS
 from nnunet_fed.trainers.finetuning import TwoPhaseSchedule
-from nnunet_fed.trainers.nnUNetTrainerFedOAP import PRETRAINED, check_pretrained_weights
+from nnunet_fed.trainers.nnUNetTrainerFedOAP import PRETRAINED, check_pretrained_weights, nnUNetTrainerFedOAP
 
 
 def rate(schedule: TwoPhaseSchedule, optimizer: torch.optim.Optimizer, epoch: int) -> float:
@@ -76,3 +78,15 @@ def test_pretrained_weights_of_another_network(tmp_path: Path) -> None:
         check_pretrained_weights(network, ["nnUNetv2_train", PRETRAINED, str(stock)])
     with pytest.raises(ConfigurationError, match="there is no such file"):
         check_pretrained_weights(network, [sys.argv[0], PRETRAINED, str(tmp_path / "none.pth")])
+
+
+@pytest.mark.parametrize(("training", "validation", "missing"), [(["a"], [], "validation"), ([], ["b"], "training")])
+def test_a_fold_without_cases_is_refused(
+    training: list[str], validation: list[str], missing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sets = tuple(SimpleNamespace(identifiers=names) for names in (training, validation))
+    monkeypatch.setattr(nnUNetTrainer, "get_tr_and_val_datasets", lambda trainer: sets)
+    trainer = object.__new__(nnUNetTrainerFedOAP)
+    trainer.fold, trainer.preprocessed_dataset_folder_base = 2, "somewhere"
+    with pytest.raises(ConfigurationError, match=rf"Fold 2 has no {missing} case\. Correct .* in somewhere"):
+        trainer.get_tr_and_val_datasets()
