@@ -27,6 +27,7 @@ from rich.table import Table
 
 from nnunet_fed.federation import Federation
 from nnunet_fed.phantom import write_phantom
+from nnunet_fed.planned import adopt
 from nnunet_fed.simulate import Simulation, simulate, site_environment, training_command
 from nnunet_fed.toml import to_toml
 
@@ -114,25 +115,40 @@ def unseen(arguments: argparse.Namespace, run: Path) -> Dice:
     folder = run / "unseen"
     if not list(folder.glob(f"nnUNet_results/*/*/fold_0/{SUMMARY}")):
         shutil.rmtree(folder, ignore_errors=True)
-        with _coordinator(run, study.model_copy(update={"sites": (*SITES, UNSEEN)})) as address:
-            for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-                (folder / name).mkdir(parents=True)
-            (folder / "nnUNet_raw" / "Dataset001_unseen").symlink_to((arguments.out / "data" / UNSEEN).resolve())
-            settings = {"name": UNSEEN, "coordinator": address, "insecure": True}
-            (folder / "site.toml").write_text(to_toml({**settings, "mapped_dataset": MAPPED, "labels": LABELS}))
-            plan = [sys.executable, "-m", "nnunet_fed", "plan_and_preprocess", "-d", "1", "-np", "1", "--join"]
-            for command, log in ((plan, "plan.log"), (training_command(study, 0, "cpu", MAPPED), "train.log")):
-                if _start(folder, command, log).wait() != 0:
-                    raise SystemExit(f"the unseen site failed: {folder / log}")
+        adopt(_plan_unseen(arguments), folder, study)
+        (folder / "nnUNet_results").mkdir()
+        with _coordinator(run, study) as address:
+            (folder / "site.toml").write_text(to_toml({"name": UNSEEN, "coordinator": address, "insecure": True}))
+            _finish(folder, training_command(study, 0, "cpu", MAPPED), "train.log")
     fold = next(folder.glob("nnUNet_results/*/*/fold_0"))
     before = fold / ("federated" if "FedOAP" in fold.parent.name else "global")
     return {"before": dice_of(before), "after": dice_of(fold)}
 
 
+def _plan_unseen(arguments: argparse.Namespace) -> Path:
+    """Let the unseen site take the plans of those that have planned, unless it has; returns its folder."""
+    folder: Path = arguments.out / "unseen"
+    if list(folder.glob("nnUNet_preprocessed/*/*Plans.json")):
+        return folder
+    shutil.rmtree(folder, ignore_errors=True)
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        (folder / name).mkdir(parents=True)
+    (folder / "nnUNet_raw" / "Dataset001_unseen").symlink_to((arguments.out / "data" / UNSEEN).resolve())
+    with _coordinator(
+        arguments.out / "planned", Federation.read(arguments.out / "planned" / "federation.toml")
+    ) as address:
+        settings = {"name": UNSEEN, "coordinator": address, "insecure": True, "mapped_dataset": MAPPED}
+        (folder / "site.toml").write_text(to_toml({**settings, "labels": LABELS}))
+        plan = [sys.executable, "-m", "nnunet_fed", "plan_and_preprocess", "-d", "1", "-np", "1", "--join"]
+        _finish(folder, plan, "plan.log")
+    return folder
+
+
 @contextmanager
 def _coordinator(run: Path, study: Federation) -> Iterator[str]:
+    """Serve a finished run again, with the unseen site among its sites."""
     file = run / "with-unseen.toml"
-    file.write_text(to_toml(study.model_dump(mode="json")))
+    file.write_text(to_toml({**study.model_dump(mode="json"), "sites": [*SITES, UNSEEN]}))
     address = "127.0.0.1:7469"
     command = [sys.executable, "-m", "nnunet_fed", "coordinator", str(file), "--listen", address, "--insecure"]
     process = subprocess.Popen([*command, "--state", str(run / "coordinator")], stderr=subprocess.DEVNULL)
@@ -141,6 +157,11 @@ def _coordinator(run: Path, study: Federation) -> Iterator[str]:
     finally:
         process.terminate()
         process.wait()
+
+
+def _finish(folder: Path, command: list[str], log: str) -> None:
+    if _start(folder, command, log).wait() != 0:
+        raise SystemExit(f"a command of the unseen site failed: {folder / log}")
 
 
 def _start(folder: Path, command: list[str], log: str) -> subprocess.Popen[bytes]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -231,19 +230,11 @@ def tiny_plans(axes: int, network: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """As the command has: sums are rounded by the number of threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("axes", [2, 3])
 @pytest.mark.parametrize("architecture", ["PlainConvUNet", "ResidualEncoderUNet"])
-def test_22_the_stock_command_rebuilds_the_network(axes: int, architecture: str, tmp_path: Path) -> None:
+def test_22_the_stock_command_rebuilds_the_network(
+    axes: int, architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plans, trainer = tiny_plans(axes, architecture), TRAINERS["fedoap"]
     dataset = {"channel_names": {"0": "MR"}, "labels": {"background": 0, "lesion": 1}, "file_ending": ".nii.gz"}
     manager = PlansManager(plans)
@@ -288,12 +279,15 @@ def test_22_the_stock_command_rebuilds_the_network(axes: int, architecture: str,
         [*map(str, predict), "--save_probabilities"],
         env=environment(nnUNet_extTrainer=plugin_folder(), **paths), check=True, timeout=300, capture_output=True,
     )  # fmt: skip
+    monkeypatch.setenv("nnUNet_extTrainer", str(plugin_folder()))
     predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
-    configuration = manager.get_configuration(f"{axes}d")
-    weights = [live.state_dict()]
-    predictor.manual_initialization(live, manager, configuration, weights, dataset, trainer, None)
+    predictor.initialize_from_trained_model_folder(str(model), (0,))
+    predictor.network.load_state_dict(predictor.list_of_parameters[0])
+    patches = torch.from_numpy(np.random.default_rng(1).normal(size=(2, 1, *[16] * axes)).astype(np.float32))
+    with torch.no_grad():
+        assert torch.equal(predictor.network.eval()(patches), live.eval()(patches))
     expected = predictor.predict_single_npy_array(data[None], {"spacing": [1.0] * 3}, None, None, True)[1]
     stored = np.load(out / "case.npz")["probabilities"]
-    assert stored.shape == expected.shape
-    assert np.array_equal(stored, expected.astype(stored.dtype))
-    assert np.std(stored) > 1e-3, "the network says something"
+    # the command sums with other numbers of threads, and nnU-Net keeps logits in half precision
+    assert np.allclose(stored, expected, rtol=0, atol=1e-3)
+    assert np.std(stored) > 1e-2, "the network says something"
