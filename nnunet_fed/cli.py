@@ -93,6 +93,9 @@ def coordinator(
     state: Annotated[Path, typer.Option(metavar="DIR", help="The coordinator's memory.")],
     insecure: Annotated[bool, typer.Option("--insecure", help="No TLS; on a loopback address only.")] = False,
     new_attempt: Annotated[bool, typer.Option("--new-attempt", help="Let all sites plan and train anew.")] = False,
+    spool_quota: Annotated[
+        float, typer.Option("--spool-quota-gb", min=0.001, help="Disk for uploads until they are reduced.")
+    ] = 100.0,
 ) -> None:
     """Serve a study: all sites reach this one process, which sees weights and numbers but no image."""
     from nnunet_fed.coordinator import Coordinator
@@ -100,8 +103,8 @@ def coordinator(
     from nnunet_fed.transport.server import CoordinatorServer
 
     federation = Federation.read(study)
-    store = Store(state)
-    server = CoordinatorServer(Coordinator(federation, store, new_attempt), listen, insecure)
+    coordinator = Coordinator(federation, Store(state), new_attempt, int(spool_quota * 1e9))
+    server = CoordinatorServer(coordinator, listen, insecure)
     stopped = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopped.set())
@@ -109,7 +112,7 @@ def coordinator(
     print(f"'{federation.name}' for {', '.join(federation.sites)} on {server.address}", flush=True)
     stopped.wait()
     server.stop()
-    store.close()
+    coordinator.close()
 
 
 @app.command()

@@ -35,7 +35,13 @@ class DamagedError(Exception):
     """A download did not match its digest."""
 
 
-def insist(function: Callable[[], T], patience: float, address: str, jitter: random.Random) -> T:
+def insist(
+    function: Callable[[], T],
+    patience: float,
+    address: str,
+    jitter: random.Random,
+    reached: Callable[[], int] = lambda: 0,
+) -> T:
     """Try until an answer comes or the patience ends, with growing, jittered pauses.
 
     Args:
@@ -43,29 +49,35 @@ def insist(function: Callable[[], T], patience: float, address: str, jitter: ran
         patience: seconds.
         address: the coordinator's, for what the user reads.
         jitter: source of the pauses' jitter.
+        reached: how far a transfer has come. A try that brought it further is not a failure: the pauses begin anew.
 
     Raises:
         RefusedError: the coordinator refuses; its text says why.
         UnreachableError: no answer within the patience.
     """
     end = time.monotonic() + patience
-    pause = PAUSES[0]
+    pause, before, told = PAUSES[0], reached(), ""
     while True:
         try:
             return function()
         except (grpc.RpcError, DamagedError, ValueError) as error:
             code = error.code() if isinstance(error, grpc.RpcError) else grpc.StatusCode.DATA_LOSS
-            details = error.details() if isinstance(error, grpc.RpcError) else "a transfer was damaged"
+            details = str(error.details()) if isinstance(error, grpc.RpcError) else "a transfer was damaged"
             if code in REFUSALS:
-                raise RefusedError(str(details)) from None
+                raise RefusedError(details) from None
+            full = code == grpc.StatusCode.RESOURCE_EXHAUSTED
+            trouble = f"takes nothing more at present: {details}" if full else f"does not answer ({details})"
             remaining = end - time.monotonic()
             if remaining <= 0:
                 raise UnreachableError(
-                    f"The coordinator at {address} does not answer ({details}); gave up after "
-                    f"{patience / 60:g} minutes. Is it running, and is the address in site.toml right?"
+                    f"The coordinator at {address} {trouble}; gave up after {patience / 60:g} minutes. "
+                    + ("" if full else "Is it running, and is the address in site.toml right?")
                 ) from None
-            if pause == PAUSES[0]:
+            if (now := reached()) != before:
+                pause, before = PAUSES[0], now
+            if str(code) != told:
+                told = str(code)
                 until = datetime.fromtimestamp(time.time() + remaining).strftime("%Y-%m-%d %H:%M:%S")
-                logger.warning("the coordinator at %s does not answer (%s); trying until %s", address, details, until)
+                logger.warning("the coordinator at %s %s; trying until %s", address, trouble, until)
             time.sleep(min(remaining, pause * jitter.uniform(0.5, 1.0)))
             pause = min(2 * pause, PAUSES[1])
