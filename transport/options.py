@@ -10,8 +10,10 @@ from nnunet_fed.payload import CHUNK
 PROTOCOL = 2
 """Version of the protocol; a site of another version is refused."""
 
-KEEPALIVE_SECONDS = (30, 10)
+KEEPALIVE_SECONDS = (30, 20)
 """A connection on which nothing has come for so long is tried, and given up if no answer comes for so long."""
+PING_SECONDS = 60
+"""The same for an answer that is due while data are under way, behind which it waits. A stall lasts so long at most."""
 LARGEST_REQUEST = CHUNK + (1 << 16)
 """Bytes of a message to the coordinator."""
 LARGEST_REPLY = 1 << 26
@@ -26,6 +28,7 @@ def _options(**settings: int) -> tuple[tuple[str, int], ...]:
         "keepalive_timeout_ms": 1000 * KEEPALIVE_SECONDS[1],
         "keepalive_permit_without_calls": 1,
         "http2.max_pings_without_data": 0,
+        "http2.ping_timeout_ms": 1000 * PING_SECONDS,
     }
     return tuple((f"grpc.{name}", value) for name, value in {**keepalive, **settings}.items())
 
