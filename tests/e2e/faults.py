@@ -37,8 +37,11 @@ name, size = settings["name"], settings["size"]
 site = Site(name=name, coordinator=settings["address"], insecure=True, connect_minutes=1)
 seat = GrpcCommunicator(site, OutgoingLog(Path(settings["outgoing"])))
 study = seat.join("training", settings["digest"], "3d_fullres", "Faults")
-model = np.full(size, 0.5, np.float32)
-for number in range(settings["rounds"]):
+model, done, checkpoint = np.full(size, 0.5, np.float32), 0, settings["checkpoint"]
+if checkpoint and os.path.exists(checkpoint):
+    with np.load(checkpoint) as saved:
+        model, done = saved["model"], int(saved["done"])
+for number in range(done, settings["rounds"]):
     # what a site contributes follows from the round and the model, as in a repeatable training
     rng = np.random.default_rng([number, *name.encode()])
     update = model + rng.normal(size=size).astype(np.float32)
@@ -49,6 +52,9 @@ for number in range(settings["rounds"]):
     except RoundClosedError:
         model = seat.fetch(f"{scope}/model")["w"]
     print(number, hashlib.sha256(model.tobytes()).hexdigest(), flush=True)
+    if checkpoint:
+        np.savez(checkpoint + ".new.npz", model=model, done=number + 1)
+        os.replace(checkpoint + ".new.npz", checkpoint)
     if settings["stop_after"] == number:
         os._exit(0)
 seat.leave("done")
@@ -159,17 +165,25 @@ class Exchange:
             )  # fmt: skip
 
     def start(
-        self, name: str, address: str | None = None, stop_after: int | None = None, keepalive: int | None = None
+        self,
+        name: str,
+        address: str | None = None,
+        stop_after: int | None = None,
+        keepalive: int | None = None,
+        checkpoint: bool = False,
     ) -> None:
-        """Start a site; it goes through all rounds from the first one, as one that continues does."""
+        """Start a site; without a checkpoint it goes through all rounds from the first one again."""
         timing = {"keepalive_time_ms": keepalive, "keepalive_timeout_ms": 1, "http2.ping_timeout_ms": keepalive}
         shortened = {f"grpc.{option}": 1000 * seconds for option, seconds in timing.items() if seconds and keepalive}
         settings = {
             "name": name, "address": address or self.address, "digest": self.study.digest, "size": self.size,
             "rounds": self.study.rounds, "outgoing": str(self.outgoing(name)), "stop_after": stop_after,
-            "keepalive": shortened,
+            "keepalive": shortened, "checkpoint": str(self.folder / f"{name}.npz") if checkpoint else None,
         }  # fmt: skip
-        with self.results(name).open("wb") as out, (self.folder / f"{name}.log").open("ab") as log:
+        with (
+            self.results(name).open("ab" if checkpoint else "wb") as out,
+            (self.folder / f"{name}.log").open("ab") as log,
+        ):
             self.sites[name] = subprocess.Popen(
                 [sys.executable, "-c", SITE, json.dumps(settings)], stdout=out, stderr=log
             )
