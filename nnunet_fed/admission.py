@@ -5,19 +5,23 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from nnunet_fed.errors import RefusedError
+from nnunet_fed.federation import Federation
 from nnunet_fed.payload import BLOCK, Array, is_floating, layout_of, open_payload, schema_of
+from nnunet_fed.store import Store, name_of
 
 Verb = Literal["mean", "sum", "gather"]
 
 LARGEST_VALUE = 1 << 26
 """Bytes of a sum's or a gathered value's payload. Those of a mean are bounded by the first one of their name."""
+MODEL = "model"
+"""Name of a round's last mean (rule 5 of the protocol), whose updates ``max_update_norm`` bounds."""
 RECENT = 5
 """Rounds over whose update norms the median is taken."""
 
@@ -64,22 +68,75 @@ def distance(one: Mapping[str, Array], other: Mapping[str, Array]) -> float:
     return math.sqrt(squared)
 
 
-def check_norm(site: str, key: str, norm: float, recent: Sequence[float], factor: float) -> None:
-    """Compare an update with the accepted ones of the last :data:`RECENT` rounds; without any, all pass.
+class QuarantinedError(RefusedError):
+    """An update that moved further than ``max_update_norm`` allows."""
+
+
+class Admission:
+    """What the first payloads of a run and its recent rounds lay down for later ones. Called under the store's lock.
 
     Args:
-        site: who brings it.
-        key: the collective.
-        norm: of the update, see :func:`distance`.
-        recent: norms of the accepted updates.
-        factor: ``max_update_norm`` of the study.
-
-    Raises:
-        RefusedError: it is above ``factor`` times their median.
+        study: the study.
+        store: the coordinator's memory.
+        spool_quota: bytes; a site's share of it bounds its first payload of a name.
     """
-    if recent and norm > factor * (median := statistics.median(recent)):
-        raise RefusedError(
-            f"The update of site '{site}' for '{key}' is quarantined: its norm {norm:.4g} is above {factor:g} times "
-            f"{median:.4g}, the median of recent rounds (max_update_norm). Look into the training at this site; if it "
-            "is sound, raise max_update_norm in federation.toml, restart the coordinator, and continue with --c."
-        )
+
+    def __init__(self, study: Federation, store: Store, spool_quota: int):
+        self._study = study
+        self._store = store
+        self._share = spool_quota // len(study.sites)
+
+    def check_size(self, run: str, key: str, site: str, verb: Verb, size: int) -> None:
+        """Bound a payload before it is sent; raises :class:`RefusedError`."""
+        if verb != "mean":
+            if size > LARGEST_VALUE:
+                raise RefusedError(
+                    f"A {verb} takes {LARGEST_VALUE} bytes at most, not {size} ('{key}', site '{site}')."
+                )
+        elif (agreed := self._store.agreed(run, name_of(key))) is not None:
+            if size > agreed.size:
+                raise RefusedError(
+                    f"The tensors of site '{site}' for '{key}' differ from those of the first round: they have {size} "
+                    f"bytes instead of {agreed.size}. Do all sites train the same plans and configuration?"
+                )
+        elif size > self._share:
+            raise RefusedError(
+                f"'{key}' of site '{site}' has {size / 1e9:.3f} GB, more than its share of {self._share / 1e9:.3f} GB "
+                "in the coordinator's spool. Restart the coordinator with a larger --spool-quota-gb."
+            )
+
+    def check_schema(self, run: str, key: str, site: str, verb: Verb, schema: str | None) -> None:
+        """Compare with the other sites' and, for a mean, the first round's; raises :class:`RefusedError`."""
+        collective, agreed = self._store.collective(run, key), self._store.agreed(run, name_of(key))
+        known = {collective.schema if collective else None, agreed.schema if agreed and verb == "mean" else None}
+        if schema is not None and known - {None, schema}:
+            raise RefusedError(
+                f"The tensors of site '{site}' for '{key}' differ in names, shapes or dtypes from those of the other "
+                "sites or of the first round. Do all sites train the same plans and configuration?"
+            )
+
+    def last_model(self, run: str, key: str, verb: Verb, schema: str | None) -> Path | None:
+        """The model from which an update is measured; ``None``: its norm is not bounded, or cannot be."""
+        agreed = self._store.agreed(run, MODEL)
+        if self._study.max_update_norm is None or verb != "mean" or name_of(key) != MODEL:
+            return None
+        closed = [c for c in self._store.collectives(run, "closed") if c.verb == "mean" and c.name == MODEL]
+        if not closed or agreed is None or agreed.schema != schema:
+            return None
+        return self._store.result_path(run, closed[-1].key)
+
+    def check_norm(self, run: str, key: str, site: str, norm: float) -> None:
+        """Compare an update with the accepted ones of the last :data:`RECENT` rounds; without any, all pass.
+
+        Raises:
+            QuarantinedError: its norm (:func:`distance`) is above ``max_update_norm`` times their median.
+        """
+        means = [c.key for c in self._store.collectives(run) if c.verb == "mean" and c.name == MODEL and c.closed]
+        recent, factor = self._store.norms(run, means[-RECENT:]), self._study.max_update_norm
+        if recent and factor is not None and norm > factor * (median := statistics.median(recent)):
+            raise QuarantinedError(
+                f"The update of site '{site}' for '{key}' is quarantined: its norm {norm:.4g} is above {factor:g} "
+                f"times {median:.4g}, the median of recent rounds (max_update_norm). Look into the training at this site; "
+                "if it is sound, raise max_update_norm in federation.toml, restart the coordinator, and continue with "
+                "--c."
+            )

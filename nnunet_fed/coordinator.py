@@ -14,14 +14,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
-from nnunet_fed.admission import LARGEST_VALUE, RECENT, Verb, check_content, check_norm, distance
+from nnunet_fed.admission import Admission, QuarantinedError, Verb, check_content, distance
 from nnunet_fed.communicator import check_weight
 from nnunet_fed.errors import ConfigurationError, RefusedError
 from nnunet_fed.federation import Federation
 from nnunet_fed.payload import digest_of_file, open_payload
 from nnunet_fed.reduction import write_result
 from nnunet_fed.spool import Spool
-from nnunet_fed.store import Agreed, Collective, Contribution, Store, make_durable, name_of, scope_of
+from nnunet_fed.store import Agreed, Collective, Contribution, Store, make_durable, scope_of
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +33,6 @@ LONGEST_TEXT = 10_000
 """Characters of a note or a reason that are journalled."""
 
 Purpose = Literal["planning", "training"]
-MODEL = "model"
-"""Name of a round's last mean (rule 5 of the protocol), whose updates ``max_update_norm`` bounds."""
 SPOOL_QUOTA = 100 * 10**9
 """Bytes."""
 
@@ -60,6 +58,7 @@ class Coordinator:
         self.study = study
         self.spool = Spool(store.spool, spool_quota)
         self._store = store
+        self._admission = Admission(study, store, spool_quota)
         self._draining = False
         self._keeper = ThreadPoolExecutor(1, thread_name_prefix="keeper")
         self._changed = threading.Condition()
@@ -181,7 +180,7 @@ class Coordinator:
             ):
                 return "closed"
             if weight > 0:
-                self._check_size(run, key, site, verb, size)
+                self._admission.check_size(run, key, site, verb, size)
                 return "send"
             self._accept(Contribution(run, key, site, 0.0, digest, 0, None, time.time(), 0.0, None), verb, None)
         self._close_if_due(run, key)
@@ -190,24 +189,6 @@ class Coordinator:
     def _require_joined(self, run: str, site: str) -> None:
         if site not in self._store.standing(run):
             raise RefusedError(f"Site '{site[:100]}' has not joined the run '{run[:LONGEST_KEY]}'.")
-
-    def _check_size(self, run: str, key: str, site: str, verb: Verb, size: int) -> None:
-        if verb != "mean":
-            if size > LARGEST_VALUE:
-                raise RefusedError(
-                    f"A {verb} takes {LARGEST_VALUE} bytes at most, not {size} ('{key}', site '{site}')."
-                )
-        elif (agreed := self._store.agreed(run, name_of(key))) is not None:
-            if size > agreed.size:
-                raise RefusedError(
-                    f"The tensors of site '{site}' for '{key}' differ from those of the first round: they have {size} "
-                    f"bytes instead of {agreed.size}. Do all sites train the same plans and configuration?"
-                )
-        elif size > (share := self.spool.quota // len(self.study.sites)):
-            raise RefusedError(
-                f"'{key}' of site '{site}' has {size / 1e9:.3f} GB, more than its share of {share / 1e9:.3f} GB in the "
-                "coordinator's spool. Restart the coordinator with a larger --spool-quota-gb."
-            )
 
     def accept(
         self, run: str, key: str, site: str, verb: Verb, weight: float, digest: str, payload: Path, seconds: float = 0.0
@@ -221,49 +202,34 @@ class Coordinator:
         accepted = False
         try:
             schema = check_content(verb, payload)
-            norm = self._norm(run, key, verb, schema, payload)
+            with self._changed:
+                last = self._admission.last_model(run, key, verb, schema)
+            norm = None if last is None else distance(open_payload(payload), open_payload(last))
             size = payload.stat().st_size
             make_durable(payload)
             with self._changed:
                 verdict = self.offer(run, key, site, verb, weight, digest, size)
                 if verdict == "send":
-                    self._admit(run, key, site, verb, schema, norm)
+                    self._admission.check_schema(run, key, site, verb, schema)
+                    if norm is not None:
+                        self._admission.check_norm(run, key, site, norm)
                     given = Contribution(run, key, site, weight, digest, size, payload.name, time.time(), seconds, norm)
                     self._accept(given, verb, schema)
                     accepted, verdict = True, "stands"
+        except QuarantinedError as error:
+            self._quarantine(run, site, str(error))
+            raise
         finally:
             if not accepted:
                 payload.unlink(missing_ok=True)
             self._close_if_due(run, key)  # also after a refusal, which may leave nobody to wait for
         return verdict
 
-    def _norm(self, run: str, key: str, verb: Verb, schema: str | None, payload: Path) -> float | None:
-        """Norm of an update, if the study bounds it and there is a model to compare with."""
-        if self.study.max_update_norm is None or verb != "mean" or name_of(key) != MODEL:
-            return None
-        with self._changed:
-            newest, agreed = self.newest(run, MODEL), self._store.agreed(run, MODEL)
-        if newest is None or agreed is None or agreed.schema != schema:
-            return None
-        return distance(open_payload(payload), open_payload(self._store.result_path(run, newest)))
-
-    def _admit(self, run: str, key: str, site: str, verb: Verb, schema: str | None, norm: float | None) -> None:
-        collective, agreed = self._store.collective(run, key), self._store.agreed(run, name_of(key))
-        known = {collective.schema if collective else None, agreed.schema if agreed and verb == "mean" else None}
-        if schema is not None and known - {None, schema}:
-            raise RefusedError(
-                f"The tensors of site '{site}' for '{key}' differ in names, shapes or dtypes from those of the other "
-                "sites or of the first round. Do all sites train the same plans and configuration?"
-            )
-        if norm is not None and self.study.max_update_norm is not None:
-            means = [c.key for c in self._store.collectives(run) if c.verb == "mean" and c.name == MODEL and c.closed]
-            try:
-                check_norm(site, key, norm, self._store.norms(run, means[-RECENT:]), self.study.max_update_norm)
-            except RefusedError as error:
-                with self._store.transaction():  # nobody waits for it; its next offer brings it back
-                    self._store.set_standing(run, site, "absent")
-                    self._store.add_event(run, site, str(error))
-                raise
+    def _quarantine(self, run: str, site: str, sentence: str) -> None:
+        """Journal it; nobody waits for the site, and its next offer brings it back."""
+        with self._changed, self._store.transaction():
+            self._store.set_standing(run, site, "absent")
+            self._store.add_event(run, site, sentence)
 
     def wait(self, run: str, key: str, seconds: float) -> Collective | None:
         """The collective once it is no longer open, or as it is after so many seconds; ``None``: never heard of."""
