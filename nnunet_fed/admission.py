@@ -136,7 +136,7 @@ class Admission:
         if recent and factor is not None and norm > factor * (median := statistics.median(recent)):
             raise QuarantinedError(
                 f"The update of site '{site}' for '{key}' is quarantined: its norm {norm:.4g} is above {factor:g} "
-                f"times {median:.4g}, the median of recent rounds (max_update_norm). Look into the training at this site; "
-                "if it is sound, raise max_update_norm in federation.toml, restart the coordinator, and continue with "
-                "--c."
+                f"times {median:.4g}, the median of recent rounds (max_update_norm). Look into the training at this "
+                "site; if it is sound, raise max_update_norm in federation.toml, restart the coordinator, and continue "
+                "with --c."
             )
