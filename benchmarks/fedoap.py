@@ -115,8 +115,9 @@ def unseen(arguments: argparse.Namespace, run: Path) -> Dice:
     folder = run / "unseen"
     if not list(folder.glob(f"nnUNet_results/*/*/fold_0/{SUMMARY}")):
         shutil.rmtree(folder, ignore_errors=True)
+        for name in ("nnUNet_raw", "nnUNet_results"):
+            (folder / name).mkdir(parents=True)
         adopt(_plan_unseen(arguments), folder, study)
-        (folder / "nnUNet_results").mkdir()
         with _coordinator(run, study) as address:
             (folder / "site.toml").write_text(to_toml({"name": UNSEEN, "coordinator": address, "insecure": True}))
             _finish(folder, training_command(study, 0, "cpu", MAPPED), "train.log")
@@ -134,9 +135,8 @@ def _plan_unseen(arguments: argparse.Namespace) -> Path:
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         (folder / name).mkdir(parents=True)
     (folder / "nnUNet_raw" / "Dataset001_unseen").symlink_to((arguments.out / "data" / UNSEEN).resolve())
-    with _coordinator(
-        arguments.out / "planned", Federation.read(arguments.out / "planned" / "federation.toml")
-    ) as address:
+    planned = arguments.out / "planned"
+    with _coordinator(planned, Federation.read(planned / "federation.toml")) as address:
         settings = {"name": UNSEEN, "coordinator": address, "insecure": True, "mapped_dataset": MAPPED}
         (folder / "site.toml").write_text(to_toml({**settings, "labels": LABELS}))
         plan = [sys.executable, "-m", "nnunet_fed", "plan_and_preprocess", "-d", "1", "-np", "1", "--join"]

@@ -106,6 +106,9 @@ def coordinator(
     ] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="No TLS; on a loopback address only.")] = False,
     new_attempt: Annotated[bool, typer.Option("--new-attempt", help="Let all sites plan and train anew.")] = False,
+    spool_quota: Annotated[
+        float, typer.Option("--spool-quota-gb", min=0.001, help="Disk for uploads until they are reduced.")
+    ] = 100.0,
 ) -> None:
     """Serve a study: all sites reach this one process, which sees weights and numbers but no image."""
     from nnunet_fed.coordinator import Coordinator
@@ -115,8 +118,8 @@ def coordinator(
 
     keys = KeyFiles.given(cert, key, ca)
     federation = Federation.read(study)
-    store = Store(state)
-    server = CoordinatorServer(Coordinator(federation, store, new_attempt), listen, insecure, keys, revoked)
+    coordinator = Coordinator(federation, Store(state), new_attempt, int(spool_quota * 1e9))
+    server = CoordinatorServer(coordinator, listen, insecure, keys, revoked)
     stopped = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopped.set())
@@ -124,7 +127,7 @@ def coordinator(
     print(f"'{federation.name}' for {', '.join(federation.sites)} on {server.address}", flush=True)
     stopped.wait()
     server.stop()
-    store.close()
+    coordinator.close()
 
 
 @app.command()

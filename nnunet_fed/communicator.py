@@ -39,13 +39,16 @@ class Collectives(Protocol):
         """Names of all sites of the study, sorted."""
         ...
 
-    def mean(self, key: str, tensors: Tensors, weight: float) -> dict[str, Array]:
+    def mean(self, key: str, tensors: Tensors, weight: float, exact: bool = False) -> dict[str, Array]:
         """Weighted mean over the sites of this round.
 
         Args:
             key: name of the collective.
             tensors: floating-point arrays by name; names, shapes and dtypes are the same at every site.
             weight: non-negative and finite; a site of weight 0 sends no tensors.
+            exact: send every bit, whatever the study's ``wire_dtype``: for what must not be rounded, such as a state
+                that the other sites have computed themselves. Without it, float32 tensors may come back rounded to the
+                wire's dtype, the same at every site (:mod:`nnunet_fed.wire`).
 
         Returns:
             Arrays of the given names, shapes and dtypes; summed in float64 in the order of the site names.
@@ -162,8 +165,8 @@ class LocalCommunicator:
         self.site = site
         self.sites = federation.sites
 
-    def mean(self, key: str, tensors: Tensors, weight: float) -> dict[str, Array]:
-        """See :meth:`nnunet_fed.communicator.Collectives.mean`."""
+    def mean(self, key: str, tensors: Tensors, weight: float, exact: bool = False) -> dict[str, Array]:
+        """See :meth:`nnunet_fed.communicator.Collectives.mean`; among threads it is exact anyway."""
         given = {name: np.array(array) for name, array in tensors.items()} if check_weight(weight) > 0 else None
         collected = self._federation.exchange(key, self.site, (given, weight))
         payloads = [tensors for tensors, _ in collected.values() if tensors is not None]

@@ -10,21 +10,32 @@ import logging
 import re
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
+from nnunet_fed.admission import Admission, QuarantinedError, Verb, check_content, distance
 from nnunet_fed.communicator import check_weight
 from nnunet_fed.errors import ConfigurationError, RefusedError
 from nnunet_fed.federation import Federation
-from nnunet_fed.reduction import Verb, check_content, write_result
-from nnunet_fed.store import Collective, Contribution, Store, scope_of
+from nnunet_fed.payload import digest_of_file, open_payload
+from nnunet_fed.reduction import write_result
+from nnunet_fed.spool import Spool
+from nnunet_fed.store import Agreed, Collective, Contribution, Store, make_durable, scope_of
 
 logger = logging.getLogger(__name__)
 
 KEY = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)+")
 LONGEST_KEY = 200
+KEY_PART = re.compile(r"[A-Za-z0-9_.-]{1,100}")
+DIGEST = re.compile(r"[0-9a-f]{32}")
+LONGEST_TEXT = 10_000
+"""Characters of a note or a reason that are journalled."""
 
 Purpose = Literal["planning", "training"]
+SPOOL_QUOTA = 100 * 10**9
+"""Bytes."""
+
 Verdict = Literal["send", "stands", "differs", "closed"]
 """Answer to an offer: send the payload; these bytes stand; other bytes stand; the round closed without this site."""
 
@@ -36,14 +47,20 @@ class Coordinator:
         study: the study as ``federation.toml`` has it now.
         store: its memory.
         new_attempt: open a new attempt: sites plan and train from the start, what was contributed before is left aside.
+        spool_quota: bytes that payloads may take until they are reduced. A site's share of it bounds its first payload
+            of a name.
 
     Raises:
         ConfigurationError: the store belongs to a study of other mathematics.
     """
 
-    def __init__(self, study: Federation, store: Store, new_attempt: bool = False):
+    def __init__(self, study: Federation, store: Store, new_attempt: bool = False, spool_quota: int = SPOOL_QUOTA):
         self.study = study
+        self.spool = Spool(store.spool, spool_quota)
         self._store = store
+        self._admission = Admission(study, store, spool_quota)
+        self._draining = False
+        self._keeper = ThreadPoolExecutor(1, thread_name_prefix="keeper")
         self._changed = threading.Condition()
         self._reducing: set[tuple[str, str]] = set()
         self._started = time.time()
@@ -63,6 +80,20 @@ class Coordinator:
                 store.set_fact("attempt", (store.fact("attempt") or 0) + 1)
                 store.add_event(None, None, f"attempt {store.fact('attempt')} opened")
         self.attempt: int = store.fact("attempt")
+        self._recover()
+
+    def drain(self) -> None:
+        """Let nobody wait any longer; a call that waits is answered with what is known."""
+        with self._changed:
+            self._draining = True
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Finish what is under way in the background, and close the store."""
+        self.drain()
+        self._keeper.shutdown()
+        with self._changed:
+            self._store.close()
 
     def join(
         self,
@@ -101,6 +132,8 @@ class Coordinator:
                 "serves. Run 'nnunet_fed plan_and_preprocess' again, or correct 'coordinator' in site.toml."
             )
         parts = [configuration, trainer, f"fold_{self.study.fold}"] if purpose == "training" else ["planning"]
+        if not all(KEY_PART.fullmatch(part) for part in parts):
+            raise RefusedError(f"{configuration!r} and {trainer!r} cannot name a configuration and a trainer.")
         run = "-".join([self.study.digest[:12], *parts, str(self.attempt)])
         with self._changed, self._store.transaction():
             if fresh and self._store.has_contributed(run, site):
@@ -119,14 +152,16 @@ class Coordinator:
         """Hear what a site is about to contribute. A site of weight 0 has contributed with that.
 
         Raises:
-            RefusedError: unknown run, malformed key, another verb than the other sites', or a bad weight.
+            RefusedError: unknown run, malformed key, another verb than the other sites', a bad weight, or more bytes
+                than such a payload has.
         """
         check_weight(weight)
         with self._changed:
-            if site not in self._store.standing(run):
-                raise RefusedError(f"Site '{site}' has not joined the run '{run}'.")
+            self._require_joined(run, site)
             if not KEY.fullmatch(key) or len(key) > LONGEST_KEY:
-                raise RefusedError(f"{key!r} cannot name a collective.")
+                raise RefusedError(f"{key[:LONGEST_KEY]!r} cannot name a collective.")
+            if weight > 0 and not DIGEST.fullmatch(digest):
+                raise RefusedError(f"{digest[:64]!r} is no digest of a payload.")
             self._seen[site] = time.time()
             self._welcome_back(run, site)
             collective = self._store.collective(run, key)
@@ -145,37 +180,56 @@ class Coordinator:
             ):
                 return "closed"
             if weight > 0:
+                self._admission.check_size(run, key, site, verb, size)
                 return "send"
-            self._accept(Contribution(run, key, site, 0.0, digest, 0, None, time.time()), verb, None)
+            self._accept(Contribution(run, key, site, 0.0, digest, 0, None, time.time(), 0.0, None), verb, None)
         self._close_if_due(run, key)
         return "stands"
 
-    def upload_path(self, run: str, key: str, site: str) -> Path:
-        """Where to spool an upload."""
-        return self._store.upload_path(run, key, site)
+    def _require_joined(self, run: str, site: str) -> None:
+        if site not in self._store.standing(run):
+            raise RefusedError(f"Site '{site[:100]}' has not joined the run '{run[:LONGEST_KEY]}'.")
 
-    def accept(self, run: str, key: str, site: str, verb: Verb, weight: float, digest: str, part: Path) -> Verdict:
-        """Take over a complete, verified upload; the file is moved.
+    def accept(
+        self, run: str, key: str, site: str, verb: Verb, weight: float, digest: str, payload: Path, seconds: float = 0.0
+    ) -> Verdict:
+        """Take over a complete, verified upload; the file becomes the coordinator's, or is deleted.
 
         Raises:
-            RefusedError: no payload of this verb, or another schema than the other sites'.
+            RefusedError: no payload of this verb, a number that is not finite, another schema than in the first round
+                or than the other sites', or an update that is too large (``max_update_norm``).
         """
-        schema = check_content(verb, part)
-        with self._changed:
-            verdict = self.offer(run, key, site, verb, weight, digest, part.stat().st_size)
-            if verdict == "send":
-                collective = self._store.collective(run, key)
-                if collective is not None and schema is not None and collective.schema not in (None, schema):
-                    raise RefusedError(
-                        f"The tensors of site '{site}' for '{key}' differ in names, shapes or dtypes from those of the "
-                        "other sites. Do all sites train the same plans and configuration?"
-                    )
-                kept = self._store.keep_upload(part)
-                size = (self._store.spool / kept).stat().st_size
-                self._accept(Contribution(run, key, site, weight, digest, size, kept, time.time()), verb, schema)
-                verdict = "stands"
-        self._close_if_due(run, key)
+        accepted = False
+        try:
+            schema = check_content(verb, payload)
+            with self._changed:
+                last = self._admission.last_model(run, key, verb, schema)
+            norm = None if last is None else distance(open_payload(payload), open_payload(last))
+            size = payload.stat().st_size
+            make_durable(payload)
+            with self._changed:
+                verdict = self.offer(run, key, site, verb, weight, digest, size)
+                if verdict == "send":
+                    self._admission.check_schema(run, key, site, verb, schema)
+                    if norm is not None:
+                        self._admission.check_norm(run, key, site, norm)
+                    given = Contribution(run, key, site, weight, digest, size, payload.name, time.time(), seconds, norm)
+                    self._accept(given, verb, schema)
+                    accepted, verdict = True, "stands"
+        except QuarantinedError as error:
+            self._quarantine(run, site, str(error))
+            raise
+        finally:
+            if not accepted:
+                payload.unlink(missing_ok=True)
+            self._close_if_due(run, key)  # also after a refusal, which may leave nobody to wait for
         return verdict
+
+    def _quarantine(self, run: str, site: str, sentence: str) -> None:
+        """Journal it; nobody waits for the site, and its next offer brings it back."""
+        with self._changed, self._store.transaction():
+            self._store.set_standing(run, site, "absent")
+            self._store.add_event(run, site, sentence)
 
     def wait(self, run: str, key: str, seconds: float) -> Collective | None:
         """The collective once it is no longer open, or as it is after so many seconds; ``None``: never heard of."""
@@ -185,7 +239,7 @@ class Coordinator:
             with self._changed:
                 collective = self._store.collective(run, key)
                 now = time.time()
-                if collective is None or (collective.status != "open") or now >= end:
+                if collective is None or collective.status != "open" or now >= end or self._draining:
                     return collective
                 self._changed.wait(max(0.01, min(end, self.closes_at(collective)) - now))
 
@@ -219,11 +273,13 @@ class Coordinator:
     def newest(self, run: str, name: str) -> str | None:
         """Key of the newest closed mean called ``SCOPE/name`` whose result is kept: where a late site goes on."""
         with self._changed:
-            keys = [c.key for c in self._store.collectives(run) if c.verb == "mean" and c.status == "closed"]
-            return next((key for key in reversed(keys) if key.partition("/")[2] == name), None)
+            closed = [c for c in self._store.collectives(run, "closed") if c.verb == "mean" and c.name == name]
+            return closed[-1].key if closed else None
 
     def report(self, site: str, progress: dict[str, Any]) -> None:
-        """Note what a site is doing, for those who watch."""
+        """Note what a site is doing, for those who watch; raises :class:`RefusedError` if it does not say that."""
+        if not isinstance(progress, dict) or not isinstance(progress.get("phase"), str):
+            raise RefusedError("A site's progress names a phase.")
         if site in self.study.sites:
             with self._changed:
                 self._seen[site] = time.time()
@@ -231,17 +287,20 @@ class Coordinator:
 
     def note(self, run: str, site: str, text: str) -> None:
         """Journal something that happened at a site, for the record and for whoever reads the log."""
-        logger.info("site %s: %s", site, text)
         with self._changed, self._store.transaction():
-            self._store.add_event(run, site, text)
+            self._require_joined(run, site)
+            self._store.add_event(run, site, text[:LONGEST_TEXT])
+        logger.info("site %s: %s", site, text[:LONGEST_TEXT])
 
     def leave(self, run: str, site: str, reason: str) -> None:
         """A site takes its leave in order; no later round waits for it."""
         with self._changed:
+            self._require_joined(run, site)
             with self._store.transaction():
                 self._store.set_standing(run, site, "left")
-                self._store.add_event(run, site, f"left: {reason}")
-            keys = [collective.key for collective in self._store.collectives(run) if collective.status == "open"]
+                self._store.add_event(run, site, f"left: {reason[:LONGEST_TEXT]}")
+            keys = [collective.key for collective in self._store.collectives(run, "open")]
+        self.spool.forget_site(run, site)
         for key in keys:
             self._close_if_due(run, key)
 
@@ -266,8 +325,7 @@ class Coordinator:
                 "open": [
                     {"run": run, "key": c.key, "missing": self.missing(c), "closes_at": self.closes_at(c)}
                     for run in runs
-                    for c in self._store.collectives(run)
-                    if c.status == "open"
+                    for c in self._store.collectives(run, "open")
                 ],
             }
             if record:
@@ -280,9 +338,12 @@ class Coordinator:
             "collectives": [
                 {
                     "key": c.key, "verb": c.verb, "status": c.status, "opened": c.opened, "closed": c.closed,
-                    "digest": c.digest, "bytes": c.size, "error": c.error,
+                    "seconds": c.closed and c.closed - c.opened, "digest": c.digest, "bytes": c.size, "error": c.error,
                     "sites": {
-                        site: {"weight": given.weight, "bytes": given.size, "digest": given.digest, "at": given.at}
+                        site: {
+                            "weight": given.weight, "bytes": given.size, "digest": given.digest, "at": given.at,
+                            "seconds": given.seconds, "norm": given.norm,
+                        }
                         for site, given in self._store.contributions(run, c.key).items()
                     },
                 }
@@ -312,10 +373,12 @@ class Coordinator:
             if collective is None:
                 collective = Collective(
                     run=contribution.run, key=contribution.key, verb=verb, status="open", opened=time.time(),
-                    closed=None, schema=schema, digest=None, size=None, file=None, error=None,
+                    closed=None, schema=schema, digest=None, size=None, error=None,
                 )  # fmt: skip
             collective.schema = collective.schema or schema
             self._store.put_collective(collective)
+            if schema is not None and verb == "mean" and self._store.agreed(collective.run, collective.name) is None:
+                self._store.agree(collective.run, collective.name, Agreed(schema, contribution.size))
             self._store.add_contribution(contribution)
         logger.info("%s: %s from %s (%d bytes)", contribution.key, verb, contribution.site, contribution.size)
 
@@ -353,9 +416,32 @@ class Coordinator:
                 self._reducing.discard((run, key))
                 self._changed.notify_all()
         logger.info("%s closed over %s", key, ", ".join(given))
-        with self._changed:
-            self._store.discard_contributions(run, key)
-            self._prune(run)
+        self._keeper.submit(self._settle, collective)
+
+    def _settle(self, collective: Collective) -> None:
+        """What nobody waits for: have a result on disk for good, then delete what it was made of, and old results."""
+        try:
+            if collective.status == "closed":
+                make_durable(self.result_file(collective))
+            with self._changed, self._store.transaction():
+                files = self._store.release(collective.run, collective.key)
+                files += self._prune(collective.run)
+            for file in files:
+                file.unlink(missing_ok=True)
+            self.spool.forget_collective(collective.run, collective.key)
+        except Exception:  # whatever it is, a restart does this again
+            logger.exception("%s: what it leaves could not be cleared", collective.key)
+
+    def _recover(self) -> None:
+        """After a restart: make results anew that did not reach the disk, and clear what is not needed."""
+        for run, key in dict.fromkeys(self._store.spooled().values()):
+            collective = self._store.collective(run, key)
+            if collective is None or collective.status == "open":
+                continue
+            if collective.status == "closed" and digest_of_file(self.result_file(collective)) != collective.digest:
+                self._reduce(collective, self._store.contributions(run, key))
+            self._settle(collective)
+        self.spool.sweep(set(self._store.spooled()))
 
     def _fail(self, collective: Collective, missing: list[str], quorum: int) -> None:
         collective.status = "failed"
@@ -382,12 +468,12 @@ class Coordinator:
         collective.digest, collective.size = write_result(collective.verb, files, weights, out)
         collective.status = "closed"
 
-    def _prune(self, run: str) -> None:
-        means = [c for c in self._store.collectives(run) if c.verb == "mean" and c.status == "closed"]
-        scopes = list(dict.fromkeys(c.scope for c in means))
-        for collective in means:
-            if collective.scope not in scopes[-self.study.keep_rounds :]:
-                self.result_file(collective).unlink(missing_ok=True)
-                collective.status = "pruned"
-                with self._store.transaction():
-                    self._store.put_collective(collective)
+    def _prune(self, run: str) -> list[Path]:
+        """Journal that old means are not kept; returns their files."""
+        means = [c for c in self._store.collectives(run, "closed") if c.verb == "mean"]
+        kept = list(dict.fromkeys(c.scope for c in means))[-self.study.keep_rounds :]
+        old = [c for c in means if c.scope not in kept]
+        for collective in old:
+            collective.status = "pruned"
+            self._store.put_collective(collective)
+        return [self.result_file(collective) for collective in old]

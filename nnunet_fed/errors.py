@@ -33,3 +33,7 @@ class NoContributionError(FederationError):
 
 class RoundClosedError(FederationError):
     """The round went on without this site, which has to catch up (rule 5 of the protocol)."""
+
+
+class NoRoomError(FederationError):
+    """The coordinator has no room for a payload now; it may have later."""

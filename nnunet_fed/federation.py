@@ -25,6 +25,7 @@ from pydantic import (
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.labels import LabelMap
 from nnunet_fed.method_tables import METHOD_TABLES, Method, Table
+from nnunet_fed.wire import WireDtype
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -101,6 +102,8 @@ class Federation(Table):
     momentum_on_round: Literal["keep", "reset"] = "keep"
     weighting: Literal["cases", "uniform"] = "cases"
     """Weight of a site in a mean: its number of training cases, or 1."""
+    wire_dtype: WireDtype = "float32"
+    """Dtype in which models travel: ``float32`` loses nothing, the others halve the bytes (:mod:`nnunet_fed.wire`)."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     min_sites: int | None = Field(default=None, ge=1)
     """*Operational.* A round closes at its deadline with at least so many sites; ``None``: all."""
@@ -110,6 +113,9 @@ class Federation(Table):
     """*Operational.* The same for planning, which fails at its deadline, since it is exact only with all sites."""
     keep_rounds: int = Field(default=3, ge=2)
     """*Operational.* Means of so many rounds are kept at the coordinator; the newest are never deleted."""
+    max_update_norm: float | None = Field(default=None, gt=0, lt=float("inf"))
+    """*Operational.* A model whose distance to the last one is above so many times the median of recent rounds' is
+    refused, and the round goes on without its site; ``None``: no bound."""
 
     @field_validator("sites")
     @classmethod
@@ -154,7 +160,7 @@ class Federation(Table):
 
 OPERATIONAL = {
     "name", "sites", "plans_name", "configuration", "min_cases", "min_sites", "deadline_minutes",
-    "planning_deadline_minutes", "keep_rounds",
+    "planning_deadline_minutes", "keep_rounds", "max_update_norm",
 }  # fmt: skip
 
 

@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from nnunet_fed.errors import ConfigurationError
 
-FORMAT = 1
+FORMAT = 2
 """Version of the state directory's format."""
 
 SCHEMA = """
@@ -26,10 +27,11 @@ CREATE TABLE run (id TEXT PRIMARY KEY, value TEXT NOT NULL, at REAL NOT NULL);
 CREATE TABLE scope (run TEXT, name TEXT, participants TEXT NOT NULL, at REAL NOT NULL, PRIMARY KEY (run, name));
 CREATE TABLE collective (
     run TEXT, key TEXT, verb TEXT NOT NULL, status TEXT NOT NULL, opened REAL NOT NULL, closed REAL,
-    schema TEXT, digest TEXT, size INTEGER, file TEXT, error TEXT, PRIMARY KEY (run, key));
+    schema TEXT, digest TEXT, size INTEGER, error TEXT, PRIMARY KEY (run, key));
 CREATE TABLE contribution (
     run TEXT, key TEXT, site TEXT, weight REAL NOT NULL, digest TEXT NOT NULL, size INTEGER NOT NULL, file TEXT,
-    at REAL NOT NULL, PRIMARY KEY (run, key, site));
+    at REAL NOT NULL, seconds REAL NOT NULL, norm REAL, PRIMARY KEY (run, key, site));
+CREATE TABLE agreed (run TEXT, name TEXT, schema TEXT NOT NULL, size INTEGER NOT NULL, PRIMARY KEY (run, name));
 CREATE TABLE standing (run TEXT, site TEXT, state TEXT NOT NULL, at REAL NOT NULL, PRIMARY KEY (run, site));
 CREATE TABLE event (at REAL NOT NULL, run TEXT, site TEXT, text TEXT NOT NULL);
 """
@@ -49,13 +51,17 @@ class Collective:
     schema: str | None
     digest: str | None
     size: int | None
-    file: str | None
     error: str | None
 
     @property
     def scope(self) -> str:
         """The part of the key before the first slash; its participants are frozen together."""
         return scope_of(self.key)
+
+    @property
+    def name(self) -> str:
+        """What follows the scope; means of one name have one schema."""
+        return name_of(self.key)
 
 
 @dataclass
@@ -70,11 +76,28 @@ class Contribution:
     size: int
     file: str | None
     at: float
+    seconds: float
+    """How long the last connection took to bring it."""
+    norm: float | None
+    """L2 norm of its difference to the last model (:mod:`nnunet_fed.admission`); ``None``: not computed."""
+
+
+@dataclass
+class Agreed:
+    """What the first mean of a name in a run has laid down for all later ones: schema as JSON, bytes of a payload."""
+
+    schema: str
+    size: int
 
 
 def scope_of(key: str) -> str:
     """The part of a key before the first slash."""
     return key.partition("/")[0]
+
+
+def name_of(key: str) -> str:
+    """The part of a key after the first slash."""
+    return key.partition("/")[2]
 
 
 class Store:
@@ -111,8 +134,6 @@ class Store:
                 f"The state directory {folder} has format {found}, this version of nnunet_fed reads format {FORMAT}. "
                 "Use the version that wrote it, or another --state."
             )
-        for leftover in self.spool.glob("*.part"):
-            leftover.unlink()
 
     def close(self) -> None:
         """Close the journal."""
@@ -168,9 +189,11 @@ class Store:
         row = self._journal.execute("SELECT * FROM collective WHERE run = ? AND key = ?", (run, key)).fetchone()
         return None if row is None else Collective(*row)
 
-    def collectives(self, run: str) -> list[Collective]:
-        """All collectives of a run, oldest first."""
-        rows = self._journal.execute("SELECT * FROM collective WHERE run = ? ORDER BY opened", (run,))
+    def collectives(self, run: str, status: str = "%") -> list[Collective]:
+        """The collectives of a run, oldest first; all of them, or those of one status."""
+        rows = self._journal.execute(
+            "SELECT * FROM collective WHERE run = ? AND status LIKE ? ORDER BY opened", (run, status)
+        )
         return [Collective(*row) for row in rows]
 
     def put_collective(self, collective: Collective) -> None:
@@ -210,28 +233,47 @@ class Store:
         rows = self._journal.execute("SELECT at, run, site, text FROM event ORDER BY rowid")
         return [{"at": at, "run": run, "site": site, "text": text} for at, run, site, text in rows]
 
-    def upload_path(self, run: str, key: str, site: str) -> Path:
-        """Where an upload is spooled until it is complete and accepted; another try is spooled elsewhere."""
-        return self.spool / f"{_file_name(run, key)}.{site}.{secrets.token_hex(4)}.part"
+    def agreed(self, run: str, name: str) -> Agreed | None:
+        """What means of this name hold in this run, ``None`` before the first one."""
+        row = self._journal.execute(
+            "SELECT schema, size FROM agreed WHERE run = ? AND name = ?", (run, name)
+        ).fetchone()
+        return None if row is None else Agreed(*row)
 
-    def keep_upload(self, part: Path) -> str:
-        """Make a complete upload durable; returns the name under which a contribution refers to it."""
-        kept = part.with_suffix("")
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        part.replace(kept)
-        return kept.name
+    def agree(self, run: str, name: str, agreed: Agreed) -> None:
+        """Note it."""
+        self._journal.execute("INSERT INTO agreed VALUES (?, ?, ?, ?)", (run, name, agreed.schema, agreed.size))
+
+    def norms(self, run: str, keys: Sequence[str]) -> list[float]:
+        """The known norms of the accepted contributions to some collectives."""
+        marks = ",".join("?" * len(keys))
+        rows = self._journal.execute(
+            f"SELECT norm FROM contribution WHERE run = ? AND key IN ({marks}) AND norm IS NOT NULL", (run, *keys)
+        )
+        return [norm for (norm,) in rows]
+
+    def spooled(self) -> dict[str, tuple[str, str]]:
+        """Run and key by the name of each payload file that is still needed."""
+        rows = self._journal.execute("SELECT file, run, key FROM contribution WHERE file IS NOT NULL")
+        return {file: (run, key) for file, run, key in rows}
+
+    def release(self, run: str, key: str) -> list[Path]:
+        """Note that a collective's payload files are not needed any more, and return them."""
+        files = [self.spool / given.file for given in self.contributions(run, key).values() if given.file is not None]
+        self._journal.execute("UPDATE contribution SET file = NULL WHERE run = ? AND key = ?", (run, key))
+        return files
 
     def result_path(self, run: str, key: str) -> Path:
         """Where the result of a collective stands."""
-        return self.results / _file_name(run, key)
-
-    def discard_contributions(self, run: str, key: str) -> None:
-        """Delete the payload files of a collective whose result is on disk; the journal keeps digests and sizes."""
-        for contribution in self.contributions(run, key).values():
-            if contribution.file is not None:
-                (self.spool / contribution.file).unlink(missing_ok=True)
+        readable = re.sub(r"[^A-Za-z0-9_-]", "_", key)[:100]
+        return self.results / f"{readable}.{xxhash.xxh3_64_hexdigest(json.dumps([run, key]).encode())}"
 
 
-def _file_name(run: str, key: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_-]", "_", f"{run}.{key}")
+def make_durable(path: Path) -> None:
+    """Have a file and its name on disk, not only in the system's memory."""
+    for each in (path, path.parent):
+        descriptor = os.open(each, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -51,5 +51,5 @@ def load_arrays(tensors: Mapping[str, torch.Tensor], arrays: Mapping[str, Array]
 
 
 def digest_of_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 of the payload of these tensors, hexadecimal."""
+    """Digest of the payload of these tensors (:func:`nnunet_fed.payload.measure`)."""
     return measure(encode(to_arrays(tensors)))[0]

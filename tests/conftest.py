@@ -11,4 +11,4 @@ from serving import Served
 @pytest.fixture
 def serve(tmp_path: Path) -> Iterator[Callable[..., Served]]:
     with ExitStack() as stack:
-        yield lambda study, folder=tmp_path / "state", **tls: Served(study, folder, stack, **tls)
+        yield lambda study, folder=tmp_path / "state", **settings: Served(study, folder, stack, **settings)

@@ -5,7 +5,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from nnunet_fed.coordinator import Coordinator
+from nnunet_fed.coordinator import SPOOL_QUOTA, Coordinator
 from nnunet_fed.federation import Federation, Site
 from nnunet_fed.outgoing import Outgoing
 from nnunet_fed.store import Store
@@ -21,21 +21,19 @@ def make_study(sites: Sequence[str] = ("a", "b"), **settings: Any) -> Federation
 class Served:
     """A coordinator on loopback, and seats in it; with TLS if it gets ``keys``."""
 
-    def __init__(self, study: Federation, folder: Path, stack: ExitStack, **tls: Any):
+    def __init__(self, study: Federation, folder: Path, stack: ExitStack, spool_quota: int = SPOOL_QUOTA, **tls: Any):
         self.study = study
-        store = Store(folder)
-        stack.callback(store.close)
-        self.coordinator = Coordinator(study, store)
+        self.coordinator = Coordinator(study, Store(folder), spool_quota=spool_quota)
+        stack.callback(self.coordinator.close)
         self.server = CoordinatorServer(self.coordinator, "127.0.0.1:0", insecure=not tls, **tls)
         self.server.start()
         stack.callback(self.server.stop, 0)
         self._stack = stack
-        self._store = store
 
     def stop(self) -> None:
         """Stop, so that another coordinator can go on with the folder."""
         self.server.stop(0)
-        self._store.close()
+        self.coordinator.close()
 
     def settings(self, site: str, files: Path | None = None, **settings: Any) -> Site:
         """Of a site; with TLS if it has a folder with files for it."""

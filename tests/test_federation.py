@@ -39,11 +39,13 @@ OTHER_VALUES: dict[str, tuple[Any, bool]] = {
     "momentum": (0.9, True),
     "momentum_on_round": ("reset", True),
     "weighting": ("uniform", True),
+    "wire_dtype": ("bfloat16", True),
     "seed": (1, True),
     "min_sites": (1, False),
     "deadline_minutes": (1.0, False),
     "planning_deadline_minutes": (1.0, False),
     "keep_rounds": (4, False),
+    "max_update_norm": (10.0, False),
 }
 FINE_TUNED: dict[str, Any] = {"finetune_epochs": 4, "finetune_lr_factor": 0.5}
 METHODS: dict[str, dict[str, Any]] = {
@@ -311,7 +313,8 @@ def test_templates_show_the_defaults() -> None:
     shown = mentioned(template("federation.toml"))
     for name, field in Federation.model_fields.items():
         free_choice = name in (
-            "rounds", "local_epochs", "plans_name", "min_sites", "overwrite_target_spacing", "gpu_memory_target_in_gb"
+            "rounds", "local_epochs", "plans_name", "min_sites", "overwrite_target_spacing", "gpu_memory_target_in_gb",
+            "max_update_norm",
         )  # fmt: skip
         if not field.is_required() and not free_choice:
             assert shown[name] == field.default, name

@@ -33,7 +33,7 @@ class OneSite:
         self.site, self.sites = self._seat.site, self._seat.sites
         self._means: dict[str, dict[str, Array]] = {}
 
-    def mean(self, key: str, tensors: Tensors, weight: float) -> dict[str, Array]:
+    def mean(self, key: str, tensors: Tensors, weight: float, exact: bool = False) -> dict[str, Array]:
         self._means[key] = self._seat.mean(key, tensors, weight)
         return self._means[key]
 

@@ -62,7 +62,7 @@ class WithoutTheFirst:
         self.site, self.sites = seat.site, (absent, *seat.sites)
         self.keys: list[str] = []
 
-    def mean(self, key: str, tensors: dict[str, Array], weight: float) -> dict[str, Array]:
+    def mean(self, key: str, tensors: dict[str, Array], weight: float, exact: bool = False) -> dict[str, Array]:
         self.keys.append(key)
         return self._seat.mean(key, tensors, weight)
 
@@ -83,7 +83,7 @@ def test_the_next_site_steps_in_for_one_that_is_absent() -> None:
 
 def test_nobody_gives_initial_weights() -> None:
     class Nobody(WithoutTheFirst):
-        def mean(self, key: str, tensors: dict[str, Array], weight: float) -> dict[str, Array]:
+        def mean(self, key: str, tensors: dict[str, Array], weight: float, exact: bool = False) -> dict[str, Array]:
             raise NoContributionError(key)
 
     seat = LocalFederation("b").communicator("b")

@@ -210,7 +210,7 @@ class Measuring:
         self.site, self.sites = seat.site, seat.sites
         self.sent: dict[str, tuple[int, float]] = {}
 
-    def mean(self, key: str, tensors: dict[str, Array], weight: float) -> dict[str, Array]:
+    def mean(self, key: str, tensors: dict[str, Array], weight: float, exact: bool = False) -> dict[str, Array]:
         self.sent[key] = (sum(array.nbytes for array in tensors.values()), weight)
         return self._seat.mean(key, tensors, weight)
 

@@ -184,7 +184,7 @@ class nnUNetTrainerFedSM(FederatedTrainer):  # noqa: N801
                 "and numpy at all sites."
             )
         first = next(iter(digests)) == self.communicator.site
-        self.communicator.mean(f"{scope}/state", _floats(state) if first else {}, float(first))
+        self.communicator.mean(f"{scope}/state", _floats(state) if first else {}, float(first), exact=True)
 
     def catch_up(self, scope: str) -> None:
         """Take the selector as the others have it."""
@@ -221,7 +221,7 @@ class nnUNetTrainerFedSM(FederatedTrainer):  # noqa: N801
         for site in self.communicator.sites:
             mine = site == self.communicator.site
             arrays = to_arrays(shared_tensors(self.bare(self.network))) if mine else {}
-            received = self.communicator.mean(f"{scope}/personal-of-{site}", arrays, float(mine))
+            received = self.communicator.mean(f"{scope}/personal-of-{site}", arrays, float(mine), exact=True)
             if not mine and self.local_rank == 0 and not self.disable_checkpointing:
                 load_arrays(shared_tensors(network), received)
                 path = folder / personal_checkpoint(site)

@@ -87,9 +87,9 @@ class RankZeroSeat:
 
         return from_rank_zero(answer, self._group)
 
-    def mean(self, key: str, tensors: Tensors, weight: float) -> dict[str, Array]:
+    def mean(self, key: str, tensors: Tensors, weight: float, exact: bool = False) -> dict[str, Array]:
         """See :meth:`nnunet_fed.communicator.Collectives.mean`."""
-        return self._ask(lambda seat: seat.mean(key, tensors, weight))
+        return self._ask(lambda seat: seat.mean(key, tensors, weight, exact))
 
     def sum(self, key: str, array: Array) -> Array:
         """See :meth:`nnunet_fed.communicator.Collectives.sum`."""

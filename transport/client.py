@@ -5,24 +5,26 @@ from __future__ import annotations
 import json
 import logging
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from datetime import datetime
 from typing import Any, TypeVar
 
 import grpc
 
+from nnunet_fed.admission import Verb
 from nnunet_fed.communicator import check_weight
 from nnunet_fed.errors import DeadlineError, NoContributionError, RefusedError, RoundClosedError
 from nnunet_fed.federation import Federation, Site, canonical_json
 from nnunet_fed.outgoing import Outgoing, array_entry, tensors_entry, value_entry
-from nnunet_fed.payload import Array, Tensors, chunks, decode, encode, measure
-from nnunet_fed.reduction import Verb
+from nnunet_fed.payload import Array, Tensors, decode, encode
 from nnunet_fed.transport import federation_pb2 as pb
-from nnunet_fed.transport.federation_pb2_grpc import CoordinatorStub
+from nnunet_fed.transport.frames import Stub
 from nnunet_fed.transport.options import PROTOCOL
 from nnunet_fed.transport.retry import DamagedError, insist
 from nnunet_fed.transport.tls import check_name, check_security, diagnose, open_channel
+from nnunet_fed.transport.transfer import Inbound, Outbound
+from nnunet_fed.wire import narrow, widen
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +32,8 @@ T = TypeVar("T")
 
 LONG_POLL = 15.0
 """Seconds for which one call asks the coordinator to wait."""
+LONGEST_TRANSFER = 3600.0
+"""Seconds after which a download is asked for again; it goes on where it is."""
 
 
 class GrpcCommunicator:
@@ -56,7 +60,7 @@ class GrpcCommunicator:
         self._settings = site
         self._outgoing = outgoing
         self._channel: grpc.Channel | None = None
-        self._opened: CoordinatorStub | None = None
+        self._opened: Stub | None = None
         self._random = random.Random()  # not the global one, whose state belongs to the training
         self._patience = 60 * site.connect_minutes
         self._purpose = ""
@@ -94,31 +98,38 @@ class GrpcCommunicator:
         self._patience = 60 * minutes
         return self.study
 
-    def mean(self, key: str, tensors: Tensors, weight: float) -> dict[str, Array]:
-        """See :meth:`nnunet_fed.communicator.Collectives.mean`."""
-        pieces = (lambda: encode(tensors)) if check_weight(weight) > 0 else None
-        return decode(self._collective(key, "mean", weight, pieces, lambda: tensors_entry(tensors)))
+    def mean(self, key: str, tensors: Tensors, weight: float, exact: bool = False) -> dict[str, Array]:
+        """See :meth:`nnunet_fed.communicator.Collectives.mean`.
+
+        Raises:
+            RefusedError: also if a value is too large for the study's ``wire_dtype``.
+        """
+        wire_dtype = "float32" if exact else self.study.wire_dtype
+        sent = narrow(tensors, wire_dtype) if check_weight(weight) > 0 else {}
+        pieces = encode(sent) if weight > 0 else None
+        result = decode(self._collective(key, "mean", weight, pieces, lambda: tensors_entry(sent)))
+        return result if wire_dtype == "float32" else widen(result)
 
     def sum(self, key: str, array: Array) -> Array:
         """See :meth:`nnunet_fed.communicator.Collectives.sum`."""
-        return decode(self._collective(key, "sum", 1.0, lambda: encode({"value": array}), lambda: array_entry(array)))[
-            "value"
-        ]
+        pieces = encode({"value": array})
+        return decode(self._collective(key, "sum", 1.0, pieces, lambda: array_entry(array)))["value"]
 
     def gather(self, key: str, value: Any) -> dict[str, Any]:
         """See :meth:`nnunet_fed.communicator.Collectives.gather`."""
         text = canonical_json(value)
-        data = self._collective(key, "gather", 1.0, lambda: iter([text]), lambda: value_entry(value))
+        data = self._collective(key, "gather", 1.0, [text], lambda: value_entry(value))
         gathered: dict[str, Any] = json.loads(bytes(data))
         return gathered
 
     def gathered(self, key: str) -> dict[str, Any] | None:
         """What the sites have gathered, without contributing to it; ``None``: nothing yet."""
         try:
-            header, data = self._call(lambda: self._ask(key, wait=0))
+            inbound = Inbound()
+            header = self._call(lambda: self._ask(key, inbound, wait=0))
         except RefusedError:  # nobody has contributed
             return None
-        result: dict[str, Any] | None = json.loads(bytes(data)) if header.status == "closed" else None
+        result: dict[str, Any] | None = json.loads(bytes(inbound.buffer)) if header.status == "closed" else None
         return result
 
     def newest(self, name: str) -> str | None:
@@ -127,7 +138,8 @@ class GrpcCommunicator:
 
     def fetch(self, key: str) -> dict[str, Array]:
         """The stored result of a closed mean, without contributing to it. Errors as in :meth:`mean`."""
-        return decode(self._result(key))
+        result = decode(self._result(key))
+        return result if self.study.wire_dtype == "float32" else widen(result)
 
     def report(self, progress: dict[str, Any], wait: bool = False) -> None:
         """Tell what this site is doing, to those who watch; never fails, and waits only when told to."""
@@ -167,10 +179,10 @@ class GrpcCommunicator:
         self._channel = self._opened = None
 
     @property
-    def _stub(self) -> CoordinatorStub:
+    def _stub(self) -> Stub:
         if self._opened is None:
             self._channel = open_channel(self._settings)
-            self._opened = CoordinatorStub(self._channel)
+            self._opened = Stub(self._channel)
         return self._opened
 
     def _sends(self, what: str, **facts: Any) -> None:
@@ -181,19 +193,16 @@ class GrpcCommunicator:
         key: str,
         verb: Verb,
         weight: float,
-        pieces: Callable[[], Iterator[bytes | memoryview]] | None,
+        pieces: Iterable[bytes | memoryview] | None,
         content: Callable[[], dict[str, Any]],
     ) -> memoryview:
-        digest, size = measure(pieces()) if pieces else ("", 0)
+        outbound = Outbound(pieces or ())
         offer = pb.OfferRequest(
-            run=self.run, key=key, site=self.site, verb=verb, weight=weight, digest=digest, size=size
-        )
+            run=self.run, key=key, site=self.site, verb=verb, weight=weight,
+            digest=outbound.digest if pieces else "", size=outbound.size,
+        )  # fmt: skip
         self._sends("offer", **_facts(offer))
-        if pieces is None:
-            verdict = self._call(lambda: self._stub.Offer(offer, timeout=60)).verdict
-        else:
-            payload = pieces
-            verdict = self._call(lambda: self._contribute(offer, payload, content))
+        verdict = self._call(lambda: self._contribute(offer, outbound, content), lambda: outbound.reached)
         if verdict == "closed":
             if self._purpose == "planning":
                 raise RoundClosedError(
@@ -211,33 +220,29 @@ class GrpcCommunicator:
             logger.warning("'%s': this site has already contributed other values; those stand.", key)
         return self._result(key)
 
-    def _contribute(
-        self,
-        offer: pb.OfferRequest,
-        pieces: Callable[[], Iterator[bytes | memoryview]],
-        content: Callable[[], dict[str, Any]],
-    ) -> str:
-        verdict: str = self._stub.Offer(offer, timeout=60).verdict
+    def _contribute(self, offer: pb.OfferRequest, outbound: Outbound, content: Callable[[], dict[str, Any]]) -> str:
+        reply = self._stub.Offer(offer, timeout=60)
+        verdict: str = reply.verdict
         if verdict == "send":
+            offer.position = reply.position
             self._sends("upload", **_facts(offer), **content())
-
-            def messages() -> Iterator[pb.UploadChunk]:
-                yield pb.UploadChunk(offer=offer)
-                for chunk in chunks(pieces()):
-                    yield pb.UploadChunk(data=bytes(chunk))
-
-            verdict = self._stub.Upload(messages(), timeout=_transfer_seconds(offer.size)).verdict
-            self.bytes_sent += offer.size
+            try:
+                upload = self._stub.Upload(outbound.messages(offer), timeout=_transfer_seconds(offer.size))
+                verdict = upload.verdict
+            finally:
+                self.bytes_sent += max(0, outbound.reached - offer.position)
+                offer.position = 0
         return verdict
 
     def _result(self, key: str) -> memoryview:
         """Wait for a result and take it; whoever waits is told for whom and until when."""
         told: Sequence[str] = ()
+        inbound = Inbound()
         while True:
-            header, data = self._call(lambda: self._ask(key))
+            header = self._call(lambda: self._ask(key, inbound), lambda: inbound.reached)
             if header.status == "closed":
                 self.weights = dict(sorted(header.weights.items()))
-                return data
+                return inbound.buffer
             if header.status == "empty":
                 raise NoContributionError(f"No site contributed to '{key}'.")
             if header.status == "failed":
@@ -249,29 +254,34 @@ class GrpcCommunicator:
                 until = datetime.fromtimestamp(header.closes_at).strftime("%Y-%m-%d %H:%M:%S")
                 logger.info("waiting for %s in '%s', until %s at most", ", ".join(told) or "the result", key, until)
 
-    def _ask(self, key: str, wait: float = LONG_POLL) -> tuple[pb.ResultHeader, memoryview]:
-        request = pb.ResultRequest(run=self.run, key=key, site=self.site, wait_seconds=wait)
-        replies = self._stub.Result(request, timeout=3600)
-        header = next(replies).header
-        buffer = memoryview(bytearray(header.size if header.status == "closed" else 0))
-        position = 0
-        for reply in replies:
-            buffer[position : position + len(reply.data)] = reply.data
-            position += len(reply.data)
-        if header.status == "closed" and measure([buffer])[0] != header.digest:
+    def _ask(self, key: str, inbound: Inbound, wait: float = LONG_POLL) -> pb.ResultHeader:
+        request = pb.ResultRequest(
+            run=self.run, key=key, site=self.site, wait_seconds=wait, digest=inbound.digest, position=inbound.reached
+        )
+        replies = self._stub.Result(request, timeout=LONGEST_TRANSFER)
+        header: pb.ResultHeader = next(replies).header
+        if header.status == "closed":
+            inbound.start(header)
+        before = inbound.reached
+        try:
+            for reply in replies:
+                inbound.write(reply if isinstance(reply, memoryview) else reply.data)
+        finally:
+            self.bytes_received += inbound.reached - before
+        if header.status == "closed" and not inbound.is_whole():
             raise DamagedError
-        self.bytes_received += position
-        return header, buffer
+        return header
 
-    def _call(self, function: Callable[[], T]) -> T:
+    def _call(self, function: Callable[[], T], reached: Callable[[], int] = lambda: 0) -> T:
         """Try until an answer comes or the patience ends, with growing, jittered pauses."""
         settings = self._settings
-        return insist(function, self._patience, settings.coordinator, self._random, lambda: diagnose(settings))
+        return insist(function, self._patience, settings.coordinator, self._random, reached, lambda: diagnose(settings))
 
 
 def _facts(offer: pb.OfferRequest) -> dict[str, Any]:
     facts = {"run": offer.run, "key": offer.key, "verb": offer.verb, "weight": offer.weight}
-    return {**facts, "bytes": offer.size, "digest": offer.digest}
+    begun = {"from_byte": offer.position} if offer.position else {}
+    return {**facts, "bytes": offer.size, "digest": offer.digest, **begun}
 
 
 def _transfer_seconds(size: int) -> float:

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%nnunet_fed/transport/federation.proto\x12\rnnunet_fed.v1\"\x07\n\x05\x45mpty\"\x85\x01\n\x0bJoinRequest\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0c\n\x04site\x18\x02 \x01(\t\x12\x0f\n\x07purpose\x18\x03 \x01(\t\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t\x12\x15\n\rconfiguration\x18\x05 \x01(\t\x12\x0f\n\x07trainer\x18\x06 \x01(\t\x12\r\n\x05\x66resh\x18\x07 \x01(\x08\"8\n\tJoinReply\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\r\n\x05study\x18\x03 \x01(\t\"r\n\x0cOfferRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0b\n\x03key\x18\x02 \x01(\t\x12\x0c\n\x04site\x18\x03 \x01(\t\x12\x0c\n\x04verb\x18\x04 \x01(\t\x12\x0e\n\x06weight\x18\x05 \x01(\x01\x12\x0e\n\x06\x64igest\x18\x06 \x01(\t\x12\x0c\n\x04size\x18\x07 \x01(\x04\"\x1d\n\nOfferReply\x12\x0f\n\x07verdict\x18\x01 \x01(\t\"S\n\x0bUploadChunk\x12,\n\x05offer\x18\x01 \x01(\x0b\x32\x1b.nnunet_fed.v1.OfferRequestH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"M\n\rResultRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0b\n\x03key\x18\x02 \x01(\t\x12\x0c\n\x04site\x18\x03 \x01(\t\x12\x14\n\x0cwait_seconds\x18\x04 \x01(\x01\"\xda\x01\n\x0cResultHeader\x12\x0e\n\x06status\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x0c\n\x04size\x18\x03 \x01(\x04\x12\r\n\x05\x65rror\x18\x04 \x01(\t\x12\x0f\n\x07missing\x18\x05 \x03(\t\x12\x11\n\tcloses_at\x18\x06 \x01(\x01\x12\x39\n\x07weights\x18\x07 \x03(\x0b\x32(.nnunet_fed.v1.ResultHeader.WeightsEntry\x1a.\n\x0cWeightsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"T\n\x0bResultChunk\x12-\n\x06header\x18\x01 \x01(\x0b\x32\x1b.nnunet_fed.v1.ResultHeaderH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"*\n\rNewestRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\"\x1a\n\x0bNewestReply\x12\x0b\n\x03key\x18\x01 \x01(\t\"J\n\rReportRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0c\n\x04site\x18\x02 \x01(\t\x12\x10\n\x08progress\x18\x03 \x01(\t\x12\x0c\n\x04note\x18\x04 \x01(\t\"9\n\x0cLeaveRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0c\n\x04site\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\x1f\n\rStatusRequest\x12\x0e\n\x06record\x18\x01 \x01(\x08\"\x1d\n\x0bStatusReply\x12\x0e\n\x06status\x18\x01 \x01(\t2\x97\x04\n\x0b\x43oordinator\x12<\n\x04Join\x12\x1a.nnunet_fed.v1.JoinRequest\x1a\x18.nnunet_fed.v1.JoinReply\x12?\n\x05Offer\x12\x1b.nnunet_fed.v1.OfferRequest\x1a\x19.nnunet_fed.v1.OfferReply\x12\x41\n\x06Upload\x12\x1a.nnunet_fed.v1.UploadChunk\x1a\x19.nnunet_fed.v1.OfferReply(\x01\x12\x44\n\x06Result\x12\x1c.nnunet_fed.v1.ResultRequest\x1a\x1a.nnunet_fed.v1.ResultChunk0\x01\x12\x42\n\x06Newest\x12\x1c.nnunet_fed.v1.NewestRequest\x1a\x1a.nnunet_fed.v1.NewestReply\x12<\n\x06Report\x12\x1c.nnunet_fed.v1.ReportRequest\x1a\x14.nnunet_fed.v1.Empty\x12:\n\x05Leave\x12\x1b.nnunet_fed.v1.LeaveRequest\x1a\x14.nnunet_fed.v1.Empty\x12\x42\n\x06Status\x12\x1c.nnunet_fed.v1.StatusRequest\x1a\x1a.nnunet_fed.v1.StatusReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%nnunet_fed/transport/federation.proto\x12\rnnunet_fed.v1\"\x07\n\x05\x45mpty\"\x85\x01\n\x0bJoinRequest\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0c\n\x04site\x18\x02 \x01(\t\x12\x0f\n\x07purpose\x18\x03 \x01(\t\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t\x12\x15\n\rconfiguration\x18\x05 \x01(\t\x12\x0f\n\x07trainer\x18\x06 \x01(\t\x12\r\n\x05\x66resh\x18\x07 \x01(\x08\"8\n\tJoinReply\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\r\n\x05study\x18\x03 \x01(\t\"\x84\x01\n\x0cOfferRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0b\n\x03key\x18\x02 \x01(\t\x12\x0c\n\x04site\x18\x03 \x01(\t\x12\x0c\n\x04verb\x18\x04 \x01(\t\x12\x0e\n\x06weight\x18\x05 \x01(\x01\x12\x0e\n\x06\x64igest\x18\x06 \x01(\t\x12\x0c\n\x04size\x18\x07 \x01(\x04\x12\x10\n\x08position\x18\x08 \x01(\x04\"/\n\nOfferReply\x12\x0f\n\x07verdict\x18\x01 \x01(\t\x12\x10\n\x08position\x18\x02 \x01(\x04\"S\n\x0bUploadChunk\x12,\n\x05offer\x18\x01 \x01(\x0b\x32\x1b.nnunet_fed.v1.OfferRequestH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"o\n\rResultRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0b\n\x03key\x18\x02 \x01(\t\x12\x0c\n\x04site\x18\x03 \x01(\t\x12\x14\n\x0cwait_seconds\x18\x04 \x01(\x01\x12\x0e\n\x06\x64igest\x18\x05 \x01(\t\x12\x10\n\x08position\x18\x06 \x01(\x04\"\xec\x01\n\x0cResultHeader\x12\x0e\n\x06status\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x0c\n\x04size\x18\x03 \x01(\x04\x12\r\n\x05\x65rror\x18\x04 \x01(\t\x12\x0f\n\x07missing\x18\x05 \x03(\t\x12\x11\n\tcloses_at\x18\x06 \x01(\x01\x12\x39\n\x07weights\x18\x07 \x03(\x0b\x32(.nnunet_fed.v1.ResultHeader.WeightsEntry\x12\x10\n\x08position\x18\x08 \x01(\x04\x1a.\n\x0cWeightsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"T\n\x0bResultChunk\x12-\n\x06header\x18\x01 \x01(\x0b\x32\x1b.nnunet_fed.v1.ResultHeaderH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"*\n\rNewestRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\"\x1a\n\x0bNewestReply\x12\x0b\n\x03key\x18\x01 \x01(\t\"J\n\rReportRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0c\n\x04site\x18\x02 \x01(\t\x12\x10\n\x08progress\x18\x03 \x01(\t\x12\x0c\n\x04note\x18\x04 \x01(\t\"9\n\x0cLeaveRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0c\n\x04site\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\x1f\n\rStatusRequest\x12\x0e\n\x06record\x18\x01 \x01(\x08\"\x1d\n\x0bStatusReply\x12\x0e\n\x06status\x18\x01 \x01(\t2\x97\x04\n\x0b\x43oordinator\x12<\n\x04Join\x12\x1a.nnunet_fed.v1.JoinRequest\x1a\x18.nnunet_fed.v1.JoinReply\x12?\n\x05Offer\x12\x1b.nnunet_fed.v1.OfferRequest\x1a\x19.nnunet_fed.v1.OfferReply\x12\x41\n\x06Upload\x12\x1a.nnunet_fed.v1.UploadChunk\x1a\x19.nnunet_fed.v1.OfferReply(\x01\x12\x44\n\x06Result\x12\x1c.nnunet_fed.v1.ResultRequest\x1a\x1a.nnunet_fed.v1.ResultChunk0\x01\x12\x42\n\x06Newest\x12\x1c.nnunet_fed.v1.NewestRequest\x1a\x1a.nnunet_fed.v1.NewestReply\x12<\n\x06Report\x12\x1c.nnunet_fed.v1.ReportRequest\x1a\x14.nnunet_fed.v1.Empty\x12:\n\x05Leave\x12\x1b.nnunet_fed.v1.LeaveRequest\x1a\x14.nnunet_fed.v1.Empty\x12\x42\n\x06Status\x12\x1c.nnunet_fed.v1.StatusRequest\x1a\x1a.nnunet_fed.v1.StatusReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,32 +39,32 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_JOINREQUEST']._serialized_end=199
   _globals['_JOINREPLY']._serialized_start=201
   _globals['_JOINREPLY']._serialized_end=257
-  _globals['_OFFERREQUEST']._serialized_start=259
-  _globals['_OFFERREQUEST']._serialized_end=373
-  _globals['_OFFERREPLY']._serialized_start=375
-  _globals['_OFFERREPLY']._serialized_end=404
-  _globals['_UPLOADCHUNK']._serialized_start=406
-  _globals['_UPLOADCHUNK']._serialized_end=489
-  _globals['_RESULTREQUEST']._serialized_start=491
-  _globals['_RESULTREQUEST']._serialized_end=568
-  _globals['_RESULTHEADER']._serialized_start=571
-  _globals['_RESULTHEADER']._serialized_end=789
-  _globals['_RESULTHEADER_WEIGHTSENTRY']._serialized_start=743
-  _globals['_RESULTHEADER_WEIGHTSENTRY']._serialized_end=789
-  _globals['_RESULTCHUNK']._serialized_start=791
-  _globals['_RESULTCHUNK']._serialized_end=875
-  _globals['_NEWESTREQUEST']._serialized_start=877
-  _globals['_NEWESTREQUEST']._serialized_end=919
-  _globals['_NEWESTREPLY']._serialized_start=921
-  _globals['_NEWESTREPLY']._serialized_end=947
-  _globals['_REPORTREQUEST']._serialized_start=949
-  _globals['_REPORTREQUEST']._serialized_end=1023
-  _globals['_LEAVEREQUEST']._serialized_start=1025
-  _globals['_LEAVEREQUEST']._serialized_end=1082
-  _globals['_STATUSREQUEST']._serialized_start=1084
-  _globals['_STATUSREQUEST']._serialized_end=1115
-  _globals['_STATUSREPLY']._serialized_start=1117
-  _globals['_STATUSREPLY']._serialized_end=1146
-  _globals['_COORDINATOR']._serialized_start=1149
-  _globals['_COORDINATOR']._serialized_end=1684
+  _globals['_OFFERREQUEST']._serialized_start=260
+  _globals['_OFFERREQUEST']._serialized_end=392
+  _globals['_OFFERREPLY']._serialized_start=394
+  _globals['_OFFERREPLY']._serialized_end=441
+  _globals['_UPLOADCHUNK']._serialized_start=443
+  _globals['_UPLOADCHUNK']._serialized_end=526
+  _globals['_RESULTREQUEST']._serialized_start=528
+  _globals['_RESULTREQUEST']._serialized_end=639
+  _globals['_RESULTHEADER']._serialized_start=642
+  _globals['_RESULTHEADER']._serialized_end=878
+  _globals['_RESULTHEADER_WEIGHTSENTRY']._serialized_start=832
+  _globals['_RESULTHEADER_WEIGHTSENTRY']._serialized_end=878
+  _globals['_RESULTCHUNK']._serialized_start=880
+  _globals['_RESULTCHUNK']._serialized_end=964
+  _globals['_NEWESTREQUEST']._serialized_start=966
+  _globals['_NEWESTREQUEST']._serialized_end=1008
+  _globals['_NEWESTREPLY']._serialized_start=1010
+  _globals['_NEWESTREPLY']._serialized_end=1036
+  _globals['_REPORTREQUEST']._serialized_start=1038
+  _globals['_REPORTREQUEST']._serialized_end=1112
+  _globals['_LEAVEREQUEST']._serialized_start=1114
+  _globals['_LEAVEREQUEST']._serialized_end=1171
+  _globals['_STATUSREQUEST']._serialized_start=1173
+  _globals['_STATUSREQUEST']._serialized_end=1204
+  _globals['_STATUSREPLY']._serialized_start=1206
+  _globals['_STATUSREPLY']._serialized_end=1235
+  _globals['_COORDINATOR']._serialized_start=1238
+  _globals['_COORDINATOR']._serialized_end=1773
 # @@protoc_insertion_point(module_scope)

@@ -39,7 +39,7 @@ class JoinReply(_message.Message):
     def __init__(self, run: _Optional[str] = ..., attempt: _Optional[int] = ..., study: _Optional[str] = ...) -> None: ...
 
 class OfferRequest(_message.Message):
-    __slots__ = ("run", "key", "site", "verb", "weight", "digest", "size")
+    __slots__ = ("run", "key", "site", "verb", "weight", "digest", "size", "position")
     RUN_FIELD_NUMBER: _ClassVar[int]
     KEY_FIELD_NUMBER: _ClassVar[int]
     SITE_FIELD_NUMBER: _ClassVar[int]
@@ -47,6 +47,7 @@ class OfferRequest(_message.Message):
     WEIGHT_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     SIZE_FIELD_NUMBER: _ClassVar[int]
+    POSITION_FIELD_NUMBER: _ClassVar[int]
     run: str
     key: str
     site: str
@@ -54,13 +55,16 @@ class OfferRequest(_message.Message):
     weight: float
     digest: str
     size: int
-    def __init__(self, run: _Optional[str] = ..., key: _Optional[str] = ..., site: _Optional[str] = ..., verb: _Optional[str] = ..., weight: _Optional[float] = ..., digest: _Optional[str] = ..., size: _Optional[int] = ...) -> None: ...
+    position: int
+    def __init__(self, run: _Optional[str] = ..., key: _Optional[str] = ..., site: _Optional[str] = ..., verb: _Optional[str] = ..., weight: _Optional[float] = ..., digest: _Optional[str] = ..., size: _Optional[int] = ..., position: _Optional[int] = ...) -> None: ...
 
 class OfferReply(_message.Message):
-    __slots__ = ("verdict",)
+    __slots__ = ("verdict", "position")
     VERDICT_FIELD_NUMBER: _ClassVar[int]
+    POSITION_FIELD_NUMBER: _ClassVar[int]
     verdict: str
-    def __init__(self, verdict: _Optional[str] = ...) -> None: ...
+    position: int
+    def __init__(self, verdict: _Optional[str] = ..., position: _Optional[int] = ...) -> None: ...
 
 class UploadChunk(_message.Message):
     __slots__ = ("offer", "data")
@@ -71,19 +75,23 @@ class UploadChunk(_message.Message):
     def __init__(self, offer: _Optional[_Union[OfferRequest, _Mapping]] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class ResultRequest(_message.Message):
-    __slots__ = ("run", "key", "site", "wait_seconds")
+    __slots__ = ("run", "key", "site", "wait_seconds", "digest", "position")
     RUN_FIELD_NUMBER: _ClassVar[int]
     KEY_FIELD_NUMBER: _ClassVar[int]
     SITE_FIELD_NUMBER: _ClassVar[int]
     WAIT_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    POSITION_FIELD_NUMBER: _ClassVar[int]
     run: str
     key: str
     site: str
     wait_seconds: float
-    def __init__(self, run: _Optional[str] = ..., key: _Optional[str] = ..., site: _Optional[str] = ..., wait_seconds: _Optional[float] = ...) -> None: ...
+    digest: str
+    position: int
+    def __init__(self, run: _Optional[str] = ..., key: _Optional[str] = ..., site: _Optional[str] = ..., wait_seconds: _Optional[float] = ..., digest: _Optional[str] = ..., position: _Optional[int] = ...) -> None: ...
 
 class ResultHeader(_message.Message):
-    __slots__ = ("status", "digest", "size", "error", "missing", "closes_at", "weights")
+    __slots__ = ("status", "digest", "size", "error", "missing", "closes_at", "weights", "position")
     class WeightsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -98,6 +106,7 @@ class ResultHeader(_message.Message):
     MISSING_FIELD_NUMBER: _ClassVar[int]
     CLOSES_AT_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    POSITION_FIELD_NUMBER: _ClassVar[int]
     status: str
     digest: str
     size: int
@@ -105,7 +114,8 @@ class ResultHeader(_message.Message):
     missing: _containers.RepeatedScalarFieldContainer[str]
     closes_at: float
     weights: _containers.ScalarMap[str, float]
-    def __init__(self, status: _Optional[str] = ..., digest: _Optional[str] = ..., size: _Optional[int] = ..., error: _Optional[str] = ..., missing: _Optional[_Iterable[str]] = ..., closes_at: _Optional[float] = ..., weights: _Optional[_Mapping[str, float]] = ...) -> None: ...
+    position: int
+    def __init__(self, status: _Optional[str] = ..., digest: _Optional[str] = ..., size: _Optional[int] = ..., error: _Optional[str] = ..., missing: _Optional[_Iterable[str]] = ..., closes_at: _Optional[float] = ..., weights: _Optional[_Mapping[str, float]] = ..., position: _Optional[int] = ...) -> None: ...
 
 class ResultChunk(_message.Message):
     __slots__ = ("header", "data")

@@ -94,14 +94,15 @@ class CoordinatorServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Upload(self, request_iterator, context):
-        """The bytes: the offer first, then data in messages of at most 1 MiB.
+        """The bytes: the offer first, then data in messages of at most 1 MiB, from the offer's position on.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Result(self, request, context):
-        """The state of a collective, and its result once it is closed. Waits for a while if it is open.
+        """The state of a collective, and once it is closed its result, from the asked position on. Waits for a while if it is
+        open.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

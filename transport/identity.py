@@ -93,9 +93,12 @@ class IdentityInterceptor(grpc.ServerInterceptor):  # type: ignore[misc]
         return caller.name
 
 
-def _own(name: str, requests: Iterator[Message], context: grpc.ServicerContext) -> Iterator[Message]:
+def _own(
+    name: str, requests: Iterator[Message | memoryview], context: grpc.ServicerContext
+) -> Iterator[Message | memoryview]:
     for request in requests:
-        _check_names(name, request, context)
+        if isinstance(request, Message):  # the rest are data (nnunet_fed.transport.frames)
+            _check_names(name, request, context)
         yield request
 
 

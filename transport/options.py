@@ -5,20 +5,40 @@ from __future__ import annotations
 import ipaddress
 
 from nnunet_fed.errors import ConfigurationError
+from nnunet_fed.payload import CHUNK
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Version of the protocol; a site of another version is refused."""
 
-CHANNEL_OPTIONS = (
-    ("grpc.keepalive_time_ms", 60_000),
-    ("grpc.keepalive_timeout_ms", 20_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.max_pings_without_data", 0),
-)
-SERVER_OPTIONS = (
-    *CHANNEL_OPTIONS,
-    ("grpc.http2.min_ping_interval_without_data_ms", 30_000),
-    ("grpc.so_reuseport", 0),  # or a second coordinator on the same port would start without a word
+KEEPALIVE_SECONDS = (30, 20)
+"""A connection on which nothing has come for so long is tried, and given up if no answer comes for so long."""
+PING_SECONDS = 60
+"""The same for an answer that is due while data are under way, behind which it waits. A stall lasts so long at most."""
+LARGEST_REQUEST = CHUNK + (1 << 16)
+"""Bytes of a message to the coordinator."""
+LARGEST_REPLY = 1 << 26
+"""Bytes of a message to a site: the record of a long study."""
+STREAMS = 16
+"""Calls that one connection may have under way."""
+
+
+def _options(**settings: int) -> tuple[tuple[str, int], ...]:
+    keepalive = {
+        "keepalive_time_ms": 1000 * KEEPALIVE_SECONDS[0],
+        "keepalive_timeout_ms": 1000 * KEEPALIVE_SECONDS[1],
+        "keepalive_permit_without_calls": 1,
+        "http2.max_pings_without_data": 0,
+        "http2.ping_timeout_ms": 1000 * PING_SECONDS,
+    }
+    return tuple((f"grpc.{name}", value) for name, value in {**keepalive, **settings}.items())
+
+
+CHANNEL_OPTIONS = _options(max_receive_message_length=LARGEST_REPLY)
+SERVER_OPTIONS = _options(
+    max_receive_message_length=LARGEST_REQUEST,
+    max_concurrent_streams=STREAMS,
+    **{"http2.min_ping_interval_without_data_ms": 5_000},
+    so_reuseport=0,  # or a second coordinator on the same port would start without a word
 )
 
 

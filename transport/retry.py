@@ -32,12 +32,12 @@ PAUSES = (0.2, 30.0)
 """First and longest pause between two tries, in seconds."""
 
 
-class DamagedError(Exception):
-    """A download did not match its digest."""
-
-
 SURE = 3
 """So many tries in a row must fail for the same reason before it is taken for one that stays."""
+
+
+class DamagedError(Exception):
+    """A download did not match its digest."""
 
 
 def insist(
@@ -45,6 +45,7 @@ def insist(
     patience: float,
     address: str,
     jitter: random.Random,
+    reached: Callable[[], int] = lambda: 0,
     diagnose: Callable[[], str | None] = lambda: None,
 ) -> T:
     """Try until an answer comes or the patience ends, with growing, jittered pauses.
@@ -54,6 +55,7 @@ def insist(
         patience: seconds.
         address: the coordinator's, for what the user reads.
         jitter: source of the pauses' jitter.
+        reached: how far a transfer has come. A try that brought it further is not a failure: the pauses begin anew.
         diagnose: asked for a reason that lasts (:func:`nnunet_fed.transport.tls.diagnose`) when nobody answers.
 
     Raises:
@@ -61,27 +63,32 @@ def insist(
         UnreachableError: no answer within the patience, or none to be expected.
     """
     end = time.monotonic() + patience
-    pause = PAUSES[0]
+    pause, before, told = PAUSES[0], reached(), ""
     reasons: deque[str | None] = deque(maxlen=SURE)
     while True:
         try:
             return function()
         except (grpc.RpcError, DamagedError, ValueError) as error:
             code = error.code() if isinstance(error, grpc.RpcError) else grpc.StatusCode.DATA_LOSS
-            details = error.details() if isinstance(error, grpc.RpcError) else "a transfer was damaged"
+            details = str(error.details()) if isinstance(error, grpc.RpcError) else "a transfer was damaged"
             if code in REFUSALS:
-                raise RefusedError(str(details)) from None
+                raise RefusedError(details) from None
             reasons.append(diagnose() if code == grpc.StatusCode.UNAVAILABLE else None)
+            full = code == grpc.StatusCode.RESOURCE_EXHAUSTED
+            trouble = f"takes nothing more at present: {details}" if full else f"does not answer ({details})"
             remaining = end - time.monotonic()
             if reasons[-1] is not None and (remaining <= 0 or reasons.count(reasons[-1]) == SURE):
                 raise UnreachableError(reasons[-1]) from None
             if remaining <= 0:
                 raise UnreachableError(
-                    f"The coordinator at {address} does not answer ({details}); gave up after "
-                    f"{patience / 60:g} minutes. Is it running, and is the address in site.toml right?"
+                    f"The coordinator at {address} {trouble}; gave up after {patience / 60:g} minutes. "
+                    + ("" if full else "Is it running, and is the address in site.toml right?")
                 ) from None
-            if pause == PAUSES[0]:
+            if (now := reached()) != before:
+                pause, before = PAUSES[0], now
+            if str(code) != told:
+                told = str(code)
                 until = datetime.fromtimestamp(time.time() + remaining).strftime("%Y-%m-%d %H:%M:%S")
-                logger.warning("the coordinator at %s does not answer (%s); trying until %s", address, details, until)
+                logger.warning("the coordinator at %s %s; trying until %s", address, trouble, until)
             time.sleep(min(remaining, pause * jitter.uniform(0.5, 1.0)))
             pause = min(2 * pause, PAUSES[1])

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
+import errno
 import json
 import logging
+import math
+import mmap
+import sqlite3
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,14 +16,16 @@ from typing import Any, NoReturn, cast, get_args
 
 import grpc
 
+from nnunet_fed.admission import Verb
 from nnunet_fed.coordinator import Coordinator, Purpose, Verdict
-from nnunet_fed.errors import ConfigurationError, FederationError
-from nnunet_fed.payload import CHUNK
-from nnunet_fed.reduction import Verb
+from nnunet_fed.errors import ConfigurationError, FederationError, NoRoomError
+from nnunet_fed.payload import chunks
 from nnunet_fed.revocation import DenyList
+from nnunet_fed.spool import InterruptedUploadError, Upload
 from nnunet_fed.store import Collective
 from nnunet_fed.transport import federation_pb2 as pb
-from nnunet_fed.transport.federation_pb2_grpc import CoordinatorServicer, add_CoordinatorServicer_to_server
+from nnunet_fed.transport.federation_pb2_grpc import CoordinatorServicer
+from nnunet_fed.transport.frames import serve
 from nnunet_fed.transport.identity import IdentityInterceptor
 from nnunet_fed.transport.options import PROTOCOL, SERVER_OPTIONS, require_loopback
 from nnunet_fed.transport.tls import KeyFiles, server_credentials
@@ -64,12 +70,14 @@ class CoordinatorServer:
         if not port_text.isdecimal() or int(port_text) > 65535:  # gRPC would take the number modulo 65536
             raise ConfigurationError(f"'{address}' is no HOST:PORT, for example 127.0.0.1:7464.")
         # a site holds at most one waiting call, one upload or download, and short ones
-        workers = ThreadPoolExecutor(4 * len(coordinator.study.sites) + 8, thread_name_prefix="rpc")
+        calls = 4 * len(coordinator.study.sites) + 8
+        workers = ThreadPoolExecutor(calls, thread_name_prefix="rpc")
         denied = DenyList(revoked) if revoked is not None else None
         guards = [] if keys is None else [IdentityInterceptor(coordinator.study, denied)]
         credentials = None if keys is None else server_credentials(keys, coordinator.study.sites)
-        self._server = grpc.server(workers, options=SERVER_OPTIONS, interceptors=guards)
-        add_CoordinatorServicer_to_server(_Service(coordinator), self._server)
+        self._coordinator = coordinator
+        self._server = grpc.server(workers, options=SERVER_OPTIONS, interceptors=guards, maximum_concurrent_rpcs=calls)
+        serve(_Service(coordinator), self._server)
         try:
             port = (
                 self._server.add_insecure_port(address)
@@ -90,9 +98,11 @@ class CoordinatorServer:
         self._server.start()
         logger.info("listening on %s", self.address)
 
-    def stop(self, grace: float = 5.0) -> None:
-        """Let running calls end for ``grace`` seconds, then stop."""
-        self._server.stop(grace).wait()
+    def stop(self, grace: float = 20.0) -> None:
+        """Take no more calls, let running ones end for ``grace`` seconds, then stop. Who waits is sent away at once."""
+        stopped = self._server.stop(grace)
+        self._coordinator.drain()
+        stopped.wait()
 
 
 class _Service(CoordinatorServicer):  # type: ignore[misc]
@@ -121,7 +131,9 @@ class _Service(CoordinatorServicer):  # type: ignore[misc]
 
     def Offer(self, request: pb.OfferRequest, context: grpc.ServicerContext) -> pb.OfferReply:  # noqa: N802
         with _Refusals(context):
-            return pb.OfferReply(verdict=self._offer(request, context))
+            verdict = self._offer(request, context)
+            position = self._coordinator.spool.position(_upload(request)) if verdict == "send" else 0
+            return pb.OfferReply(verdict=verdict, position=position)
 
     def _offer(self, offer: pb.OfferRequest, context: grpc.ServicerContext) -> Verdict:
         if offer.verb not in get_args(Verb):
@@ -130,59 +142,73 @@ class _Service(CoordinatorServicer):  # type: ignore[misc]
             offer.run, offer.key, offer.site, cast(Verb, offer.verb), offer.weight, offer.digest, offer.size
         )
 
-    def Upload(self, requests: Iterator[pb.UploadChunk], context: grpc.ServicerContext) -> pb.OfferReply:  # noqa: N802
+    def Upload(  # noqa: N802
+        self, requests: Iterator[pb.UploadChunk | memoryview], context: grpc.ServicerContext
+    ) -> pb.OfferReply:
         with _Refusals(context):
-            offer = next(requests).offer
+            first = next(requests, None)
+            if not isinstance(first, pb.UploadChunk):
+                _refuse(context, "An upload begins with an offer.", grpc.StatusCode.INVALID_ARGUMENT)
+            offer, started = first.offer, time.monotonic()
             verdict = self._offer(offer, context)
             if verdict != "send":
                 return pb.OfferReply(verdict=verdict)
-            part = self._coordinator.upload_path(offer.run, offer.key, offer.site)
-            try:
-                self._spool(part, offer, requests, context)
-                verdict = self._coordinator.accept(
-                    offer.run, offer.key, offer.site, cast(Verb, offer.verb), offer.weight, offer.digest, part
-                )
-            finally:
-                part.unlink(missing_ok=True)
+            payload = self._receive(offer, requests, context)
+            verdict = self._coordinator.accept(
+                offer.run, offer.key, offer.site, cast(Verb, offer.verb), offer.weight, offer.digest, payload,
+                time.monotonic() - started,
+            )  # fmt: skip
             return pb.OfferReply(verdict=verdict)
 
-    def _spool(
-        self, part: Path, offer: pb.OfferRequest, requests: Iterator[pb.UploadChunk], context: grpc.ServicerContext
-    ) -> None:
-        digest, size = hashlib.sha256(), 0
-        with part.open("wb") as file:
+    def _receive(
+        self, offer: pb.OfferRequest, requests: Iterator[pb.UploadChunk | memoryview], context: grpc.ServicerContext
+    ) -> Path:
+        spool = self._coordinator.spool
+        with spool.receive(_upload(offer), offer.position) as receiver:
             for request in requests:
-                size += len(request.data)
-                if size > offer.size:
+                data = request if isinstance(request, memoryview) else request.data
+                if receiver.written + len(data) > offer.size:
+                    spool.discard(receiver)
                     break
-                digest.update(request.data)
-                file.write(request.data)
-        if size != offer.size or digest.hexdigest() != offer.digest:
-            text = f"The upload of '{offer.key}' did not arrive as it was offered."
-            _refuse(context, text, grpc.StatusCode.DATA_LOSS)
+                receiver.write(data)
+            else:
+                if receiver.is_whole():
+                    return spool.complete(receiver)
+                if receiver.written == offer.size:  # else the connection broke, and another may go on
+                    spool.discard(receiver)
+        text = f"The upload of '{offer.key}' did not arrive as it was offered."
+        _refuse(context, text, grpc.StatusCode.DATA_LOSS)
 
-    def Result(self, request: pb.ResultRequest, context: grpc.ServicerContext) -> Iterator[pb.ResultChunk]:  # noqa: N802
+    def Result(  # noqa: N802
+        self, request: pb.ResultRequest, context: grpc.ServicerContext
+    ) -> Iterator[pb.ResultChunk | memoryview]:
         with _Refusals(context):
-            seconds = min(max(request.wait_seconds, 0.0), LONGEST_WAIT)
+            seconds = min(max(request.wait_seconds, 0.0), LONGEST_WAIT) if math.isfinite(request.wait_seconds) else 0.0
             collective = self._coordinator.wait(request.run, request.key, seconds)
             if collective is None:
                 _refuse(context, f"Nobody has contributed to '{request.key}'.", grpc.StatusCode.NOT_FOUND)
-            yield pb.ResultChunk(header=self._header(collective))
+            header, result = self._header(collective), memoryview(b"")
             if collective.status == "closed":
-                with self._coordinator.result_file(collective).open("rb") as file:
-                    while data := file.read(CHUNK):
-                        yield pb.ResultChunk(data=data)
+                try:
+                    with self._coordinator.result_file(collective).open("rb") as file:
+                        result = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+                except FileNotFoundError:  # deleted since
+                    header.status = "pruned"
+                if request.digest == collective.digest and request.position <= len(result):
+                    header.position = request.position
+            yield pb.ResultChunk(header=header)
+            for chunk in chunks([result[header.position :]]):
+                yield memoryview(chunk)
 
     def _header(self, collective: Collective) -> pb.ResultHeader:
         waiting = collective.status == "open"
+        missing = self._coordinator.missing(collective) if waiting else []
         return pb.ResultHeader(
             status=collective.status,
             digest=collective.digest or "",
             size=collective.size or 0,
             error=collective.error or "",
-            missing=[self._coordinator.doing(site) for site in self._coordinator.missing(collective)]
-            if waiting
-            else [],
+            missing=[self._coordinator.doing(site) for site in missing],
             closes_at=self._coordinator.closes_at(collective) if waiting else 0.0,
             weights=self._coordinator.weights(collective),
         )
@@ -194,7 +220,10 @@ class _Service(CoordinatorServicer):  # type: ignore[misc]
     def Report(self, request: pb.ReportRequest, context: grpc.ServicerContext) -> pb.Empty:  # noqa: N802
         with _Refusals(context):
             if request.progress:
-                self._coordinator.report(request.site, json.loads(request.progress))
+                try:
+                    self._coordinator.report(request.site, json.loads(request.progress))
+                except (ValueError, RecursionError):
+                    _refuse(context, "A site's progress is JSON.", grpc.StatusCode.INVALID_ARGUMENT)
             if request.note:
                 self._coordinator.note(request.run, request.site, request.note)
             return pb.Empty()
@@ -209,8 +238,12 @@ class _Service(CoordinatorServicer):  # type: ignore[misc]
             return pb.StatusReply(status=json.dumps(self._coordinator.status(request.record)))
 
 
+def _upload(offer: pb.OfferRequest) -> Upload:
+    return Upload(offer.run, offer.key, offer.site, offer.digest, offer.size)
+
+
 class _Refusals:
-    """Turn the core's errors into gRPC's; their text is for the reader at the site."""
+    """Turn errors into gRPC's; their text is for the reader at the site."""
 
     def __init__(self, context: grpc.ServicerContext):
         self._context = context
@@ -218,8 +251,21 @@ class _Refusals:
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: Any) -> None:
-        if isinstance(error, FederationError):
+        if isinstance(error, NoRoomError):
+            _refuse(self._context, str(error), grpc.StatusCode.RESOURCE_EXHAUSTED)
+        elif isinstance(error, FederationError):
             _refuse(self._context, str(error))
+        elif isinstance(error, InterruptedUploadError):
+            _refuse(self._context, "This upload goes on elsewhere.", grpc.StatusCode.ABORTED)
+        elif _is_full(error):
+            text = f"The coordinator's disk is full ({error}). Free some of it there; the sites go on by themselves."
+            _refuse(self._context, text, grpc.StatusCode.RESOURCE_EXHAUSTED)
+
+
+def _is_full(error: BaseException | None) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return isinstance(error, sqlite3.OperationalError) and "full" in str(error)
 
 
 def _refuse(

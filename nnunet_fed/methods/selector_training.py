@@ -103,11 +103,11 @@ class SelectorTraining:
             losses.append(loss)
             key = f"{scope}/selector-{number}"
             if self.mode == "server_adam":
-                self.step(communicator.mean(key, gradient, weight))
+                self.step(communicator.mean(key, gradient, weight, exact=True))
             else:
                 self.step(gradient)
                 exchanged = self._exchanged()
-                load_arrays(exchanged, communicator.mean(key, to_arrays(exchanged), weight))
+                load_arrays(exchanged, communicator.mean(key, to_arrays(exchanged), weight, exact=True))
         return losses
 
     @torch.enable_grad()

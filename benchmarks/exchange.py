@@ -1,0 +1,279 @@
+"""What a collective costs: every site uploads a network of stock size, the coordinator reduces, every site downloads.
+
+Real processes on this machine: the coordinator by its command, each site a process of its own. The tensors have the
+names and shapes of the stock 3d_fullres PlainConvUNet (31 million parameters, 108 tensors, 125 MB in float32) and
+random values. A round's seconds run from the first site's start to the last site's end. Beside it, in the same run:
+the same bytes over plain TCP, up at all sites and then down again, which is the limit for any transport that copies
+them once; and the coordinator's reduction alone.
+
+    python benchmarks/exchange.py --sites 2 4 8 --wire-dtypes float32 bfloat16 float16
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from nnunet_fed.payload import encode
+from nnunet_fed.reduction import write_result
+from nnunet_fed.wire import WireDtype, narrow
+
+SPAWN = multiprocessing.get_context("spawn")  # gRPC and fork do not mix
+
+
+def network_shapes() -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors that sites share of the stock 3d_fullres network."""
+    import torch
+    from dynamic_network_architectures.architectures.unet import PlainConvUNet
+
+    from nnunet_fed.tensors import shared_tensors
+
+    with torch.device("meta"):
+        network = PlainConvUNet(
+            input_channels=1, n_stages=6, features_per_stage=[32, 64, 128, 256, 320, 320], conv_op=torch.nn.Conv3d,
+            kernel_sizes=3, strides=[1, 2, 2, 2, 2, 2], n_conv_per_stage=2, num_classes=2, n_conv_per_stage_decoder=2,
+            conv_bias=True, norm_op=torch.nn.InstanceNorm3d, norm_op_kwargs={"eps": 1e-5, "affine": True},
+            nonlin=torch.nn.LeakyReLU, nonlin_kwargs={"inplace": True}, deep_supervision=True,
+        )  # fmt: skip
+    return {name: tuple(tensor.shape) for name, tensor in shared_tensors(network).items()}
+
+
+def random_tensors(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, Any]:
+    """Float32 values of the size that trained weights have."""
+    rng = np.random.default_rng(seed)
+    return {name: rng.standard_normal(shape, np.float32) * np.float32(0.02) for name, shape in shapes.items()}
+
+
+def connection() -> tuple[list[str], dict[str, Any]]:
+    """How coordinator and sites meet: options of the coordinator's command, and settings of every site."""
+    return ["--insecure"], {"insecure": True}
+
+
+def site_process(
+    name: str, address: str, study: dict[str, Any], shapes: dict[str, tuple[int, ...]], rounds: int, results: Any
+) -> None:
+    """Take part in all rounds; puts the name, a list of (start, end) and the bytes of a round into the queue."""
+    from nnunet_fed.federation import Federation, Site
+    from nnunet_fed.transport.client import GrpcCommunicator
+
+    seat = GrpcCommunicator(Site(name=name, coordinator=address, connect_minutes=1, **connection()[1]))
+    seat.join("training", Federation.model_validate(study).digest, "3d_fullres", "benchmark")
+    tensors = random_tensors(shapes, seed=len(name) + ord(name[-1]))
+    spans = []
+    for number in range(rounds):
+        seat.gather(f"ready-{number:04d}/barrier", name)
+        before, start = seat.bytes_sent + seat.bytes_received, time.monotonic()
+        seat.mean(f"round-{number:04d}/model", tensors, 1.0)
+        spans.append((start, time.monotonic()))
+        moved = seat.bytes_sent + seat.bytes_received - before
+    seat.leave("done")
+    seat.close()
+    results.put((name, spans, moved))
+
+
+class Memory(threading.Thread):
+    """Watch a process's memory: the largest RssAnon seen, every 5 ms, and the kernel's own peak of RSS. MB."""
+
+    def __init__(self, pid: int):
+        super().__init__(daemon=True)
+        self._status = Path(f"/proc/{pid}/status")
+        self._stopped = threading.Event()
+        self.anonymous = self.resident = 0.0
+
+    def run(self) -> None:
+        """Until it is stopped, or the process is gone."""
+        while not self._stopped.wait(0.005):
+            fields = dict(line.split(":", 1) for line in self._status.read_text().splitlines())
+            self.anonymous = max(self.anonymous, int(fields["RssAnon"].split()[0]) / 1e3)
+            self.resident = int(fields["VmHWM"].split()[0]) / 1e3
+
+    def stop(self) -> None:
+        """Stop watching."""
+        self._stopped.set()
+        self.join()
+
+
+@contextmanager
+def coordinator(study: dict[str, Any], folder: Path) -> Iterator[tuple[str, int]]:
+    """The coordinator's command; gives its address and process id."""
+    from nnunet_fed.simulate import to_toml
+
+    file = folder / "federation.toml"
+    file.write_text(to_toml(study))
+    with (folder / "coordinator.log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "nnunet_fed", "coordinator", str(file), "--listen", "127.0.0.1:0",
+             "--state", str(folder / "state"), *connection()[0]],
+            stdout=subprocess.PIPE, stderr=log, text=True,
+        )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        yield process.stdout.readline().strip().rpartition(" ")[2], process.pid
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def exchange(sites: int, wire_dtype: WireDtype, shapes: dict[str, tuple[int, ...]], rounds: int) -> dict[str, Any]:
+    """Measure rounds of one federation; the first one is not counted."""
+    from nnunet_fed.federation import Federation
+
+    names = [f"site_{number}" for number in range(sites)]
+    study = Federation.model_validate(
+        {
+            "name": "exchange", "sites": names, "method": {"name": "fedavg"}, "rounds": rounds,
+            "wire_dtype": wire_dtype, "keep_rounds": 2,
+        }
+    ).model_dump(mode="json")  # fmt: skip
+    results = SPAWN.Queue()
+    with (
+        tempfile.TemporaryDirectory(prefix="nnunet_fed_exchange_") as folder,
+        coordinator(study, Path(folder)) as (address, pid),
+    ):
+        memory = Memory(pid)
+        memory.start()
+        processes = [
+            SPAWN.Process(target=site_process, args=(site, address, study, shapes, rounds + 1, results))
+            for site in names
+        ]
+        for process in processes:
+            process.start()
+        told = [results.get(timeout=600) for _ in processes]
+        for process in processes:
+            process.join()
+        memory.stop()
+    spans = zip(*(spans for _, spans, _ in told), strict=True)
+    seconds = [max(end for _, end in span) - min(start for start, _ in span) for span in spans][1:]
+    return {
+        "transport": "nnunet_fed", "sites": sites, "wire_dtype": wire_dtype, "seconds": seconds,
+        "bytes": sum(moved for _, _, moved in told), "rss_anon_mb": memory.anonymous, "rss_mb": memory.resident,
+    }  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------------ the limit
+
+
+def tcp_client(port: int, size: int, rounds: int) -> None:
+    """Send so many bytes and take as many back, each round."""
+    outgoing, incoming = bytearray(os.urandom(1 << 20)) * (size >> 20), bytearray((size >> 20) << 20)
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        for _ in range(rounds):
+            connection.recv(1)
+            connection.sendall(outgoing)
+            _fill(connection, incoming)
+            connection.sendall(b"d")
+
+
+def _fill(connection: socket.socket, buffer: bytearray) -> None:
+    view = memoryview(buffer)
+    while view:
+        view = view[connection.recv_into(view) :]
+
+
+def tcp_copy(sites: int, size: int, rounds: int) -> dict[str, Any]:
+    """The bytes of a collective over plain TCP: all up into memory, then all down."""
+    size = (size >> 20) << 20
+    with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor(sites) as pool:
+        clients = [
+            SPAWN.Process(target=tcp_client, args=(server.getsockname()[1], size, rounds + 1)) for _ in range(sites)
+        ]
+        for client in clients:
+            client.start()
+        connections = [server.accept()[0] for _ in clients]
+        buffers = [bytearray(size) for _ in clients]
+        seconds = []
+        for _ in range(rounds + 1):
+            start = time.monotonic()
+            list(pool.map(lambda c: c.sendall(b"g"), connections))
+            list(pool.map(_fill, connections, buffers))
+            list(pool.map(lambda c: c.sendall(buffers[0]), connections))
+            list(pool.map(lambda c: c.recv(1), connections))
+            seconds.append(time.monotonic() - start)
+        for connection in connections:
+            connection.close()
+        for client in clients:
+            client.join()
+    return {"transport": "plain TCP", "sites": sites, "seconds": seconds[1:], "bytes": 2 * sites * size}
+
+
+def reduction(sites: int, wire_dtype: WireDtype, shapes: dict[str, tuple[int, ...]], rounds: int) -> dict[str, Any]:
+    """Seconds of the coordinator's reduction alone, files in the page cache."""
+    with tempfile.TemporaryDirectory(prefix="nnunet_fed_exchange_") as name:
+        files = {}
+        for number in range(sites):
+            files[str(number)] = Path(name) / str(number)
+            with files[str(number)].open("wb") as file:
+                file.writelines(encode(narrow(random_tensors(shapes, number), wire_dtype)))
+        seconds = []
+        for _ in range(rounds + 1):
+            start = time.monotonic()
+            write_result("mean", files, [1.0 + number for number in range(sites)], Path(name) / "out")
+            seconds.append(time.monotonic() - start)
+    return {"transport": "reduction alone", "sites": sites, "wire_dtype": wire_dtype, "seconds": seconds[1:]}
+
+
+# ------------------------------------------------------------------------------------------------------------- printing
+
+
+def show(results: Sequence[dict[str, Any]], console: Console) -> None:
+    """One line a measurement."""
+    table = Table(title="Seconds a round (median; least and most), and what it moves and takes")
+    for column in ("sites", "transport", "on the wire", "seconds", "least", "most", "GB", "RssAnon MB", "RSS MB"):
+        table.add_column(column, justify="left" if column in ("transport", "on the wire") else "right")
+    for result in results:
+        seconds = result["seconds"]
+        table.add_row(
+            str(result["sites"]), result["transport"], result.get("wire_dtype", ""),
+            *(f"{value:.3f}" for value in (statistics.median(seconds), min(seconds), max(seconds))),
+            f"{result['bytes'] / 1e9:.3f}" if "bytes" in result else "",
+            *(f"{result[key]:.0f}" if key in result else "" for key in ("rss_anon_mb", "rss_mb")),
+        )  # fmt: skip
+    console.print(table)
+
+
+def main() -> None:
+    """Read the arguments, measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sites", type=int, nargs="+", default=[2, 4, 8])
+    parser.add_argument("--wire-dtypes", nargs="+", default=["float32", "bfloat16", "float16"])
+    parser.add_argument("--rounds", type=int, default=5, help="rounds that count")
+    parser.add_argument("--json", type=Path, help="write all that was measured to this file")
+    arguments = parser.parse_args()
+    shapes = network_shapes()
+    size = 4 * sum(int(np.prod(shape)) for shape in shapes.values())
+    results: list[dict[str, Any]] = []
+
+    def measured(function: Callable[..., Any], *arguments: Any) -> Any:
+        results.append(function(*arguments))
+        show(results[-1:], Console(stderr=True))
+
+    for sites in arguments.sites:
+        measured(tcp_copy, sites, size, arguments.rounds)
+        for wire_dtype in arguments.wire_dtypes:
+            measured(exchange, sites, wire_dtype, shapes, arguments.rounds)
+            measured(reduction, sites, wire_dtype, shapes, arguments.rounds)
+    show(results, Console())
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"tensors": len(shapes), "bytes": size, "results": results}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
