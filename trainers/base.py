@@ -125,6 +125,7 @@ class FederatedTrainer(StudyTrainer):
         """Let nnU-Net start, join, then agree on initial weights or go on where the federation is."""
         if self.current_epoch >= self.study.epochs:  # --c after the rounds: nothing left for which to need the others
             super().on_train_start()
+            self._restore_random_states()
             return
         super().on_train_start()  # joins in get_dataloaders
         study = self._study_now
@@ -137,7 +138,8 @@ class FederatedTrainer(StudyTrainer):
             self._start_together()
         else:
             self._happened(f"continued with --c in epoch {self.current_epoch}")
-            self._continue(self._resumed)
+            self._continue()
+            self._restore_random_states()
 
     def on_epoch_start(self) -> None:
         """Skip the epochs of rounds that went on without this site."""
@@ -249,15 +251,17 @@ class FederatedTrainer(StudyTrainer):
             self._take_newest()
         self.prepare()
 
-    def _continue(self, state: dict[str, Any]) -> None:
+    def _continue(self) -> None:
         """Go on from a checkpoint, or from the newest model when the federation has moved on meanwhile."""
         key = self.communicator.newest(self.MODEL)
         own = self.current_epoch // self.study.local_epochs
         if key is not None and round_of(key) >= own + (self._pending is not None):
             self._pending = None
             self._take_newest()
-        if self.local_rank == 0:  # whose states they are; the other ranks draw their own patches
-            checkpoint.restore_random_states(state["random"])
+
+    def _restore_random_states(self) -> None:
+        if self._resumed is not None and self.local_rank == 0:  # the other ranks draw their own patches
+            checkpoint.restore_random_states(self._resumed["random"])
 
     def _exchange_round(self, number: int) -> None:
         scope = scope_of_round(number)
