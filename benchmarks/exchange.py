@@ -24,7 +24,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -62,19 +63,50 @@ def random_tensors(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, A
     return {name: rng.standard_normal(shape, np.float32) * np.float32(0.02) for name, shape in shapes.items()}
 
 
-def connection() -> tuple[list[str], dict[str, Any]]:
-    """How coordinator and sites meet: options of the coordinator's command, and settings of every site."""
-    return ["--insecure"], {"insecure": True}
+@dataclass(frozen=True)
+class Connection:
+    """How coordinator and sites meet: options of the coordinator's command, and settings of each site."""
+
+    options: list[str]
+    settings: dict[str, dict[str, Any]]
+
+    @classmethod
+    def insecure(cls, names: Sequence[str]) -> Connection:
+        """Plain text."""
+        return cls(["--insecure"], {name: {"insecure": True} for name in names})
+
+    @classmethod
+    def mutual_tls(cls, names: Sequence[str], folder: Path) -> Connection:
+        """Certificates of an authority that is made in ``folder``."""
+        from nnunet_fed.authority import Authority
+
+        authority = Authority.create(folder / "authority", "exchange", 10)
+        files = {
+            name: authority.site(name, ["127.0.0.1"] if name == "coordinator" else [], 5, False)
+            for name in ("coordinator", *names)
+        }
+        own = files["coordinator"]
+        options = ["--cert", own / "certificate.pem", "--key", own / "key.pem", "--ca", own / "ca.pem"]
+        return cls(
+            [str(option) for option in options],
+            {
+                name: {
+                    "certificate": files[name] / "certificate.pem", "key": files[name] / "key.pem",
+                    "ca": files[name] / "ca.pem",
+                }
+                for name in names
+            },
+        )  # fmt: skip
 
 
 def site_process(
-    name: str, address: str, study: dict[str, Any], shapes: dict[str, tuple[int, ...]], rounds: int, results: Any
+    settings: dict[str, Any], study: dict[str, Any], shapes: dict[str, tuple[int, ...]], rounds: int, results: Any
 ) -> None:
     """Take part in all rounds; puts the name, a list of (start, end) and the bytes of a round into the queue."""
     from nnunet_fed.federation import Federation, Site
     from nnunet_fed.transport.client import GrpcCommunicator
 
-    seat = GrpcCommunicator(Site(name=name, coordinator=address, connect_minutes=1, **connection()[1]))
+    seat, name = GrpcCommunicator(Site(connect_minutes=1, **settings)), settings["name"]
     seat.join("training", Federation.model_validate(study).digest, "3d_fullres", "benchmark")
     tensors = random_tensors(shapes, seed=len(name) + ord(name[-1]))
     spans = []
@@ -112,16 +144,16 @@ class Memory(threading.Thread):
 
 
 @contextmanager
-def coordinator(study: dict[str, Any], folder: Path) -> Iterator[tuple[str, int]]:
+def coordinator(study: dict[str, Any], folder: Path, options: Sequence[str]) -> Iterator[tuple[str, int]]:
     """The coordinator's command; gives its address and process id."""
-    from nnunet_fed.simulate import to_toml
+    from nnunet_fed.toml import to_toml
 
     file = folder / "federation.toml"
     file.write_text(to_toml(study))
     with (folder / "coordinator.log").open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "nnunet_fed", "coordinator", str(file), "--listen", "127.0.0.1:0",
-             "--state", str(folder / "state"), *connection()[0]],
+             "--state", str(folder / "state"), *options],
             stdout=subprocess.PIPE, stderr=log, text=True,
         )  # fmt: skip
     try:
@@ -132,7 +164,9 @@ def coordinator(study: dict[str, Any], folder: Path) -> Iterator[tuple[str, int]
         process.wait()
 
 
-def exchange(sites: int, wire_dtype: WireDtype, shapes: dict[str, tuple[int, ...]], rounds: int) -> dict[str, Any]:
+def exchange(
+    sites: int, wire_dtype: WireDtype, shapes: dict[str, tuple[int, ...]], rounds: int, tls: bool
+) -> dict[str, Any]:
     """Measure rounds of one federation; the first one is not counted."""
     from nnunet_fed.federation import Federation
 
@@ -144,15 +178,15 @@ def exchange(sites: int, wire_dtype: WireDtype, shapes: dict[str, tuple[int, ...
         }
     ).model_dump(mode="json")  # fmt: skip
     results = SPAWN.Queue()
-    with (
-        tempfile.TemporaryDirectory(prefix="nnunet_fed_exchange_") as folder,
-        coordinator(study, Path(folder)) as (address, pid),
-    ):
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nnunet_fed_exchange_")))
+        connection = Connection.mutual_tls(names, folder) if tls else Connection.insecure(names)
+        address, pid = stack.enter_context(coordinator(study, folder, connection.options))
+        settings = [{"name": name, "coordinator": address, **connection.settings[name]} for name in names]
         memory = Memory(pid)
         memory.start()
         processes = [
-            SPAWN.Process(target=site_process, args=(site, address, study, shapes, rounds + 1, results))
-            for site in names
+            SPAWN.Process(target=site_process, args=(site, study, shapes, rounds + 1, results)) for site in settings
         ]
         for process in processes:
             process.start()
@@ -163,7 +197,8 @@ def exchange(sites: int, wire_dtype: WireDtype, shapes: dict[str, tuple[int, ...
     spans = zip(*(spans for _, spans, _ in told), strict=True)
     seconds = [max(end for _, end in span) - min(start for start, _ in span) for span in spans][1:]
     return {
-        "transport": "nnunet_fed", "sites": sites, "wire_dtype": wire_dtype, "seconds": seconds,
+        "transport": "nnunet_fed, mutual TLS" if tls else "nnunet_fed", "sites": sites, "wire_dtype": wire_dtype,
+        "seconds": seconds,
         "bytes": sum(moved for _, _, moved in told), "rss_anon_mb": memory.anonymous, "rss_mb": memory.resident,
     }  # fmt: skip
 
@@ -255,6 +290,7 @@ def main() -> None:
     parser.add_argument("--sites", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--wire-dtypes", nargs="+", default=["float32", "bfloat16", "float16"])
     parser.add_argument("--rounds", type=int, default=5, help="rounds that count")
+    parser.add_argument("--tls", nargs="+", choices=["no", "yes"], default=["no", "yes"])
     parser.add_argument("--json", type=Path, help="write all that was measured to this file")
     arguments = parser.parse_args()
     shapes = network_shapes()
@@ -268,7 +304,8 @@ def main() -> None:
     for sites in arguments.sites:
         measured(tcp_copy, sites, size, arguments.rounds)
         for wire_dtype in arguments.wire_dtypes:
-            measured(exchange, sites, wire_dtype, shapes, arguments.rounds)
+            for tls in arguments.tls:
+                measured(exchange, sites, wire_dtype, shapes, arguments.rounds, tls == "yes")
             measured(reduction, sites, wire_dtype, shapes, arguments.rounds)
     show(results, Console())
     if arguments.json:
