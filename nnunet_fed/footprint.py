@@ -95,9 +95,11 @@ def check_memory(known: Footprint | None, device: str) -> Finding:
             text = "torch finds no GPU here."
             remedy = "Install a torch for it (nvidia-smi shows whether there is one), or train with -device cpu."
             return Finding("memory", State.failed, text, remedy)
-        (free, total), place = torch.cuda.mem_get_info(), torch.cuda.get_device_name()
+        free, total = map(float, torch.cuda.mem_get_info())
+        place = torch.cuda.get_device_name()
     else:
-        (free, total), place = host_memory(), "this machine"
+        free, total = host_memory()
+        place = "this machine"
     has = f"{place} has {free / GB:.1f} GB free of {total / GB:.1f} GB"
     if known is None:
         return Finding("memory", State.ok, f"{has}; with plans (-d) it would be compared with what a training needs")

@@ -65,7 +65,7 @@ class StatusServer:
 
     def start(self) -> None:
         """Start to answer, in a thread."""
-        threading.Thread(target=self._server.serve_forever, name="http", daemon=True).start()
+        threading.Thread(target=self._server.serve_forever, args=(0.1,), name="http", daemon=True).start()
         logger.info("status and metrics at http://%s", self.address)
 
     def stop(self) -> None:
