@@ -40,9 +40,10 @@ def check(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """At a site: is everything ready for the study? A line each; exit status 0 fine, 1 something failed, 3 warnings."""
-    logging.getLogger("nnunet_fed").setLevel(logging.ERROR)  # what it would tell, the findings tell
-    findings = []
+    findings, package = [], logging.getLogger("nnunet_fed")
     with ExitStack() as stack:
+        stack.callback(package.setLevel, package.level)
+        package.setLevel(logging.ERROR)  # what the log would tell, the findings tell
         size = int(megabytes * 1e6)
         for finding in _Check(stack, dataset, plans_name, configuration, trainer, device.value, size).findings():
             findings.append(finding)

@@ -211,6 +211,28 @@ def test_a_site_that_is_not_in_the_study(serve: Serve, at: AtASite, authority: A
     assert "'outsider' is not a site of the study" in found["coordinator"].text
 
 
+def test_who_is_not_a_site_may_not_check(serve: Serve, authority: Authority) -> None:
+    served = with_tls(serve, authority)
+    for name, claimed in (("watcher", "watcher"), ("outsider", "a"), ("a", "b")):
+        folder = authority.site(name)
+        ca, key, own = ((folder / file).read_bytes() for file in ("ca.pem", "key.pem", "certificate.pem"))
+        credentials = grpc.ssl_channel_credentials(ca, key, own)
+        with grpc.secure_channel(served.server.address, credentials) as channel:
+            stub = CheckStub(channel)
+            calls = [
+                lambda stub=stub, claimed=claimed: stub.Introduce(pb.IntroduceRequest(site=claimed), timeout=10),
+                lambda stub=stub, claimed=claimed: list(
+                    stub.Receive(pb.NoiseRequest(site=claimed, size=9), timeout=10)
+                ),
+            ]
+            if name != "a":  # noise says no name
+                calls.append(lambda stub=stub: stub.Send(check_service.noise(9), timeout=10))
+            for call in calls:
+                with pytest.raises(grpc.RpcError, match="PERMISSION_DENIED"):
+                    call()
+    assert served.coordinator.introduce("b", {}) == {"b": {}}, "nobody has told anything"
+
+
 def test_another_protocol(serve: Serve, at: AtASite, monkeypatch: pytest.MonkeyPatch) -> None:
     at.set_up(serve(make_study("ab")).server.address)
     monkeypatch.setattr(check_service, "PROTOCOL", 99)

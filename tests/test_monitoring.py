@@ -5,7 +5,11 @@ from __future__ import annotations
 import http.client
 import json
 import logging
+import signal
 import socket
+import subprocess
+import sys
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -205,6 +209,31 @@ def test_log_lines_that_a_machine_reads(watched: Watched) -> None:
     assert (note["site"], note["level"], "round" in note) == ("a", "INFO", False)
     for seat in (a, b):
         seat.close()
+
+
+def test_a_coordinator_process_that_is_watched(tmp_path: Path) -> None:
+    (tmp_path / "federation.toml").write_text('name = "s"\nsites = ["a"]\nrounds = 2\n[method]\nname = "fedavg"\n')
+    command = ["coordinator", "federation.toml", "--state", "state", "--listen", "127.0.0.1:0", "--insecure"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "nnunet_fed", *command, "--http", "127.0.0.1:0", "--log-json"], cwd=tmp_path,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert process.stderr is not None
+        lines = []
+        for line in process.stderr:
+            lines.append(json.loads(line))
+            if "status and metrics at" in lines[-1]["message"]:
+                break
+        with urllib.request.urlopen(lines[-1]["message"].rpartition(" ")[2] + "/metrics", timeout=10) as answer:
+            assert b"nnunet_fed_sites 1.0" in answer.read()
+        process.send_signal(signal.SIGTERM)
+        _, rest = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 0, rest
+    assert all(json.loads(line)["level"] == "INFO" for line in rest.splitlines())
 
 
 def test_an_error_is_one_line_too() -> None:

@@ -41,9 +41,10 @@ class StatusServer:
     """
 
     def __init__(self, coordinator: Coordinator, address: str, anywhere: bool = False):
-        registry = CollectorRegistry()
-        registry.register(CoordinatorCollector(coordinator))
-        self.meter = Meter(registry)
+        self.registry = CollectorRegistry()
+        """What ``/metrics`` shows."""
+        self.registry.register(CoordinatorCollector(coordinator))
+        self.meter = Meter(self.registry)
         """For the server whose calls ``/metrics`` shall count."""
         host, _, port = address.rpartition(":")
         host = host.strip("[]")
@@ -60,7 +61,7 @@ class StatusServer:
             self._server: WSGIServer = type("_Server", (_Server,), {"address_family": family})(place[:2], _Handler)
         except OSError as error:
             raise ConfigurationError(f"--http {address}: cannot listen there: {error}. Choose another one.") from None
-        self._server.set_app(_application(coordinator, registry))
+        self._server.set_app(_application(coordinator, self.registry))
         self.address = f"{address.rpartition(':')[0]}:{self._server.server_port}"
 
     def start(self) -> None:
