@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from nnunet_fed import __version__, cli_certs
+from nnunet_fed.cli_check import check
 from nnunet_fed.cli_predict import predict
 from nnunet_fed.errors import ConfigurationError, DisagreementError, FederationError
 from nnunet_fed.federation import WATCHER, Federation, Site, explain
@@ -109,23 +110,41 @@ def coordinator(
     spool_quota: Annotated[
         float, typer.Option("--spool-quota-gb", min=0.001, help="Disk for uploads until they are reduced.")
     ] = 100.0,
+    http: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Show /status and /metrics (Prometheus) here; default: no.")
+    ] = None,
+    http_insecure: Annotated[
+        bool, typer.Option("--http-insecure", help="Let --http be an address that other machines reach.")
+    ] = False,
+    log_json: Annotated[bool, typer.Option("--log-json", help="Log a JSON object a line.")] = False,
 ) -> None:
     """Serve a study: all sites reach this one process, which sees weights and numbers but no image."""
     from nnunet_fed.coordinator import Coordinator
+    from nnunet_fed.logs import log_as_json
     from nnunet_fed.store import Store
+    from nnunet_fed.transport.http import StatusServer
     from nnunet_fed.transport.server import CoordinatorServer
     from nnunet_fed.transport.tls import KeyFiles
 
+    if http_insecure and http is None:
+        raise ConfigurationError("--http-insecure goes with --http.")
+    if log_json:
+        log_as_json()
     keys = KeyFiles.given(cert, key, ca)
     federation = Federation.read(study)
     coordinator = Coordinator(federation, Store(state), new_attempt, int(spool_quota * 1e9))
-    server = CoordinatorServer(coordinator, listen, insecure, keys, revoked)
+    pages = StatusServer(coordinator, http, http_insecure) if http is not None else None
+    server = CoordinatorServer(coordinator, listen, insecure, keys, revoked, pages.meter if pages else None)
     stopped = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopped.set())
     server.start()
+    if pages is not None:
+        pages.start()
     print(f"'{federation.name}' for {', '.join(federation.sites)} on {server.address}", flush=True)
     stopped.wait()
+    if pages is not None:
+        pages.stop()
     server.stop()
     coordinator.close()
 
@@ -282,6 +301,7 @@ def phantom(
     print(out / "test")
 
 
+app.command()(check)
 app.command()(predict)
 app.add_typer(cli_certs.app)
 

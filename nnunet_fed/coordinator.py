@@ -12,12 +12,13 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from nnunet_fed.admission import Admission, QuarantinedError, Verb, check_content, distance
 from nnunet_fed.communicator import check_weight
 from nnunet_fed.errors import ConfigurationError, RefusedError
 from nnunet_fed.federation import Federation
+from nnunet_fed.logs import about
 from nnunet_fed.payload import digest_of_file, open_payload
 from nnunet_fed.reduction import write_result
 from nnunet_fed.spool import Spool
@@ -31,6 +32,7 @@ KEY_PART = re.compile(r"[A-Za-z0-9_.-]{1,100}")
 DIGEST = re.compile(r"[0-9a-f]{32}")
 LONGEST_TEXT = 10_000
 """Characters of a note or a reason that are journalled."""
+MOST_PACKAGES, LONGEST_VERSION = 20, 100
 
 Purpose = Literal["planning", "training"]
 SPOOL_QUOTA = 100 * 10**9
@@ -38,6 +40,15 @@ SPOOL_QUOTA = 100 * 10**9
 
 Verdict = Literal["send", "stands", "differs", "closed"]
 """Answer to an offer: send the payload; these bytes stand; other bytes stand; the round closed without this site."""
+
+
+class Tally(NamedTuple):
+    """Totals of a coordinator."""
+
+    rounds: dict[str, int]
+    """Closed rounds by run."""
+    reductions: int
+    reduction_seconds: float
 
 
 class Coordinator:
@@ -66,6 +77,7 @@ class Coordinator:
         self._started = time.time()
         self._seen: dict[str, float] = {}
         self._progress: dict[str, dict[str, Any]] = {}
+        self._reductions = (0, 0.0)
         known = store.latest_study()
         if known is not None and Federation.model_validate(known).digest != study.digest:
             raise ConfigurationError(
@@ -121,11 +133,7 @@ class Coordinator:
             RefusedError: the site is not in the study, has plans of another study, or starts afresh a run that it has
                 contributed to.
         """
-        if site not in self.study.sites:
-            raise RefusedError(
-                f"Site '{site}' is not in the study '{self.study.name}' (sites: {', '.join(self.study.sites)}). "
-                "Correct 'name' in site.toml, or add the site to federation.toml at the coordinator and restart it."
-            )
+        self._require_member(site)
         if purpose == "training" and digest != self.study.digest:
             raise RefusedError(
                 f"The plans at site '{site}' belong to another study than '{self.study.name}', which this coordinator "
@@ -147,6 +155,40 @@ class Coordinator:
             self._store.add_event(run, site, "joined" if fresh or purpose == "planning" else "joined with --c")
             self._seen[site] = time.time()
         return {"run": run, "attempt": self.attempt, "study": self.study.model_dump(mode="json")}
+
+    def _require_member(self, site: str) -> None:
+        if site not in self.study.sites:
+            raise RefusedError(
+                f"Site '{site}' is not in the study '{self.study.name}' (sites: {', '.join(self.study.sites)}). "
+                "Correct 'name' in site.toml, or add the site to federation.toml at the coordinator and restart it."
+            )
+
+    def introduce(self, site: str, versions: dict[str, str]) -> dict[str, dict[str, str]]:
+        """Note the versions with which a site works; returns those of all sites that have told theirs.
+
+        Args:
+            site: name of the site, which need not have joined.
+            versions: by package.
+
+        Raises:
+            RefusedError: the site is not in the study, or these are no versions.
+        """
+        self._require_member(site)
+        texts = [*versions, *versions.values()]
+        if len(texts) > 2 * MOST_PACKAGES or any(len(text) > LONGEST_VERSION for text in texts):
+            raise RefusedError(f"What site '{site}' tells of its versions is too long.")
+        with self._changed, self._store.transaction():
+            known: dict[str, dict[str, str]] = {**(self._store.fact("versions") or {}), site: versions}
+            self._store.set_fact("versions", known)
+            self._seen[site] = time.time()
+        return {name: told for name, told in known.items() if name in self.study.sites}
+
+    def planning_run(self) -> str | None:
+        """Id of the run in which the sites have planned, or are planning; ``None``: nobody has begun."""
+        with self._changed:
+            runs = self._store.runs().items()
+            described = {"purpose": "planning", "attempt": self.attempt}
+            return next((run for run, about_it in runs if described.items() <= about_it.items()), None)
 
     def offer(self, run: str, key: str, site: str, verb: Verb, weight: float, digest: str, size: int) -> Verdict:
         """Hear what a site is about to contribute. A site of weight 0 has contributed with that.
@@ -290,7 +332,7 @@ class Coordinator:
         with self._changed, self._store.transaction():
             self._require_joined(run, site)
             self._store.add_event(run, site, text[:LONGEST_TEXT])
-        logger.info("site %s: %s", site, text[:LONGEST_TEXT])
+        logger.info("site %s: %s", site, text[:LONGEST_TEXT], extra=about(run, site=site))
 
     def leave(self, run: str, site: str, reason: str) -> None:
         """A site takes its leave in order; no later round waits for it."""
@@ -332,6 +374,12 @@ class Coordinator:
                 status["runs"] = {run: {**described, **self._record(run)} for run, described in runs.items()}
                 status["events"] = self._store.events()
             return status
+
+    def tally(self) -> Tally:
+        """Totals for those who measure; the rounds are the journal's, the reductions those since the start."""
+        with self._changed:
+            count, seconds = self._reductions
+            return Tally(self._store.count_rounds(), count, seconds)
 
     def _record(self, run: str) -> dict[str, Any]:
         return {
@@ -380,7 +428,9 @@ class Coordinator:
             if schema is not None and verb == "mean" and self._store.agreed(collective.run, collective.name) is None:
                 self._store.agree(collective.run, collective.name, Agreed(schema, contribution.size))
             self._store.add_contribution(contribution)
-        logger.info("%s: %s from %s (%d bytes)", contribution.key, verb, contribution.site, contribution.size)
+        extra = about(contribution.run, contribution.key, contribution.site)
+        given = contribution.key, verb, contribution.site, contribution.size
+        logger.info("%s: %s from %s (%d bytes)", *given, extra=extra)
 
     def _close_if_due(self, run: str, key: str) -> None:
         """Close a collective when all have contributed or its deadline has passed, and reduce it outside the lock."""
@@ -401,10 +451,13 @@ class Coordinator:
                 self._fail(collective, missing or [site for site in self.study.sites if site not in given], quorum)
                 return
             self._reducing.add((run, key))
+        started = time.monotonic()
         try:
             self._reduce(collective, given)
             with self._changed, self._store.transaction():
                 collective.closed = time.time()
+                count, seconds = self._reductions
+                self._reductions = count + 1, seconds + time.monotonic() - started
                 self._store.put_collective(collective)
                 if self._store.participants(run, collective.scope) is None:
                     self._store.freeze(run, collective.scope, list(given))
@@ -415,7 +468,7 @@ class Coordinator:
             with self._changed:
                 self._reducing.discard((run, key))
                 self._changed.notify_all()
-        logger.info("%s closed over %s", key, ", ".join(given))
+        logger.info("%s closed over %s", key, ", ".join(given), extra=about(run, key))
         self._keeper.submit(self._settle, collective)
 
     def _settle(self, collective: Collective) -> None:
@@ -453,7 +506,7 @@ class Coordinator:
         with self._store.transaction():
             self._store.put_collective(collective)
             self._store.add_event(collective.run, None, collective.error)
-        logger.error(collective.error)
+        logger.error(collective.error, extra=about(collective.run, collective.key))
         self._changed.notify_all()
 
     def _reduce(self, collective: Collective, given: dict[str, Contribution]) -> None:

@@ -5,7 +5,8 @@ Every line says when (``at``), to whom (``to``) and what (``what``):
 * ``offer``: the digest and size of a contribution to the collective ``key`` of the run ``run``, before it is asked for;
 * ``upload``: the contribution itself. Of tensors: names, dtypes and shapes; of arrays: dtype, shape and ``value``, or
   ``nonzero`` (pairs of flattened index and value), unless it is too long; other values in full;
-* ``join``, ``report``, ``note``, ``leave``: the whole message.
+* ``join``, ``report``, ``note``, ``leave``, ``introduce`` (the versions, by ``nnunet_fed check``): the whole message;
+* ``noise``: so many random bytes, to see how fast they pass (``check``).
 
 A site's questions (for a result, for the newest round, for the status) hold nothing but the site's name and that for
 which they ask; they have no line. What the network loses and a site sends again has a line again if it is an upload.

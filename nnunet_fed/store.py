@@ -196,6 +196,14 @@ class Store:
         )
         return [Collective(*row) for row in rows]
 
+    def count_rounds(self) -> dict[str, int]:
+        """How many rounds have closed, by run: each ends with the mean ``round-N/model``."""
+        rows = self._journal.execute(
+            "SELECT run, COUNT(*) FROM collective WHERE verb = 'mean' AND key GLOB 'round-*/model' "
+            "AND status IN ('closed', 'pruned') GROUP BY run"
+        )
+        return dict(rows.fetchall())
+
     def put_collective(self, collective: Collective) -> None:
         """Write a collective's present state."""
         values = tuple(vars(collective).values())

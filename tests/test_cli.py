@@ -134,6 +134,12 @@ def test_an_address_with_an_impossible_port(command: Command, study_file: Path, 
     assert f"'{address}' is no HOST:PORT" in command.fails(*listen(study_file, address))
 
 
+def test_who_may_read_the_status_over_http(command: Command, study_file: Path) -> None:
+    told = command.fails(*listen(study_file), "--http", "0.0.0.0:0")
+    assert "add --http-insecure" in told
+    assert "--http-insecure goes with --http" in command.fails(*listen(study_file), "--http-insecure")
+
+
 def test_without_tls_only_when_told(command: Command, study_file: Path) -> None:
     assert "--insecure" in command.fails(*listen(study_file)[:-1])
 

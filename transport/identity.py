@@ -16,14 +16,15 @@ from google.protobuf.message import Message
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.federation import COORDINATOR, WATCHER, Federation
 from nnunet_fed.revocation import DenyList
+from nnunet_fed.transport.health import CHECK as HEALTH_CHECK
 
 if TYPE_CHECKING:
     from nnunet_fed.certificates import Certificate  # it imports a library that plain text does not need
 
 logger = logging.getLogger(__name__)
 
-READING = "/nnunet_fed.v1.Coordinator/Status"
-"""The method that :data:`COORDINATOR` and :data:`WATCHER` may call too."""
+READING = {"/nnunet_fed.v1.Coordinator/Status", HEALTH_CHECK}
+"""The methods that :data:`COORDINATOR` and :data:`WATCHER` may call too."""
 
 
 class IdentityInterceptor(grpc.ServerInterceptor):  # type: ignore[misc]
@@ -84,7 +85,7 @@ class IdentityInterceptor(grpc.ServerInterceptor):  # type: ignore[misc]
             _refuse(context, text, grpc.StatusCode.UNAVAILABLE)
         if revoked:
             _refuse(context, f"{whose} has been revoked. Ask the study's operator for a new one.")
-        if caller.name not in self._study.sites and not (method == READING and caller.name in (COORDINATOR, WATCHER)):
+        if caller.name not in self._study.sites and not (method in READING and caller.name in (COORDINATOR, WATCHER)):
             _refuse(
                 context,
                 f"{whose} is valid, but '{caller.name}' is not a site of the study '{self._study.name}'. Use the "

@@ -42,18 +42,22 @@ SERVER_OPTIONS = _options(
 )
 
 
+def is_loopback(address: str) -> bool:
+    """Whether ``host:port`` can be reached from this machine only."""
+    host = address.rpartition(":")[0].strip("[]")
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 def require_loopback(address: str) -> None:
     """Plain text stays on this machine.
 
     Raises:
         ConfigurationError: ``address`` (``host:port``) is not a loopback address.
     """
-    host = address.rpartition(":")[0].strip("[]")
-    try:
-        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        loopback = False
-    if not loopback:
+    if not is_loopback(address):
         raise ConfigurationError(
             f"'{address}' is not on this machine, and weights do not travel unencrypted. Use 127.0.0.1, or TLS between "
             "machines ('nnunet_fed certs' makes the files for it)."

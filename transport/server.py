@@ -24,9 +24,12 @@ from nnunet_fed.revocation import DenyList
 from nnunet_fed.spool import InterruptedUploadError, Upload
 from nnunet_fed.store import Collective
 from nnunet_fed.transport import federation_pb2 as pb
+from nnunet_fed.transport.check_service import serve_checks
 from nnunet_fed.transport.federation_pb2_grpc import CoordinatorServicer
 from nnunet_fed.transport.frames import serve
+from nnunet_fed.transport.health import serve_health
 from nnunet_fed.transport.identity import IdentityInterceptor
+from nnunet_fed.transport.metrics import Meter
 from nnunet_fed.transport.options import PROTOCOL, SERVER_OPTIONS, require_loopback
 from nnunet_fed.transport.tls import KeyFiles, server_credentials
 
@@ -45,6 +48,7 @@ class CoordinatorServer:
         insecure: plain text, on a loopback address only; names are then believed.
         keys: with which the coordinator shows who it is; whoever calls must show a certificate too.
         revoked: file of the certificates that are no longer accepted (:mod:`nnunet_fed.revocation`).
+        meter: counts calls and bytes.
 
     Raises:
         ConfigurationError: the address is in use, or not allowed without TLS; a file for it is missing or wrong.
@@ -57,6 +61,7 @@ class CoordinatorServer:
         insecure: bool = False,
         keys: KeyFiles | None = None,
         revoked: Path | None = None,
+        meter: Meter | None = None,
     ):
         if insecure == (keys is not None) or (insecure and revoked is not None):
             raise ConfigurationError(
@@ -73,11 +78,15 @@ class CoordinatorServer:
         calls = 4 * len(coordinator.study.sites) + 8
         workers = ThreadPoolExecutor(calls, thread_name_prefix="rpc")
         denied = DenyList(revoked) if revoked is not None else None
-        guards = [] if keys is None else [IdentityInterceptor(coordinator.study, denied)]
+        guards: list[grpc.ServerInterceptor] = [] if meter is None else [meter]  # the outermost, which sees refusals
+        if keys is not None:
+            guards.append(IdentityInterceptor(coordinator.study, denied))
         credentials = None if keys is None else server_credentials(keys, coordinator.study.sites)
         self._coordinator = coordinator
         self._server = grpc.server(workers, options=SERVER_OPTIONS, interceptors=guards, maximum_concurrent_rpcs=calls)
         serve(_Service(coordinator), self._server)
+        serve_checks(coordinator, self._server)
+        serve_health(self._server)
         try:
             port = (
                 self._server.add_insecure_port(address)

@@ -17,6 +17,7 @@ import grpc
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.federation import Site
 from nnunet_fed.transport.options import CHANNEL_OPTIONS, require_loopback
+from nnunet_fed.transport.proxy import VARIABLES, ProxyRefusalError, proxy_for, proxy_options
 
 if TYPE_CHECKING:
     from nnunet_fed.certificates import Certificate  # it imports a library that plain text does not need
@@ -123,13 +124,14 @@ def check_name(site: Site) -> None:
 
 
 def open_channel(site: Site) -> grpc.Channel:
-    """A channel to the coordinator; raises :class:`ConfigurationError`."""
+    """A channel to the coordinator, through a proxy if there is one; raises :class:`ConfigurationError`."""
+    options = [*CHANNEL_OPTIONS, *proxy_options(proxy_for(site.coordinator))]
     if site.insecure:
-        return grpc.insecure_channel(site.coordinator, options=CHANNEL_OPTIONS)
+        return grpc.insecure_channel(site.coordinator, options=options)
     keys = KeyFiles.of(site).read()
     credentials = grpc.ssl_channel_credentials(keys.ca, keys.key, keys.certificate)
     name = [("grpc.ssl_target_name_override", site.server_name)] if site.server_name else []
-    return grpc.secure_channel(site.coordinator, credentials, options=[*CHANNEL_OPTIONS, *name])
+    return grpc.secure_channel(site.coordinator, credentials, options=[*options, *name])
 
 
 def server_credentials(files: KeyFiles, sites: Sequence[str]) -> grpc.ServerCredentials:
@@ -214,16 +216,30 @@ def diagnose(site: Site) -> str | None:
 
     gRPC tells a failed handshake and a dead coordinator apart in its log only. So this makes a connection of its own.
     """
-    host, _, port = site.coordinator.rpartition(":")
-    address = host.strip("[]"), int(port)
-    name = site.server_name or address[0]
+    name = site.server_name or host_and_port(site.coordinator)[0]
     try:
-        return _plain_text(site, address) if site.insecure else _handshake(site, address, name)
+        return _plain_text(site) if site.insecure else _handshake(site, name)
+    except ProxyRefusalError as error:
+        return _not_let_through(site, error) if error.lasts else None
     except (OSError, ssl.SSLError):  # it does not listen, or the connection broke: another try may help
         return None
 
 
-def _handshake(site: Site, address: tuple[str, int], name: str) -> str | None:
+def host_and_port(address: str) -> tuple[str, int]:
+    """Of ``host:port``, as sockets take them."""
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def _not_let_through(site: Site, error: ProxyRefusalError) -> str:
+    return (
+        f"The proxy {error.address} ({VARIABLES}) does not let this site through to {site.coordinator}: it says "
+        f"'{error.answer}'. Let its operator allow CONNECT to this host and port, or put the host into "
+        "no_proxy if the site reaches it directly."
+    )
+
+
+def _handshake(site: Site, name: str) -> str | None:
     files = KeyFiles.of(site)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # as gRPC does
@@ -231,11 +247,11 @@ def _handshake(site: Site, address: tuple[str, int], name: str) -> str | None:
     context.load_verify_locations(files.ca)
     context.load_cert_chain(files.certificate, files.key)
     try:
-        with _connect(address) as plain, context.wrap_socket(plain, server_hostname=name) as secured:
+        with connect(site.coordinator) as plain, context.wrap_socket(plain, server_hostname=name) as secured:
             if secured.recv(1):  # HTTP/2 servers speak first
                 return None
     except ssl.SSLCertVerificationError as error:
-        return _unacceptable(site, address, name, error)
+        return _unacceptable(site, name, error)
     except ssl.SSLError as error:
         if error.reason == "WRONG_VERSION_NUMBER":
             return f"What listens at {site.coordinator} speaks no TLS. Is it the coordinator, with --cert and --key?"
@@ -247,8 +263,8 @@ def _handshake(site: Site, address: tuple[str, int], name: str) -> str | None:
     )
 
 
-def _unacceptable(site: Site, address: tuple[str, int], name: str, error: ssl.SSLCertVerificationError) -> str:
-    shown = _shown(address)
+def _unacceptable(site: Site, name: str, error: ssl.SSLCertVerificationError) -> str:
+    shown = _shown(site.coordinator)
     whose = f"The certificate of the coordinator at {site.coordinator}"
     if error.verify_code in UNKNOWN_AUTHORITY:
         return (
@@ -267,18 +283,18 @@ def _unacceptable(site: Site, address: tuple[str, int], name: str, error: ssl.SS
     return f"{whose} is not acceptable: {error.verify_message}."
 
 
-def _shown(address: tuple[str, int]) -> Certificate:
+def _shown(address: str) -> Certificate:
     """The certificate that is shown at an address, whoever has signed it."""
     from nnunet_fed.certificates import read_certificates
 
-    with _connect(address) as plain, _unverified().wrap_socket(plain) as secured:
+    with connect(address) as plain, _unverified().wrap_socket(plain) as secured:
         der = secured.getpeercert(binary_form=True)
-    return read_certificates(ssl.DER_cert_to_PEM_cert(der or b"").encode(), f"What is shown at {address[0]}")[0]
+    return read_certificates(ssl.DER_cert_to_PEM_cert(der or b"").encode(), f"What is shown at {address}")[0]
 
 
-def _plain_text(site: Site, address: tuple[str, int]) -> str | None:
+def _plain_text(site: Site) -> str | None:
     try:
-        with _connect(address) as plain, _unverified().wrap_socket(plain):
+        with connect(site.coordinator) as plain, _unverified().wrap_socket(plain):
             pass
     except ssl.SSLError:
         return None
@@ -288,8 +304,12 @@ def _plain_text(site: Site, address: tuple[str, int]) -> str | None:
     )
 
 
-def _connect(address: tuple[str, int]) -> socket.socket:
-    return socket.create_connection(address, timeout=PROBE_SECONDS)
+def connect(address: str) -> socket.socket:
+    """A connection to ``host:port``, through the proxy if there is one; raises :class:`OSError`."""
+    proxy = proxy_for(address)
+    if proxy is not None:
+        return proxy.connect(*host_and_port(address), PROBE_SECONDS)
+    return socket.create_connection(host_and_port(address), timeout=PROBE_SECONDS)
 
 
 def _unverified() -> ssl.SSLContext:

@@ -19,9 +19,16 @@ class RecordingProxy:
         self._target = (host, int(port))
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
-        self.sent = bytearray()
-        """What the clients have sent."""
+        self.connections: list[bytearray] = []
+        """What the clients have sent, by connection."""
+        self.received = bytearray()
+        """What they have received."""
         threading.Thread(target=self._accept, daemon=True).start()
+
+    @property
+    def sent(self) -> bytes:
+        """What the clients have sent."""
+        return b"".join(self.connections)
 
     def close(self) -> None:
         self._listener.close()
@@ -35,15 +42,18 @@ class RecordingProxy:
                 except OSError:  # the coordinator is away
                     client.close()
                     continue
-                for source, sink, kept in ((client, server, self.sent), (server, client, None)):
+                self.connections.append(bytearray())
+                for source, sink, kept in (
+                    (client, server, self.connections[-1]),
+                    (server, client, self.received),
+                ):
                     threading.Thread(target=self._pump, args=(source, sink, kept), daemon=True).start()
 
     @staticmethod
-    def _pump(source: socket.socket, sink: socket.socket, kept: bytearray | None) -> None:
+    def _pump(source: socket.socket, sink: socket.socket, kept: bytearray) -> None:
         with suppress(OSError):
             while data := source.recv(1 << 16):
-                if kept is not None:
-                    kept += data
+                kept += data
                 sink.sendall(data)
         for end in (source, sink):
             with suppress(OSError):
