@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import statistics
+import subprocess
+import sys
 from collections import Counter
 from typing import Any, get_args
 
@@ -47,6 +49,11 @@ def test_a_draw_is_the_same_for_ever() -> None:
         "NWU": "AHN",
         "NYU": "MCF",
     }
+
+
+def test_the_process_that_talks_to_peers_needs_no_torch() -> None:
+    code = "import sys, nnunet_fed.methods.gossip; assert not {'torch', 'nnunetv2'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @given(st.integers(0, 2**32), st.text())
