@@ -150,7 +150,7 @@ class Contrast:
         distance = divergence(teacher, student, softmax=self.softmax, temperature=self.temperature)
         with torch.no_grad():
             labels, valid = self._reference(target)
-            attracts, others = self._sets(self._decided(teacher), self._decided(student), labels, valid)
+            attracts, others = self._sets(teacher, student, labels, valid)
             near = self._shares(attracts, labels, student.shape[1])
         value = (distance * near).sum()
         weight = self.background_weight if self.contrast == "foreground_background" else -self.contrast_weight
@@ -179,7 +179,7 @@ class Contrast:
     def _sets(
         self, teacher: torch.Tensor, student: torch.Tensor, labels: torch.Tensor, valid: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Voxels of the first mean, and of the second if there is one."""
+        """Voxels of the first mean, and of the second if there is one, out of both models' logits."""
         foreground = labels != 0
         second: torch.Tensor | None = None
         if self.contrast == "full":
@@ -189,6 +189,7 @@ class Contrast:
         elif self.contrast == "foreground_background":
             first, second = foreground, ~foreground
         else:
+            teacher, student = self._decided(teacher), self._decided(student)
             roi = foreground | (teacher != 0) | (student != 0) if self.roi == "union" else foreground
             same = teacher == (labels if self.contrast == "correctness" else student)
             first, second = roi & same, roi & ~same
