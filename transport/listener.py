@@ -22,6 +22,10 @@ from nnunet_fed.transport.tls import KeyFiles, Keys, server_credentials
 logger = logging.getLogger(__name__)
 
 
+class AddressError(ConfigurationError):
+    """Another process listens at the address."""
+
+
 class Listener:
     """A gRPC server at an address.
 
@@ -71,7 +75,7 @@ class Listener:
         except RuntimeError:
             port = 0
         if port == 0:
-            raise ConfigurationError(
+            raise AddressError(
                 f"Cannot listen on {address}: the port is in use, or the address is not this machine's. Stop the other "
                 "process, or choose another address to listen on."
             )
@@ -94,12 +98,12 @@ class Refusals:
 
     Args:
         context: of the call.
-        owner: whose disk may be full, as a sentence begins.
+        disk: what may be full, as a sentence begins.
     """
 
-    def __init__(self, context: grpc.ServicerContext, owner: str):
+    def __init__(self, context: grpc.ServicerContext, disk: str):
         self._context = context
-        self._owner = owner
+        self._disk = disk
 
     def __enter__(self) -> None: ...
 
@@ -111,7 +115,7 @@ class Refusals:
         elif isinstance(error, InterruptedUploadError):
             refuse(self._context, "This upload goes on elsewhere.", grpc.StatusCode.ABORTED)
         elif _is_full(error):
-            text = f"{self._owner} disk is full ({error}). Free some of it there; the sites go on by themselves."
+            text = f"{self._disk} is full ({error}). Free some of it there; the sites go on by themselves."
             refuse(self._context, text, grpc.StatusCode.RESOURCE_EXHAUSTED)
 
 

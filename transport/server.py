@@ -101,7 +101,7 @@ class _Service(CoordinatorServicer):  # type: ignore[misc]
                 f"Site '{request.site}' speaks version {request.protocol} of the protocol, the coordinator version "
                 f"{PROTOCOL}. Install the same version of nnunet_fed everywhere.",
             )
-        with Refusals(context, "The coordinator's"):
+        with Refusals(context, "The coordinator's disk"):
             if request.purpose not in get_args(Purpose):
                 refuse(context, f"A run cannot be for {request.purpose!r}.")
             seat = self._coordinator.join(
@@ -115,7 +115,7 @@ class _Service(CoordinatorServicer):  # type: ignore[misc]
             return pb.JoinReply(run=seat["run"], attempt=seat["attempt"], study=json.dumps(seat["study"]))
 
     def Offer(self, request: pb.OfferRequest, context: grpc.ServicerContext) -> pb.OfferReply:  # noqa: N802
-        with Refusals(context, "The coordinator's"):
+        with Refusals(context, "The coordinator's disk"):
             verdict = self._offer(request, context)
             position = self._coordinator.spool.position(_upload(request)) if verdict == "send" else 0
             return pb.OfferReply(verdict=verdict, position=position)
@@ -130,7 +130,7 @@ class _Service(CoordinatorServicer):  # type: ignore[misc]
     def Upload(  # noqa: N802
         self, requests: Iterator[pb.UploadChunk | memoryview], context: grpc.ServicerContext
     ) -> pb.OfferReply:
-        with Refusals(context, "The coordinator's"):
+        with Refusals(context, "The coordinator's disk"):
             first = next(requests, None)
             if not isinstance(first, pb.UploadChunk):
                 refuse(context, "An upload begins with an offer.", grpc.StatusCode.INVALID_ARGUMENT)
@@ -157,7 +157,7 @@ class _Service(CoordinatorServicer):  # type: ignore[misc]
     def Result(  # noqa: N802
         self, request: pb.ResultRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.ResultChunk | memoryview]:
-        with Refusals(context, "The coordinator's"):
+        with Refusals(context, "The coordinator's disk"):
             seconds = min(max(request.wait_seconds, 0.0), LONGEST_WAIT) if math.isfinite(request.wait_seconds) else 0.0
             collective = self._coordinator.wait(request.run, request.key, seconds)
             if collective is None:
@@ -189,11 +189,11 @@ class _Service(CoordinatorServicer):  # type: ignore[misc]
         )
 
     def Newest(self, request: pb.NewestRequest, context: grpc.ServicerContext) -> pb.NewestReply:  # noqa: N802
-        with Refusals(context, "The coordinator's"):
+        with Refusals(context, "The coordinator's disk"):
             return pb.NewestReply(key=self._coordinator.newest(request.run, request.name) or "")
 
     def Report(self, request: pb.ReportRequest, context: grpc.ServicerContext) -> pb.Empty:  # noqa: N802
-        with Refusals(context, "The coordinator's"):
+        with Refusals(context, "The coordinator's disk"):
             if request.progress:
                 try:
                     self._coordinator.report(request.site, json.loads(request.progress))
@@ -204,12 +204,12 @@ class _Service(CoordinatorServicer):  # type: ignore[misc]
             return pb.Empty()
 
     def Leave(self, request: pb.LeaveRequest, context: grpc.ServicerContext) -> pb.Empty:  # noqa: N802
-        with Refusals(context, "The coordinator's"):
+        with Refusals(context, "The coordinator's disk"):
             self._coordinator.leave(request.run, request.site, request.reason)
             return pb.Empty()
 
     def Status(self, request: pb.StatusRequest, context: grpc.ServicerContext) -> pb.StatusReply:  # noqa: N802
-        with Refusals(context, "The coordinator's"):
+        with Refusals(context, "The coordinator's disk"):
             return pb.StatusReply(status=json.dumps(self._coordinator.status(request.record)))
 
 
