@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import logging
 import os
 import shutil
 import signal
@@ -22,6 +21,8 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from nnunet_fed import mailbox as mailbox_module
 from nnunet_fed.authority import Authority
@@ -356,6 +357,26 @@ def test_23_what_is_no_good_is_refused_and_the_inbox_is_as_before(
     assert pushed(stub, letter_to("a", counter=2), bytes_of(TENSORS)).verdict == "accept"
 
 
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(method=st.sampled_from(["Info", "Offer", "Push", "Pull"]), messages=st.lists(st.binary(max_size=80), max_size=3))
+def test_nonsense_changes_nothing(peers: Peers, method: str, messages: list[bytes]) -> None:
+    if not hasattr(peers, "nonsense"):
+        peers.start("b")
+        peers.nonsense = open_channel(peers.settings("a"), "b")  # type: ignore[attr-defined]
+        peers._stack.callback(peers.nonsense.close)  # type: ignore[attr-defined]
+    channel, path = peers.nonsense, f"/nnunet_fed.v1.Peer/{method}"  # type: ignore[attr-defined]
+    call = channel.stream_stream(path)(iter(messages), timeout=10)
+    with pytest.raises(grpc.RpcError) as refused:
+        list(call)
+    assert refused.value.code() in {
+        grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.INTERNAL,
+        grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.CANCELLED, grpc.StatusCode.UNKNOWN,
+    }  # fmt: skip
+    assert peers.files("b") == []
+    assert peers.mailboxes["b"].members() == {}
+    assert PeerStub(channel).Offer(letter_to("a")).verdict == "accept"
+
+
 def test_a_push_that_does_not_begin_with_a_model(peers: Peers) -> None:
     peers.start("b")
     for messages in ([], [memoryview(b"data")], [pb.ModelChunk()]):
@@ -475,8 +496,8 @@ def test_peers_are_who_their_certificates_say(secured: Peers) -> None:
         code, text = code_of(message)
         assert code == grpc.StatusCode.PERMISSION_DENIED
         assert "The certificate is of 'a', the message says 'c'" in text
-    settings, files = secured.settings("a"), secured.authority.folder / "sites" / "d"
-    stranger = settings.model_copy(update={"certificate": files / "certificate.pem", "key": files / "key.pem"})
+    own, files = secured.settings("a"), secured.authority.folder / "sites" / "d"
+    stranger = own.model_copy(update={"certificate": files / "certificate.pem", "key": files / "key.pem"})
     with open_channel(stranger, "b") as channel:
         code, text = code_of(lambda: PeerStub(channel).Info(pb.PeerInfo(site="a")))
     assert (code, "'d' is not among the peers of site 'b'" in text) == (grpc.StatusCode.PERMISSION_DENIED, True)
@@ -495,9 +516,9 @@ def test_a_certificate_that_no_peer_would_accept_is_told_at_the_start(secured: P
     with pytest.raises(ConfigurationError, match="name = 'a', but the certificate .* is of 'e'"):
         PeerProcess(secured.settings("a", **files), secured.mailboxes["a"])
     secured.addresses["e"] = secured.addresses.pop("a")
-    settings = secured.settings("b").model_copy(update={"name": "e", "listen": secured.addresses["e"], **files})
+    renamed = secured.settings("b").model_copy(update={"name": "e", "listen": secured.addresses["e"], **files})
     with pytest.raises(ConfigurationError, match="names no host at which others reach its owner.*--host"):
-        PeerProcess(settings, secured.mailboxes["a"])
+        PeerProcess(renamed, secured.mailboxes["a"])
 
 
 # ----------------------------------------------------------------------------------------------------------- processes
@@ -619,9 +640,9 @@ def test_an_address_in_use_is_tried_for_a_while(peers: Peers, monkeypatch: pytes
 
 
 def test_peers_that_all_stay_silent_and_a_site_that_is_alone(
-    tmp_path: Path, stack: ExitStack, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, stack: ExitStack, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(peer, "INTRODUCTIONS", (0.05, 1.0))
     silent, alone = Peers(tmp_path / "2", stack, "ab"), Peers(tmp_path / "1", stack, "a")
     silent.start("a")
     until(lambda: f"none of the peers answers ('b' at {silent.addresses['b']})" in caplog.text)

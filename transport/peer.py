@@ -45,6 +45,8 @@ ADDRESS_SECONDS, ADDRESS_PAUSE = 15.0, 0.5
 """So long the peer process of a training that was killed may still hold the address."""
 INTRODUCTIONS = (0.5, 30.0)
 """First and longest pause, in seconds, before peers that have not been heard of are asked again."""
+SILENCES = 4
+"""So many askings in a row that nobody answered are worth a line in the log."""
 GRACE_SECONDS = 2.0
 DISK_PAUSE = 10.0
 
@@ -136,12 +138,12 @@ class PeerProcess:
         while self._mailbox.state() is None:  # the training has not said who it is
             if self._stopped.wait(GLANCE_SECONDS):
                 return
-        pause, told = INTRODUCTIONS[0], False
+        pause, silent = INTRODUCTIONS[0], 0
         while not self._stopped.is_set():
             unheard = [peer for peer in others if peer not in self._contacts.members()]
             answered = [self._courier.introduce(peer) for peer in unheard if not self._stopped.is_set()]
-            if len(unheard) == len(others) > 0 and not any(answered) and not told:
-                told = True
+            silent = silent + 1 if len(unheard) == len(others) > 0 and not any(answered) else 0
+            if silent == SILENCES:
                 listed = ", ".join(f"'{peer}' at {self._site.peers[peer]}" for peer in others)
                 logger.warning("none of the peers answers (%s); until one does, this site trains alone", listed)
             self._stopped.wait(pause)
