@@ -8,8 +8,12 @@ Every line says when (``at``), to whom (``to``) and what (``what``):
 * ``join``, ``report``, ``note``, ``leave``, ``introduce`` (the versions, by ``nnunet_fed check``): the whole message;
 * ``noise``: so many random bytes, to see how fast they pass (``check``).
 
-A site's questions (for a result, for the newest round, for the status) hold nothing but the site's name and that for
-which they ask; they have no line. What the network loses and a site sends again has a line again if it is an upload.
+To a peer (GCML) go ``info``, in full; ``offer`` and ``upload`` of a model, with its version and number of training
+cases; ``ask``, for the peer's model. They stand in the file of this name in the training's mailbox.
+
+A site's questions to the coordinator (for a result, for the newest round, for the status) hold nothing but the site's
+name and that for which they ask; they have no line. What the network loses and a site sends again has a line again if
+it is an upload.
 """
 
 from __future__ import annotations
