@@ -36,7 +36,7 @@ __all__ = ["Simulation", "lesion_table", "plugin_folder", "result_table", "simul
 
 TRAINERS = {
     "local": "nnUNetTrainerLocal", "fedavg": "nnUNetTrainerFedAvg", "fedgs": "nnUNetTrainerFedGS",
-    "fedsm": "nnUNetTrainerFedSM", "fedoap": "nnUNetTrainerFedOAP",
+    "fedsm": "nnUNetTrainerFedSM", "fedoap": "nnUNetTrainerFedOAP", "gcml": "nnUNetTrainerGCML",
 }  # fmt: skip
 """nnU-Net trainer of each method."""
 HOST = "127.0.0.1"

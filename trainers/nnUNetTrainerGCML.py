@@ -1,0 +1,388 @@
+"""GCML inside nnU-Net's training: models come from peers, and train beside the site's own for a while."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import numpy as np
+import torch
+from nnunetv2.utilities.helpers import empty_cache
+
+from nnunet_fed.errors import ConfigurationError, FederationError, RefusedError
+from nnunet_fed.federation import Site, digest_of
+from nnunet_fed.mailbox import Letter, State, described
+from nnunet_fed.method_tables import GCML
+from nnunet_fed.methods.gcml import Contrast, MutualLoss, Outputs, Plan, execution_plan, ramped_weight
+from nnunet_fed.methods.gossip import Candidate, Version, kept, merged, uniform
+from nnunet_fed.payload import Array, Tensors, is_floating, open_payload
+from nnunet_fed.plans import plans_digest
+from nnunet_fed.processes import Process
+from nnunet_fed.tensors import digest_of_tensors, load_arrays, shared_tensors, to_arrays
+from nnunet_fed.trainers import checkpoint
+from nnunet_fed.trainers.correspondence import Correspondence, Standing
+from nnunet_fed.trainers.frozen_patches import foreground_dice
+from nnunet_fed.trainers.incoming import Computed, Incoming, plain_values, without_numbers_that_are_none
+from nnunet_fed.trainers.ranks import from_rank_zero, patient_group
+from nnunet_fed.trainers.record import Record, logged_by
+from nnunet_fed.trainers.study_trainer import StudyTrainer, own_site, sentences_for_users
+from nnunet_fed.wire import narrow, widen
+
+T = TypeVar("T")
+
+PLAN_VARIABLE = "nnUNet_fed_mutual_plan"
+"""``simultaneous`` or ``two_pass``: how mutual steps run, whatever memory is free."""
+MAILBOX = "mailbox"
+"""Folder, beside the checkpoints, through which the training and its peer process talk."""
+
+
+class nnUNetTrainerGCML(StudyTrainer):  # noqa: N801
+    """nnU-Net's training, which no other site delays (:mod:`nnunet_fed.methods.gcml`, ``methods/gossip.py``).
+
+    After each round that follows the warm-up the site's model goes to the peer process, a process of its own. At the
+    start of a round a model that has come trains beside the site's own on the same batches, for ``mutual_epochs``. If
+    none ever comes, the training is nnU-Net's, bit for bit: nothing here draws from nnU-Net's random numbers.
+    """
+
+    method = "gcml"
+
+    network: Any
+    optimizer: Any
+    grad_scaler: Any
+    loss: Any
+
+    def configure_study(self) -> None:
+        """Take the method's options."""
+        super().configure_study()
+        assert isinstance(self.study.method, GCML)
+        self.options = self.study.method
+        self._warm_up = self.options.warm_up(self.study.epochs)
+        self._standing: Standing
+        self._incoming: Incoming | None = None
+        self._correspondence: Correspondence | None = None
+        self._group: Any = None
+        self._step_bytes: int | None = None
+
+    # ------------------------------------------------------------------------------------------- start and end
+
+    @property
+    def initial_seed(self) -> int:
+        """The study's, or the site's own, as the study says."""
+        if self.options.common_init:
+            return super().initial_seed
+        return int(2**32 * uniform(self.study.seed, "initial weights", Site.from_environment().name))
+
+    def _build_loss(self) -> MutualLoss:
+        options, labels = self.options, self.label_manager
+        contrast = Contrast(
+            softmax=not labels.has_regions, contrast=options.contrast, contrast_weight=options.contrast_weight,
+            margin=options.margin, background_weight=options.background_weight, temperature=options.temperature,
+            roi=options.roi, class_mean=options.class_mean, ignore_label=labels.ignore_label,
+        )  # fmt: skip
+        return MutualLoss(super()._build_loss(), contrast, heads=options.contrast_heads, mix=options.mix)
+
+    def run_training(self) -> None:
+        """nnU-Net's loop; errors of the federation end in a sentence."""
+        with sentences_for_users(), logged_by(self.print_to_log_file):
+            try:
+                super().run_training()
+            except BaseException:
+                self._close()
+                raise
+
+    def on_train_start(self) -> None:
+        """Let nnU-Net start and fork its workers, then start the peer process."""
+        if self.current_epoch >= self.num_epochs:  # --c after the end
+            super().on_train_start()
+            return
+        site = own_site(self.study, self.fold)
+        if site.name not in self.study.sites:
+            raise ConfigurationError(
+                f"Site '{site.name}' is not in the study, which is of {', '.join(self.study.sites)}: correct 'name' in "
+                "site.toml."
+            )
+        self._plan_of_choice()
+        super().on_train_start()
+        self._group = patient_group(self.study.deadline_minutes + 10)
+        if self._resumed is None:
+            self._standing = Standing(Version(site.name, {}, 0), digest_of_tensors(self.shared()))
+        if self.local_rank == 0:
+            self._correspondence = self._correspond(site)
+        if self.options.lockstep and not self._standing.members:
+            self._standing.members = self._from_rank_zero(lambda here: here.await_members())
+        if self._resumed is not None and self.local_rank == 0:
+            if self._exchanges(self.current_epoch):  # a training that was killed between its checkpoint and its post
+                self._here.round_over(self.shared_arrays())
+            self._here.happened(f"continued with --c in epoch {self.current_epoch}")
+            checkpoint.restore_random_states(self._resumed["random"])
+
+    def _correspond(self, site: Site) -> Correspondence:
+        folder = Path(self.output_folder)
+        continues = self._resumed is not None
+        record = Record(folder / "federation.json", continues)
+        record.describe(
+            study=self.study.model_dump(mode="json"), digest=self.study.digest, site=site.name,
+            training_cases=self._training_cases, initial_weights=self._standing.initial,
+        )  # fmt: skip
+        schema, size = described(narrow(self.shared_arrays(), self.study.wire_dtype))
+        comparable = {
+            "study": self.study.digest, "configuration": self.configuration_name,
+            "plans": plans_digest(self.plans_manager.plans),
+        }  # fmt: skip
+        state = State(
+            run=digest_of(comparable), version=self._standing.version, received={},
+            training_cases=self._training_cases, initial=self._standing.initial, schema=schema, size=size,
+            max_epoch_distance=self.options.max_epoch_distance or None,
+        )  # fmt: skip
+        return Correspondence(self.study, self._standing, folder / MAILBOX, record, state, self.start_peer, continues)
+
+    def start_peer(self) -> Process | None:
+        """Start the process that talks to the peers."""
+        raise NotImplementedError
+
+    def on_train_end(self) -> None:
+        """nnU-Net's final checkpoint, and the last model to a peer that still wants it."""
+        super().on_train_end()
+        if self._correspondence is not None:
+            self._correspondence.round_over(self.shared_arrays())
+            self._correspondence.leave()
+
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        """The validation; meanwhile the last model is on its way."""
+        try:
+            super().perform_actual_validation(save_probabilities)
+        finally:
+            self._close()
+
+    def _close(self) -> None:
+        if self._correspondence is not None:
+            self._correspondence.close()
+            self._correspondence = None
+
+    @property
+    def _here(self) -> Correspondence:
+        if self._correspondence is None:
+            raise RuntimeError("rank 0 alone has the mailbox, and only while it trains")
+        return self._correspondence
+
+    def _from_rank_zero(self, question: Callable[[Correspondence], T]) -> T:
+        return from_rank_zero(lambda: question(self._here), self._group)
+
+    def _happened(self, text: str) -> None:
+        if self._correspondence is not None:
+            self._correspondence.happened(text)
+
+    # ------------------------------------------------------------------------------------------- rounds
+
+    def _ends_round(self, epoch: int) -> bool:
+        """Whether a round is over after so many epochs."""
+        return epoch > 0 and epoch % self.study.local_epochs == 0
+
+    def _exchanges(self, epoch: int) -> bool:
+        """Whether models are sent and taken after so many epochs."""
+        return self._ends_round(epoch) and epoch >= self._warm_up
+
+    def on_epoch_start(self) -> None:
+        """Take a model that has come, if no other one is at work and a phase still fits into the training."""
+        if self._exchanges(self.current_epoch):
+            if self.options.lockstep:
+                self._from_rank_zero(lambda here: here.await_senders(self.current_epoch))
+            if self._incoming is None and self.current_epoch + self.options.mutual_epochs <= self.num_epochs:
+                delivery = self._from_rank_zero(lambda here: here.next_letter(self.current_epoch))
+                if delivery is not None:
+                    self._begin_phase(*delivery)
+        super().on_epoch_start()
+
+    def on_train_epoch_start(self) -> None:
+        """Give the incoming model the site's learning rate."""
+        super().on_train_epoch_start()
+        if self._incoming is not None:
+            self._incoming.network.train()
+            for group in self._incoming.optimizer.param_groups:
+                group["lr"] = self.optimizer.param_groups[0]["lr"]
+
+    def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
+        """End a phase, so that this epoch's validation and checkpoints describe the model that was kept."""
+        super().on_train_epoch_end(train_outputs)
+        if self._incoming is not None:
+            self._incoming.epochs_left -= 1
+            if self._incoming.epochs_left == 0:
+                self._end_phase(self._incoming)
+        elif self._step_bytes is None and self.device.type == "cuda":
+            self._step_bytes = torch.cuda.max_memory_allocated(self.device)
+
+    def on_epoch_end(self) -> None:
+        """nnU-Net's checkpoints, then the mail: what has left is always in a checkpoint."""
+        epoch, version = self.current_epoch + 1, self._standing.version
+        sends = self._exchanges(epoch)
+        self._standing.version = version.published(epoch) if sends else replace(version, epoch=epoch)
+        super().on_epoch_end()
+        if self._correspondence is not None and self._ends_round(epoch) and epoch < self.num_epochs:
+            self._correspondence.round_over(self.shared_arrays() if sends else None)
+
+    # ------------------------------------------------------------------------------------------- a mutual phase
+
+    def _begin_phase(self, letter: Letter, payload: Path) -> None:
+        try:
+            arrays = widen(open_payload(payload))
+            _require_finite(arrays)
+            before = {name: array.copy() for name, array in self.shared_arrays().items()}
+            self._incoming = self._make_incoming(
+                version=letter.version, initial=letter.initial, size=letter.size, plan=self._plan_of_choice(),
+                began=self.current_epoch, epochs_left=self.options.mutual_epochs,
+                before=before if self.options.keep == "best" else None,
+            )  # fmt: skip
+            load_arrays(shared_tensors(self.bare(self._incoming.network)), arrays)
+        except FederationError as error:  # whatever a peer sends, this training goes on
+            self._incoming = None
+            self._standing.received[letter.version.site] = letter.version.counter
+            self._happened(f"the model of {letter.version.site} cannot be used. {error}")
+        else:
+            self._happened(
+                f"trains with the model that {letter.version.site} had after {letter.version.epoch} epochs "
+                f"({self._incoming.plan})"
+            )
+
+    def _make_incoming(self, **facts: Any) -> Incoming:
+        """A second network like the site's own, with an optimizer and a gradient scaler."""
+        network: Any = copy.deepcopy(self.bare(self.network))
+        if self._do_i_compile():
+            network = torch.compile(network)
+        own, self.network = self.network, network
+        try:
+            optimizer, _ = self.configure_optimizers()
+        finally:
+            self.network = own
+        if self.is_ddp:
+            network = torch.nn.parallel.DistributedDataParallel(network, device_ids=[self.local_rank])
+        scaler = None
+        if self.grad_scaler is not None:
+            scaler = torch.amp.GradScaler("cuda")
+            scaler.load_state_dict(self.grad_scaler.state_dict())
+        return Incoming(network=network, optimizer=optimizer, grad_scaler=scaler, **facts)
+
+    def _plan_of_choice(self) -> Plan:
+        chosen: Any = os.environ.get(PLAN_VARIABLE)
+        if chosen:
+            if chosen not in get_args(Plan):
+                raise ConfigurationError(f"{PLAN_VARIABLE} is {chosen!r}: use one of {', '.join(get_args(Plan))}.")
+            plan: Plan = chosen
+            return plan
+        if self._step_bytes is None:  # no plain epoch was measured, or there is nothing to measure with
+            return "two_pass"
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return execution_plan(free, self._step_bytes)
+
+    def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """nnU-Net's step; in a mutual phase one of each model, with what the other said before either of them."""
+        incoming = self._incoming
+        if incoming is None:
+            return super().train_step(batch)
+        self.loss.weight = ramped_weight(incoming.steps, self.options.mutual_weight, self.options.ramp_steps)
+        incoming.steps += 1
+        batch = {**batch, **{name: self._on_device(batch[name]) for name in ("data", "target")}}
+        at_once = incoming.plan == "simultaneous"
+        with torch.autocast("cuda") if self.device.type == "cuda" else nullcontext(), torch.set_grad_enabled(at_once):
+            outputs = incoming.network(batch["data"])
+        network: Any = Computed(incoming.network, outputs) if at_once else incoming.network
+        result, said = self._taught_step(batch, self.loss.lesson(outputs))
+        with self._in_place_of_own(network, incoming):
+            self._taught_step(batch, said)
+        return result
+
+    def _taught_step(self, batch: dict[str, Any], teacher: Outputs) -> tuple[dict[str, Any], Outputs]:
+        """nnU-Net's step with a teacher; also what the model itself said, for the other one."""
+        mutual, said = self.loss, []
+
+        def loss(outputs: Outputs, targets: Outputs) -> torch.Tensor:
+            said.append(mutual.lesson(outputs))
+            value: torch.Tensor = mutual(outputs, targets, without_numbers_that_are_none(teacher, outputs))
+            return value
+
+        self.loss = loss
+        try:
+            return super().train_step(batch), said[0]
+        finally:
+            self.loss = mutual
+
+    def _on_device(self, tensors: Any) -> Any:
+        if isinstance(tensors, list):
+            return [self._on_device(tensor) for tensor in tensors]
+        return tensors.to(self.device, non_blocking=True)
+
+    @contextmanager
+    def _in_place_of_own(self, network: Any, incoming: Incoming) -> Iterator[None]:
+        own = self.network, self.optimizer, self.grad_scaler
+        self.network, self.optimizer, self.grad_scaler = network, incoming.optimizer, incoming.grad_scaler
+        try:
+            yield
+        finally:
+            self.network, self.optimizer, self.grad_scaler = own
+
+    def _end_phase(self, incoming: Incoming) -> None:
+        """Decide which model stays, and forget the peer's."""
+        options, standing, site = self.options, self._standing, incoming.version.site
+        own, theirs = self.shared_arrays(), to_arrays(shared_tensors(self.bare(incoming.network)))
+        models: dict[Candidate, Tensors] = {"incoming": theirs}
+        if incoming.before is not None:
+            models["before"] = incoming.before
+        if options.keep != "local" and incoming.initial == standing.initial:
+            models["merged"] = merged(
+                own, theirs, options.merge_weight, own_initial=standing.initial, incoming_initial=incoming.initial
+            )
+        scores = self._scores(models) if options.keep == "best" else {}
+        choice = kept(options.keep, scores, options.keep_tolerance)
+        if choice != "local":
+            self.load_shared(dict(models[choice]))
+        if choice != "local" or self.study.momentum_on_round == "reset":
+            self.optimizer.state.clear()
+        if choice != "before":
+            standing.version = standing.version.influenced_by(incoming.version)
+        standing.received[site] = incoming.version.counter
+        standing.used[site] = standing.used.get(site, 0) + 1
+        phase = {
+            "from": site, "counter": incoming.version.counter, "epoch": incoming.version.epoch, "bytes": incoming.size,
+            "began": incoming.began, "ended": self.current_epoch, "plan": incoming.plan, "kept": choice,
+            "scores": {name: score for name, score in scores.items() if np.isfinite(score)},
+        }  # fmt: skip
+        standing.phases.append(phase)
+        self._happened(f"keeps the {choice} model after the phase with {site}'s")
+        self._incoming = None
+        empty_cache(self.device)
+
+    def _scores(self, models: dict[Candidate, Tensors]) -> dict[Candidate, float]:
+        def on_rank_zero(here: Correspondence) -> dict[Candidate, float]:
+            own = self.bare(self.network)
+            networks: dict[Candidate, torch.nn.Module] = {"local": own}
+            for name, arrays in models.items():
+                networks[name] = copy.deepcopy(own)
+                load_arrays(shared_tensors(networks[name]), arrays)
+            return foreground_dice(self, networks, int(2**32 * uniform(self.study.seed, "patches", here.site)))
+
+        return self._from_rank_zero(on_rank_zero)
+
+    # ------------------------------------------------------------------------------------------- checkpoints
+
+    def method_state(self) -> dict[str, Any]:
+        """Where the training stands in the gossip, and the incoming model with its optimizer while there is one."""
+        incoming = None if self._incoming is None else self._incoming.state()
+        return {**super().method_state(), "standing": self._standing.plain(), "incoming": incoming}
+
+    def load_method_state(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`method_state`."""
+        super().load_method_state(state)
+        self._standing = Standing.from_plain(state["standing"])
+        if state["incoming"] is not None:
+            self._incoming = self._make_incoming(**plain_values(state["incoming"]))
+            self._incoming.load_state(state["incoming"])
+
+
+def _require_finite(arrays: dict[str, Array]) -> None:
+    for name, array in arrays.items():
+        if is_floating(array) and not np.isfinite(array).all():
+            raise RefusedError(f"Its tensor '{name}' holds numbers that are not finite.")
