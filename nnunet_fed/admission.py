@@ -13,7 +13,7 @@ import numpy as np
 
 from nnunet_fed.errors import RefusedError
 from nnunet_fed.federation import Federation
-from nnunet_fed.payload import BLOCK, Array, is_floating, layout_of, open_payload, schema_of
+from nnunet_fed.payload import BLOCK, Array, Tensors, is_floating, layout_of, open_payload, schema_of
 from nnunet_fed.store import Store, name_of
 
 Verb = Literal["mean", "sum", "gather"]
@@ -43,10 +43,15 @@ def check_content(verb: Verb, path: Path) -> str | None:
         raise RefusedError("A sum takes one array.")
     if verb == "mean" and not all(map(is_floating, tensors.values())):
         raise RefusedError("A mean takes floating-point tensors only.")
+    check_finite(tensors)
+    return json.dumps(schema_of(layout_of(tensors)), sort_keys=True)
+
+
+def check_finite(tensors: Tensors) -> None:
+    """Raise :class:`RefusedError` with the name of a tensor that holds an infinity or what is no number."""
     for name, array in tensors.items():
         if is_floating(array) and not all(np.isfinite(block).all() for block in _blocks(array)):
             raise RefusedError(f"The tensor '{name}' holds a number that is not finite: a diverged training?")
-    return json.dumps(schema_of(layout_of(tensors)), sort_keys=True)
 
 
 def _refuse_constant(constant: str) -> None:

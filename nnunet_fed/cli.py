@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from nnunet_fed import __version__, cli_certs
+from nnunet_fed.cli_peer import peer
 from nnunet_fed.cli_predict import predict
 from nnunet_fed.errors import ConfigurationError, DisagreementError, FederationError
 from nnunet_fed.federation import WATCHER, Federation, Site, explain
@@ -283,6 +284,7 @@ def phantom(
 
 
 app.command()(predict)
+app.command()(peer)
 app.add_typer(cli_certs.app)
 
 

@@ -197,6 +197,12 @@ class Site(Table):
     """Talk without TLS instead; accepted for a loopback address only."""
     fold: Fold | None = None
     """This site's fold for the study's fold; ``None``: the same, or ``all``."""
+    listen: str | None = None
+    """``host:port`` at which this site takes other sites' models (GCML)."""
+    peers: dict[str, str] = Field(default_factory=dict)
+    """By site, this one included: ``host:port`` at which others reach it. The same at all sites."""
+    revoked: Path | None = None
+    """File of the certificates that are no longer accepted from peers; relative to ``site.toml``'s folder."""
     connect_minutes: float = Field(default=1.0, gt=0, le=LONGEST_MINUTES)
     """How long to wait for a coordinator that does not answer when a command starts."""
     mapped_dataset: int | None = Field(default=None, ge=1, le=999)
@@ -211,20 +217,40 @@ class Site(Table):
             raise ValueError(f"site name {name!r}: use letters, digits, '_', '-' and '.', at most 63 of them")
         return name
 
-    @field_validator("coordinator")
+    @field_validator("coordinator", "listen")
     @classmethod
-    def _address(cls, address: str) -> str:
-        host, _, port = address.rpartition(":")
-        if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-            raise ValueError(f"{address!r} is no HOST:PORT, for example 127.0.0.1:7464")
-        return address
+    def _address(cls, address: str | None) -> str | None:
+        return address if address is None else _checked_address(address)
+
+    @field_validator("peers")
+    @classmethod
+    def _peers(cls, peers: dict[str, str]) -> dict[str, str]:
+        by_address: dict[str, str] = {}
+        for site, address in peers.items():
+            cls._name(site)
+            other = by_address.setdefault(_checked_address(address).lower(), site)
+            if other != site:
+                raise ValueError(f"the sites {other!r} and {site!r} have one address, {address}: give each its own")
+        return peers
+
+    @model_validator(mode="after")
+    def _peers_are_complete(self) -> Site:
+        if (self.listen is None) != (not self.peers):
+            raise ValueError("listen and peers go together: give both, or neither")
+        if self.peers and self.name not in self.peers:
+            raise ValueError(
+                f"peers lacks this site, {self.name!r}: the list is the same at all sites, with the address at which "
+                "the others reach this one"
+            )
+        return self
 
     @model_validator(mode="after")
     def _keys_are_complete(self) -> Site:
         given = [name for name in KEY_FILES if getattr(self, name) is not None]
-        if self.insecure and (given or self.server_name):
+        beside = [*given, *(name for name in ("server_name", "revoked") if getattr(self, name) is not None)]
+        if self.insecure and beside:
             raise ValueError(
-                f"insecure = true goes without {', '.join(given or ['server_name'])}: it means that nothing is "
+                f"insecure = true goes without {', '.join(beside)}: it means that nothing is "
                 "encrypted and nobody shows who they are. Remove the one or the other"
             )
         if given and len(given) < len(KEY_FILES):
@@ -248,7 +274,8 @@ class Site(Table):
     def read(cls, path: Path) -> Site:
         """Read and check ``site.toml``; raises :class:`ConfigurationError` that names file, key and remedy."""
         site = _read(cls, path)
-        files = {name: path.parent / getattr(site, name) for name in KEY_FILES if getattr(site, name) is not None}
+        names = (*KEY_FILES, "revoked")
+        files = {name: path.parent / getattr(site, name) for name in names if getattr(site, name) is not None}
         return site.model_copy(update=files)
 
     @classmethod
@@ -261,6 +288,13 @@ class Site(Table):
                 "('nnunet_fed init' writes one to start from)."
             )
         return cls.read(Path(path))
+
+
+def _checked_address(address: str) -> str:
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ValueError(f"{address!r} is no HOST:PORT, for example 127.0.0.1:7464")
+    return address
 
 
 def _read(cls: type[_T], path: Path) -> _T:

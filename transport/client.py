@@ -23,7 +23,7 @@ from nnunet_fed.transport.frames import Stub
 from nnunet_fed.transport.options import PROTOCOL
 from nnunet_fed.transport.retry import DamagedError, insist
 from nnunet_fed.transport.tls import check_name, check_security, diagnose, open_channel
-from nnunet_fed.transport.transfer import Inbound, Outbound
+from nnunet_fed.transport.transfer import Inbound, Outbound, seconds_allowed
 from nnunet_fed.wire import narrow, widen
 
 logger = logging.getLogger(__name__)
@@ -227,7 +227,7 @@ class GrpcCommunicator:
             offer.position = reply.position
             self._sends("upload", **_facts(offer), **content())
             try:
-                upload = self._stub.Upload(outbound.messages(offer), timeout=_transfer_seconds(offer.size))
+                upload = self._stub.Upload(outbound.messages(offer), timeout=seconds_allowed(offer.size))
                 verdict = upload.verdict
             finally:
                 self.bytes_sent += max(0, outbound.reached - offer.position)
@@ -282,8 +282,3 @@ def _facts(offer: pb.OfferRequest) -> dict[str, Any]:
     facts = {"run": offer.run, "key": offer.key, "verb": offer.verb, "weight": offer.weight}
     begun = {"from_byte": offer.position} if offer.position else {}
     return {**facts, "bytes": offer.size, "digest": offer.digest, **begun}
-
-
-def _transfer_seconds(size: int) -> float:
-    """Time allowed for a transfer: a minute and what 100 kB/s need."""
-    return 60 + size / 100_000

@@ -172,3 +172,84 @@ class StatusReply(_message.Message):
     STATUS_FIELD_NUMBER: _ClassVar[int]
     status: str
     def __init__(self, status: _Optional[str] = ...) -> None: ...
+
+class PeerInfo(_message.Message):
+    __slots__ = ("protocol", "site", "run", "training_cases", "leaving")
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    SITE_FIELD_NUMBER: _ClassVar[int]
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    TRAINING_CASES_FIELD_NUMBER: _ClassVar[int]
+    LEAVING_FIELD_NUMBER: _ClassVar[int]
+    protocol: int
+    site: str
+    run: str
+    training_cases: int
+    leaving: bool
+    def __init__(self, protocol: _Optional[int] = ..., site: _Optional[str] = ..., run: _Optional[str] = ..., training_cases: _Optional[int] = ..., leaving: bool = ...) -> None: ...
+
+class Model(_message.Message):
+    __slots__ = ("protocol", "site", "run", "vector", "epoch", "training_cases", "initial", "schema", "digest", "size", "position")
+    class VectorEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    SITE_FIELD_NUMBER: _ClassVar[int]
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    VECTOR_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    TRAINING_CASES_FIELD_NUMBER: _ClassVar[int]
+    INITIAL_FIELD_NUMBER: _ClassVar[int]
+    SCHEMA_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    SIZE_FIELD_NUMBER: _ClassVar[int]
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    protocol: int
+    site: str
+    run: str
+    vector: _containers.ScalarMap[str, int]
+    epoch: int
+    training_cases: int
+    initial: str
+    schema: str
+    digest: str
+    size: int
+    position: int
+    def __init__(self, protocol: _Optional[int] = ..., site: _Optional[str] = ..., run: _Optional[str] = ..., vector: _Optional[_Mapping[str, int]] = ..., epoch: _Optional[int] = ..., training_cases: _Optional[int] = ..., initial: _Optional[str] = ..., schema: _Optional[str] = ..., digest: _Optional[str] = ..., size: _Optional[int] = ..., position: _Optional[int] = ...) -> None: ...
+
+class PeerReply(_message.Message):
+    __slots__ = ("verdict", "reason", "position")
+    VERDICT_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    verdict: str
+    reason: str
+    position: int
+    def __init__(self, verdict: _Optional[str] = ..., reason: _Optional[str] = ..., position: _Optional[int] = ...) -> None: ...
+
+class ModelChunk(_message.Message):
+    __slots__ = ("model", "data", "reply")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    REPLY_FIELD_NUMBER: _ClassVar[int]
+    model: Model
+    data: bytes
+    reply: PeerReply
+    def __init__(self, model: _Optional[_Union[Model, _Mapping]] = ..., data: _Optional[bytes] = ..., reply: _Optional[_Union[PeerReply, _Mapping]] = ...) -> None: ...
+
+class PullRequest(_message.Message):
+    __slots__ = ("protocol", "site", "run", "schema", "counter")
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    SITE_FIELD_NUMBER: _ClassVar[int]
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    SCHEMA_FIELD_NUMBER: _ClassVar[int]
+    COUNTER_FIELD_NUMBER: _ClassVar[int]
+    protocol: int
+    site: str
+    run: str
+    schema: str
+    counter: int
+    def __init__(self, protocol: _Optional[int] = ..., site: _Optional[str] = ..., run: _Optional[str] = ..., schema: _Optional[str] = ..., counter: _Optional[int] = ...) -> None: ...

@@ -404,3 +404,211 @@ class Coordinator(object):
             timeout,
             metadata,
             _registered_method=True)
+
+
+class PeerStub(object):
+    """Site to site, without a coordinator.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Info = channel.unary_unary(
+                '/nnunet_fed.v1.Peer/Info',
+                request_serializer=nnunet__fed_dot_transport_dot_federation__pb2.PeerInfo.SerializeToString,
+                response_deserializer=nnunet__fed_dot_transport_dot_federation__pb2.PeerInfo.FromString,
+                _registered_method=True)
+        self.Offer = channel.unary_unary(
+                '/nnunet_fed.v1.Peer/Offer',
+                request_serializer=nnunet__fed_dot_transport_dot_federation__pb2.Model.SerializeToString,
+                response_deserializer=nnunet__fed_dot_transport_dot_federation__pb2.PeerReply.FromString,
+                _registered_method=True)
+        self.Push = channel.stream_unary(
+                '/nnunet_fed.v1.Peer/Push',
+                request_serializer=nnunet__fed_dot_transport_dot_federation__pb2.ModelChunk.SerializeToString,
+                response_deserializer=nnunet__fed_dot_transport_dot_federation__pb2.PeerReply.FromString,
+                _registered_method=True)
+        self.Pull = channel.unary_stream(
+                '/nnunet_fed.v1.Peer/Pull',
+                request_serializer=nnunet__fed_dot_transport_dot_federation__pb2.PullRequest.SerializeToString,
+                response_deserializer=nnunet__fed_dot_transport_dot_federation__pb2.ModelChunk.FromString,
+                _registered_method=True)
+
+
+class PeerServicer(object):
+    """Site to site, without a coordinator.
+    """
+
+    def Info(self, request, context):
+        """Two sites tell each other who they are.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Offer(self, request, context):
+        """A model that a site would send; the reply says whether its bytes are wanted.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Push(self, request_iterator, context):
+        """The bytes: the model first, then data in messages of at most 1 MiB, from the model's position on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Pull(self, request, context):
+        """The peer's newest model if it is newer than the asked one: the model first, then data; else a reply.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_PeerServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Info': grpc.unary_unary_rpc_method_handler(
+                    servicer.Info,
+                    request_deserializer=nnunet__fed_dot_transport_dot_federation__pb2.PeerInfo.FromString,
+                    response_serializer=nnunet__fed_dot_transport_dot_federation__pb2.PeerInfo.SerializeToString,
+            ),
+            'Offer': grpc.unary_unary_rpc_method_handler(
+                    servicer.Offer,
+                    request_deserializer=nnunet__fed_dot_transport_dot_federation__pb2.Model.FromString,
+                    response_serializer=nnunet__fed_dot_transport_dot_federation__pb2.PeerReply.SerializeToString,
+            ),
+            'Push': grpc.stream_unary_rpc_method_handler(
+                    servicer.Push,
+                    request_deserializer=nnunet__fed_dot_transport_dot_federation__pb2.ModelChunk.FromString,
+                    response_serializer=nnunet__fed_dot_transport_dot_federation__pb2.PeerReply.SerializeToString,
+            ),
+            'Pull': grpc.unary_stream_rpc_method_handler(
+                    servicer.Pull,
+                    request_deserializer=nnunet__fed_dot_transport_dot_federation__pb2.PullRequest.FromString,
+                    response_serializer=nnunet__fed_dot_transport_dot_federation__pb2.ModelChunk.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'nnunet_fed.v1.Peer', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('nnunet_fed.v1.Peer', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class Peer(object):
+    """Site to site, without a coordinator.
+    """
+
+    @staticmethod
+    def Info(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/nnunet_fed.v1.Peer/Info',
+            nnunet__fed_dot_transport_dot_federation__pb2.PeerInfo.SerializeToString,
+            nnunet__fed_dot_transport_dot_federation__pb2.PeerInfo.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Offer(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/nnunet_fed.v1.Peer/Offer',
+            nnunet__fed_dot_transport_dot_federation__pb2.Model.SerializeToString,
+            nnunet__fed_dot_transport_dot_federation__pb2.PeerReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Push(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/nnunet_fed.v1.Peer/Push',
+            nnunet__fed_dot_transport_dot_federation__pb2.ModelChunk.SerializeToString,
+            nnunet__fed_dot_transport_dot_federation__pb2.PeerReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Pull(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/nnunet_fed.v1.Peer/Pull',
+            nnunet__fed_dot_transport_dot_federation__pb2.PullRequest.SerializeToString,
+            nnunet__fed_dot_transport_dot_federation__pb2.ModelChunk.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)

@@ -1,4 +1,4 @@
-"""Messages of an upload and a download without copies that protobuf would make: as protobuf has them on the wire.
+"""Messages of uploads and downloads without copies that protobuf would make: as protobuf has them on the wire.
 
 A message that holds data is a tag, a length and the bytes. Written here, it costs one copy instead of two, and is read
 as a view of what has come. All others are left to protobuf. Source: ours; the format is
@@ -16,13 +16,20 @@ from nnunet_fed.transport import federation_pb2 as pb
 from nnunet_fed.transport.federation_pb2_grpc import (
     CoordinatorServicer,
     CoordinatorStub,
+    PeerServicer,
     add_CoordinatorServicer_to_server,
+    add_PeerServicer_to_server,
+)
+from nnunet_fed.transport.federation_pb2_grpc import (
+    PeerStub as GeneratedPeerStub,
 )
 
-M = TypeVar("M", pb.UploadChunk, pb.ResultChunk)
+M = TypeVar("M", pb.UploadChunk, pb.ResultChunk, pb.ModelChunk)
 
-SERVICE = "nnunet_fed.v1.Coordinator"
-_DATA_TAG = bytes([pb.UploadChunk.DATA_FIELD_NUMBER << 3 | 2])  # 2: a length and so many bytes follow
+SERVICE, PEER_SERVICE = "nnunet_fed.v1.Coordinator", "nnunet_fed.v1.Peer"
+_DATA_TAG = bytes(
+    [pb.UploadChunk.DATA_FIELD_NUMBER << 3 | 2]
+)  # 2: a length and so many bytes follow; all have one number
 
 
 def write(message: M | memoryview) -> bytes:
@@ -79,3 +86,30 @@ def serve(service: CoordinatorServicer, server: grpc.Server) -> None:
         "Result": grpc.unary_stream_rpc_method_handler(service.Result, pb.ResultRequest.FromString, write),
     }
     server.add_registered_method_handlers(SERVICE, streams)
+
+
+class PeerStub(GeneratedPeerStub):  # type: ignore[misc]
+    """The generated stub of a peer, whose streams take and give data as views."""
+
+    def __init__(self, channel: grpc.Channel):
+        super().__init__(channel)
+        self.Push = channel.stream_unary(
+            f"/{PEER_SERVICE}/Push", request_serializer=write, response_deserializer=pb.PeerReply.FromString
+        )
+        self.Pull = channel.unary_stream(
+            f"/{PEER_SERVICE}/Pull",
+            request_serializer=pb.PullRequest.SerializeToString,
+            response_deserializer=reader(pb.ModelChunk),
+        )
+
+
+def serve_peer(service: PeerServicer, server: grpc.Server) -> None:
+    """Register a peer's service; its streams take and give data as views."""
+    add_PeerServicer_to_server(service, server)
+    streams = {
+        "Push": grpc.stream_unary_rpc_method_handler(
+            service.Push, reader(pb.ModelChunk), pb.PeerReply.SerializeToString
+        ),
+        "Pull": grpc.unary_stream_rpc_method_handler(service.Pull, pb.PullRequest.FromString, write),
+    }
+    server.add_registered_method_handlers(PEER_SERVICE, streams)

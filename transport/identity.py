@@ -6,7 +6,7 @@ Source: ours, on gRPC's server interceptors.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -14,7 +14,7 @@ import grpc
 from google.protobuf.message import Message
 
 from nnunet_fed.errors import ConfigurationError
-from nnunet_fed.federation import COORDINATOR, WATCHER, Federation
+from nnunet_fed.federation import COORDINATOR, WATCHER
 from nnunet_fed.revocation import DenyList
 
 if TYPE_CHECKING:
@@ -27,19 +27,21 @@ READING = "/nnunet_fed.v1.Coordinator/Status"
 
 
 class IdentityInterceptor(grpc.ServerInterceptor):  # type: ignore[misc]
-    """Let the sites of a study in, each under the name in its certificate, whatever a message says.
+    """Let sites in, each under the name in its certificate, whatever a message says.
 
     TLS has seen before that an authority of ours signed the certificate and that its owner holds the key. Checked here,
-    with every call, since a connection may outlive all of this: the validity, the deny list, the study's sites, and
+    with every call, since a connection may outlive all of this: the validity, the deny list, the names of sites, and
     that every field ``site`` of every message says the certificate's name.
 
     Args:
-        study: whose sites may call.
+        sites: names of those who may call.
+        stranger: what another is told after its name, a sentence's end and what to do.
         revoked: certificates that are no longer accepted.
     """
 
-    def __init__(self, study: Federation, revoked: DenyList | None = None):
-        self._study = study
+    def __init__(self, sites: Collection[str], stranger: str, revoked: DenyList | None = None):
+        self._sites = sites
+        self._stranger = stranger
         self._revoked = revoked
 
     def intercept_service(
@@ -80,16 +82,12 @@ class IdentityInterceptor(grpc.ServerInterceptor):  # type: ignore[misc]
             revoked = self._revoked is not None and caller.serial in self._revoked
         except ConfigurationError as error:  # nothing is lost: whoever calls tries again
             logger.error("nobody is let in: %s", error)
-            text = "The coordinator cannot read its list of revoked certificates."
+            text = "The list of revoked certificates cannot be read there."
             _refuse(context, text, grpc.StatusCode.UNAVAILABLE)
         if revoked:
             _refuse(context, f"{whose} has been revoked. Ask the study's operator for a new one.")
-        if caller.name not in self._study.sites and not (method == READING and caller.name in (COORDINATOR, WATCHER)):
-            _refuse(
-                context,
-                f"{whose} is valid, but '{caller.name}' is not a site of the study '{self._study.name}'. Use the "
-                "certificate of a site, or add the site to federation.toml at the coordinator and restart it.",
-            )
+        if caller.name not in self._sites and not (method == READING and caller.name in (COORDINATOR, WATCHER)):
+            _refuse(context, f"{whose} is valid, but '{caller.name}' {self._stranger}")
         return caller.name
 
 

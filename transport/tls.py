@@ -1,4 +1,4 @@
-"""TLS between sites and coordinator: credentials from PEM files, and why a handshake failed. Source: ours."""
+"""TLS: credentials from PEM files, and why a handshake failed. Source: ours."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import socket
 import ssl
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +36,7 @@ EXPIRED, NOT_YET_VALID, WRONG_HOST, WRONG_ADDRESS = 10, 9, 62, 64
 class Keys:
     """Checked content of a :class:`KeyFiles`, as PEM, and what the certificate says."""
 
+    files: KeyFiles
     certificate: bytes
     key: bytes
     ca: bytes
@@ -96,7 +97,7 @@ class KeyFiles:
             logger.warning(
                 "the certificate %s ends in %.0f days: renew it (docs/security.md)", self.certificate, owner.days_left
             )
-        return Keys(certificate, key, ca, owner)
+        return Keys(self, certificate, key, ca, owner)
 
 
 def check_security(site: Site) -> None:
@@ -122,28 +123,29 @@ def check_name(site: Site) -> None:
         raise ConfigurationError(f"The certificate {files.certificate} is not for calling others (clientAuth).")
 
 
-def open_channel(site: Site) -> grpc.Channel:
-    """A channel to the coordinator; raises :class:`ConfigurationError`."""
+def open_channel(site: Site, peer: str | None = None) -> grpc.Channel:
+    """A channel to the coordinator, or to the peer of this name; raises :class:`ConfigurationError`."""
+    address = site.coordinator if peer is None else site.peers[peer]
     if site.insecure:
-        return grpc.insecure_channel(site.coordinator, options=CHANNEL_OPTIONS)
+        return grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
     keys = KeyFiles.of(site).read()
     credentials = grpc.ssl_channel_credentials(keys.ca, keys.key, keys.certificate)
-    name = [("grpc.ssl_target_name_override", site.server_name)] if site.server_name else []
-    return grpc.secure_channel(site.coordinator, credentials, options=[*CHANNEL_OPTIONS, *name])
+    name = [("grpc.ssl_target_name_override", site.server_name)] if site.server_name and peer is None else []
+    return grpc.secure_channel(address, credentials, options=[*CHANNEL_OPTIONS, *name])
 
 
-def server_credentials(files: KeyFiles, sites: Sequence[str]) -> grpc.ServerCredentials:
+def server_credentials(files: KeyFiles, check: Callable[[Keys], None]) -> grpc.ServerCredentials:
     """Credentials that demand a certificate of whoever calls. Renewed files are taken over with the next connection.
 
     Args:
-        files: the coordinator's.
-        sites: names of the study's sites.
+        files: the server's.
+        check: raises :class:`ConfigurationError` if they are not the right ones.
 
     Raises:
-        ConfigurationError: see :meth:`KeyFiles.read`; or the certificate is a site's, or names no host.
+        ConfigurationError: see :meth:`KeyFiles.read`; as ``check``; or the certificate names no host.
     """
     stamp = _stamp(files)  # before they are read, lest a change in between is missed
-    keys = _server_keys(files, sites)
+    keys = _server_keys(files, check)
 
     def renewed() -> Any:
         nonlocal stamp
@@ -151,7 +153,7 @@ def server_credentials(files: KeyFiles, sites: Sequence[str]) -> grpc.ServerCred
         if found == stamp:
             return None
         try:
-            configuration = _configuration(_server_keys(files, sites))
+            configuration = _configuration(_server_keys(files, check))
         except ConfigurationError as error:  # perhaps half of the files are there; what was valid goes on
             logger.error("the renewed certificate is not taken over: %s", error)
             return None
@@ -166,13 +168,9 @@ def _configuration(keys: Keys) -> Any:
     return grpc.ssl_server_certificate_configuration([(keys.key, keys.certificate)], keys.ca)
 
 
-def _server_keys(files: KeyFiles, sites: Sequence[str]) -> Keys:
+def _server_keys(files: KeyFiles, check: Callable[[Keys], None]) -> Keys:
     keys = files.read()
-    if keys.owner.name in sites:
-        raise ConfigurationError(
-            f"{files.certificate} is the certificate of site '{keys.owner.name}': the coordinator needs one of its "
-            "own ('nnunet_fed certs site DIR coordinator --host NAME')."
-        )
+    check(keys)
     if not keys.owner.hosts or not keys.owner.serves:
         raise ConfigurationError(
             f"The certificate {files.certificate} names no host at which others reach its owner (subjectAltName, "

@@ -1,12 +1,14 @@
-"""A site's side of a transfer: what it sends and takes, and where to go on after a connection broke. Source: ours."""
+"""Transfers: what is sent and taken, and where to go on after a connection broke. Source: ours."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
 import xxhash
 
 from nnunet_fed.payload import chunks, measure
+from nnunet_fed.spool import Spool, Upload
 from nnunet_fed.transport import federation_pb2 as pb
 
 
@@ -25,8 +27,12 @@ class Outbound:
     def messages(self, offer: pb.OfferRequest) -> Iterator[pb.UploadChunk | memoryview]:
         """The messages of an upload: the offer, then what follows its position."""
         yield pb.UploadChunk(offer=offer)
-        self.reached = offer.position
-        for chunk in chunks(self._from(offer.position)):
+        yield from self.data(offer.position)
+
+    def data(self, position: int = 0) -> Iterator[memoryview]:
+        """The payload from a position on, in messages of at most 1 MiB."""
+        self.reached = position
+        for chunk in chunks(self._from(position)):
             yield memoryview(chunk)
             self.reached += len(chunk)
 
@@ -35,6 +41,47 @@ class Outbound:
             if position < len(piece):
                 yield memoryview(piece)[position:]
             position = max(0, position - len(piece))
+
+
+def seconds_allowed(size: int) -> float:
+    """Time allowed for a transfer: a minute and what 100 kB/s need."""
+    return 60 + size / 100_000
+
+
+def received(
+    spool: Spool,
+    upload: Upload,
+    position: int,
+    messages: Iterable[pb.UploadChunk | pb.ModelChunk | memoryview],
+    arrived: Callable[[int], None] = lambda number: None,
+) -> Path | None:
+    """Take a payload's bytes from ``position`` on into a file; ``None``: they are not what was offered, or too few.
+
+    Args:
+        spool: where the file is made.
+        upload: what was offered.
+        position: how many bytes are there.
+        messages: whose data follow.
+        arrived: hears how many bytes are there, with each message.
+
+    Raises:
+        NoRoomError: see :meth:`nnunet_fed.spool.Spool.receive`, as for the next two.
+        InterruptedUploadError: the same payload comes another way.
+        OSError: the disk is full, or broken.
+    """
+    with spool.receive(upload, position) as receiver:
+        for message in messages:
+            data = message if isinstance(message, memoryview) else message.data
+            if receiver.written + len(data) > upload.size:
+                spool.discard(receiver)
+                return None
+            receiver.write(data)
+            arrived(receiver.written)
+        if receiver.is_whole():
+            return spool.complete(receiver)
+        if receiver.written == upload.size:  # else the connection broke, and another may go on
+            spool.discard(receiver)
+    return None
 
 
 class Inbound:

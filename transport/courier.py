@@ -1,0 +1,236 @@
+"""Sends a site's models to its peers, or fetches theirs: one after the other, and never for ever. Source: ours.
+
+A peer that does not answer costs the deadline of an offer and a line in the log.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
+from pathlib import Path
+from typing import Literal
+
+import grpc
+
+from nnunet_fed.errors import FederationError, RefusedError
+from nnunet_fed.federation import Site
+from nnunet_fed.mailbox import Letter, Mailbox
+from nnunet_fed.outgoing import Outgoing, tensors_entry
+from nnunet_fed.payload import decode
+from nnunet_fed.transport import federation_pb2 as pb
+from nnunet_fed.transport.frames import PeerStub
+from nnunet_fed.transport.letters import Contacts, Reception, given_up_if_stalled, message_of
+from nnunet_fed.transport.options import PROTOCOL
+from nnunet_fed.transport.retry import DamagedError
+from nnunet_fed.transport.tls import open_channel
+from nnunet_fed.transport.transfer import Outbound, seconds_allowed
+
+logger = logging.getLogger(__name__)
+
+Mode = Literal["push", "pull"]
+Outcome = Literal["done", "next", "again"]
+
+OFFER_SECONDS = 10.0
+"""For an answer of a few hundred bytes (notes' 5.5)."""
+FAREWELL_SECONDS = 2.0
+ANSWERS = {
+    grpc.StatusCode.FAILED_PRECONDITION,
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+    grpc.StatusCode.DATA_LOSS,
+    grpc.StatusCode.ABORTED,
+}
+"""Errors that a peer that lives has given."""
+BROKEN = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DATA_LOSS}
+"""After these, a transfer that had begun goes on where it was."""
+
+
+class Courier:
+    """Talks to the peers of a site.
+
+    Args:
+        site: this site's settings.
+        mailbox: the training's.
+        reception: takes what is fetched.
+        contacts: hears who answers.
+        outgoing: hears of everything that this site sends, before it leaves (:mod:`nnunet_fed.outgoing`).
+        mode: ``push``: send the own model; ``pull``: fetch a peer's.
+        max_tries: attempts for one letter.
+        stopped: once set, what goes on is given up.
+    """
+
+    def __init__(
+        self, site: Site, mailbox: Mailbox, reception: Reception, contacts: Contacts, outgoing: Outgoing, mode: Mode,
+        max_tries: int, stopped: threading.Event,
+    ):  # fmt: skip
+        self._site = site
+        self._mailbox = mailbox
+        self._reception = reception
+        self._contacts = contacts
+        self._outgoing = outgoing
+        self._attempt = self._push if mode == "push" else self._pull
+        self._max_tries = max_tries
+        self._stopped = stopped
+
+    def serve(self, letter: Letter, path: Path, candidates: Sequence[str]) -> None:
+        """Try the candidates of a letter until one exchange has succeeded, at most ``max_tries`` times."""
+        try:
+            with path.open("rb") as file:
+                payload = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        except FileNotFoundError:  # a newer one is in its place
+            return
+        waiting = deque(peer for peer in candidates if peer in self._site.peers and peer != self._site.name)
+        for _ in range(self._max_tries):
+            if not waiting or self._stopped.is_set():
+                break
+            peer = waiting.popleft()
+            outcome = self._attempt(peer, letter, payload)
+            if outcome == "done":
+                break
+            if outcome == "again":
+                waiting.appendleft(peer)
+        if not self._stopped.is_set():
+            self._mailbox.served(letter)
+
+    def introduce(self, peer: str, seconds: float = OFFER_SECONDS) -> bool:
+        """Tell a peer who this site is, and learn who the peer is; whether it answers."""
+        state = self._mailbox.state()
+        info = pb.PeerInfo(protocol=PROTOCOL, site=self._site.name)
+        if state is not None:
+            info.run, info.training_cases, info.leaving = state.run, state.training_cases, state.leaving
+        facts = {field.name: getattr(info, field.name) for field in info.DESCRIPTOR.fields}
+        self._sends(peer, "info", **facts)
+        try:
+            with open_channel(self._site, peer) as channel:
+                answer = PeerStub(channel).Info(info, timeout=seconds)
+        except grpc.RpcError as error:
+            logger.debug("site '%s' does not answer (%s)", peer, error.details())
+            return False
+        if state is not None and answer.site == peer and answer.run == state.run:
+            self._contacts.introduced(peer, None if answer.leaving else answer.training_cases)
+        return True
+
+    def say_farewell(self) -> None:
+        """Tell all peers at once that this site has left; who does not answer soon is left out."""
+        peers = sorted(self._site.peers.keys() - {self._site.name})
+        with ThreadPoolExecutor(max(1, len(peers))) as pool:
+            list(pool.map(lambda peer: self.introduce(peer, FAREWELL_SECONDS), peers))
+
+    def _push(self, peer: str, letter: Letter, payload: memoryview) -> Outcome:
+        outbound, model, started = Outbound([payload]), message_of(letter), time.monotonic()
+        if outbound.digest != letter.digest:
+            logger.error("the payload of %s in the outbox is damaged: it is not sent", letter.name)
+            return "next"
+
+        def exchange(stub: PeerStub) -> pb.PeerReply:
+            facts = {**_facts(letter), "bytes": letter.size, "digest": letter.digest}
+            self._sends(peer, "offer", **facts)
+            reply: pb.PeerReply = stub.Offer(model, timeout=OFFER_SECONDS)
+            if reply.verdict != "accept":
+                return reply
+            model.position = outbound.reached = min(reply.position, letter.size)
+            begun = {"from_byte": model.position} if model.position else {}
+            self._sends(peer, "upload", **facts, **begun, **tensors_entry(decode(payload)))
+            messages = chain([pb.ModelChunk(model=model)], outbound.data(model.position))
+            call = stub.Push.future(messages, timeout=seconds_allowed(letter.size))
+            with given_up_if_stalled(call.cancel, lambda: outbound.reached, self._stopped):
+                reply = call.result()
+            return reply
+
+        def moved() -> int:
+            return outbound.reached - model.position
+
+        return self._exchange(peer, letter, exchange, moved, started, "sent")
+
+    def _pull(self, peer: str, letter: Letter, payload: memoryview) -> Outcome:
+        started, fetched = time.monotonic(), 0
+        request = pb.PullRequest(
+            protocol=PROTOCOL, site=self._site.name, run=letter.run, schema=letter.schema,
+            counter=self._mailbox.received().get(peer, 0),
+        )  # fmt: skip
+
+        def exchange(stub: PeerStub) -> pb.PeerReply:
+            nonlocal fetched
+            self._sends(peer, "ask", run=letter.run, schema=letter.schema, counter=request.counter)
+            replies = stub.Pull(request, timeout=seconds_allowed(letter.size))
+            with given_up_if_stalled(replies.cancel, lambda: 0, self._stopped, OFFER_SECONDS):
+                first = next(replies, pb.ModelChunk(reply=pb.PeerReply(verdict="nothing")))
+            if not isinstance(first, pb.ModelChunk) or first.WhichOneof("part") != "model":
+                return first.reply if isinstance(first, pb.ModelChunk) else pb.PeerReply(verdict="nothing")
+            model = first.model
+            if model.site != peer or model.position:
+                replies.cancel()
+                raise RefusedError(f"Site '{peer}' gave a model of '{model.site}', which was not asked for.")
+            reply = self._reception.reply(model)
+            if reply.verdict != "accept":
+                replies.cancel()
+                return reply
+
+            def counted() -> Iterator[pb.ModelChunk | memoryview]:
+                nonlocal fetched
+                for message in replies:
+                    fetched += len(message) if isinstance(message, memoryview) else len(message.data)
+                    yield message
+
+            return self._reception.take(model, counted(), replies.cancel)
+
+        return self._exchange(peer, letter, exchange, lambda: fetched, started, None)
+
+    def _exchange(
+        self, peer: str, letter: Letter, exchange: Callable[[PeerStub], pb.PeerReply], moved: Callable[[], int],
+        started: float, success: str | None,
+    ) -> Outcome:  # fmt: skip
+        """One attempt, whose end is recorded as ``success`` (``None``: the reception has done that)."""
+
+        def record(event: str, **facts: str) -> None:
+            seconds = round(time.monotonic() - started, 3)
+            own = success is not None
+            site, counter = (letter.version.site, letter.version.counter) if own else (peer, None)
+            self._mailbox.record(
+                event=event, peer=peer, site=site, counter=counter, bytes=moved(), seconds=seconds, **facts
+            )
+
+        try:
+            with open_channel(self._site, peer) as channel:
+                reply = exchange(PeerStub(channel))
+        except (grpc.RpcError, grpc.FutureCancelledError) as error:
+            code = error.code() if isinstance(error, grpc.RpcError) else grpc.StatusCode.CANCELLED
+            reason = str(error.details()) if isinstance(error, grpc.RpcError) else "it stalled, or was stopped"
+            logger.warning("no exchange with site '%s': %s", peer, reason)
+            if code in ANSWERS:
+                self._contacts.reached(peer)
+            else:
+                self._contacts.missed(peer)
+            record("declined" if code in ANSWERS else "missed", reason=reason)
+            return "again" if code in BROKEN and moved() > 0 else "next"
+        except (FederationError, DamagedError, OSError) as error:
+            logger.warning("nothing comes of the exchange with site '%s': %s", peer, error or "it was damaged")
+            record("missed", reason=str(error) or "damaged")
+            return "next"
+        self._contacts.reached(peer)
+        if reply.verdict == "accept":
+            if success is not None:
+                record(success, verdict=reply.verdict)
+                logger.info("sent %s to site '%s'", letter.name, peer)
+            return "done"
+        logger.info("site '%s' and this site exchange nothing: %s %s", peer, reply.verdict, reply.reason)
+        record("declined", verdict=reply.verdict, **({"reason": reply.reason} if reply.reason else {}))
+        return "next"
+
+    def _sends(self, peer: str, what: str, **facts: object) -> None:
+        self._outgoing({"to": f"{peer} at {self._site.peers[peer]}", "what": what, **facts})
+
+
+def _facts(letter: Letter) -> dict[str, object]:
+    version = letter.version
+    described = {"site": version.site, "vector": dict(version.vector), "epoch": version.epoch}
+    return {
+        "run": letter.run, **described, "training_cases": letter.training_cases, "initial": letter.initial,
+        "schema": letter.schema,
+    }  # fmt: skip
