@@ -15,6 +15,7 @@ from nnunet_fed.federation import Federation
 from nnunet_fed.mailbox import Letter, Mailbox, State
 from nnunet_fed.method_tables import GCML
 from nnunet_fed.methods.gossip import Schedule, Version, judge, next_delivery
+from nnunet_fed.outgoing import FILE
 from nnunet_fed.payload import Tensors
 from nnunet_fed.processes import Process, stop
 from nnunet_fed.trainers.record import Record
@@ -58,7 +59,7 @@ class Correspondence:
     Args:
         study: in the plans, of GCML.
         standing: of the training, which changes it; on rank 0 the checkpoint's own.
-        folder: of the mailbox; emptied unless the training continues.
+        folder: of the mailbox; emptied unless the training continues, but for the list of all that was sent.
         record: of the training.
         state: what the peer process tells others, but for version and counters.
         start_peer: starts the peer process.
@@ -72,7 +73,7 @@ class Correspondence:
         folder: Path,
         record: Record,
         state: State,
-        start_peer: Callable[[], Process | None],
+        start_peer: Callable[[], Process],
         continues: bool,
     ):
         assert isinstance(study.method, GCML)
@@ -81,10 +82,10 @@ class Correspondence:
         self._schedule = Schedule(self.options.topology, study.seed, self.options.expected_senders)
         self._record, self._state, self._start_peer = record, state, start_peer
         if not continues:
-            shutil.rmtree(folder, ignore_errors=True)
+            _empty(folder)
         self.mailbox = Mailbox(folder)
         self._publish()
-        self._peer = start_peer()
+        self._peer: Process | None = start_peer()
         self._last_words = ""
 
     # ------------------------------------------------------------------------------------------- what arrives
@@ -167,7 +168,7 @@ class Correspondence:
             self.mailbox.post(
                 run=self._state.run, version=self.standing.version, training_cases=self._state.training_cases,
                 initial=self.standing.initial, tensors=narrow(tensors, self.study.wire_dtype),
-                candidates=candidates[: 1 if lockstep else self.options.max_tries],
+                candidates=candidates[:1] if lockstep else candidates,
             )  # fmt: skip
         except (OSError, RefusedError) as error:
             self.happened(f"the model could not be given to the peer process: {error}")
@@ -219,3 +220,11 @@ class Correspondence:
             mutual_phases=self.standing.phases, transfers=transfers,
             **{f"bytes_{event}": total for event, total in moved.items()},
         )  # fmt: skip
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != FILE:
+            path.unlink()

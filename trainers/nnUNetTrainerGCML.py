@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -22,7 +23,7 @@ from nnunet_fed.methods.gcml import Contrast, MutualLoss, Outputs, Plan, executi
 from nnunet_fed.methods.gossip import Candidate, Version, kept, merged, uniform
 from nnunet_fed.payload import Array, Tensors, is_floating, open_payload
 from nnunet_fed.plans import plans_digest
-from nnunet_fed.processes import Process
+from nnunet_fed.processes import Process, Step
 from nnunet_fed.tensors import digest_of_tensors, load_arrays, shared_tensors, to_arrays
 from nnunet_fed.trainers import checkpoint
 from nnunet_fed.trainers.correspondence import Correspondence, Standing
@@ -101,11 +102,7 @@ class nnUNetTrainerGCML(StudyTrainer):  # noqa: N801
             super().on_train_start()
             return
         site = own_site(self.study, self.fold)
-        if site.name not in self.study.sites:
-            raise ConfigurationError(
-                f"Site '{site.name}' is not in the study, which is of {', '.join(self.study.sites)}: correct 'name' in "
-                "site.toml."
-            )
+        _require_peers(site, self.study.sites)
         self._plan_of_choice()
         super().on_train_start()
         self._group = patient_group(self.study.deadline_minutes + 10)
@@ -117,8 +114,8 @@ class nnUNetTrainerGCML(StudyTrainer):  # noqa: N801
             self._standing.members = self._from_rank_zero(lambda here: here.await_members())
         if self._resumed is not None and self.local_rank == 0:
             if self._exchanges(self.current_epoch):  # a training that was killed between its checkpoint and its post
-                self._here.round_over(self.shared_arrays())
-            self._here.happened(f"continued with --c in epoch {self.current_epoch}")
+                self._here().round_over(self.shared_arrays())
+            self._here().happened(f"continued with --c in epoch {self.current_epoch}")
             checkpoint.restore_random_states(self._resumed["random"])
 
     def _correspond(self, site: Site) -> Correspondence:
@@ -141,9 +138,12 @@ class nnUNetTrainerGCML(StudyTrainer):  # noqa: N801
         )  # fmt: skip
         return Correspondence(self.study, self._standing, folder / MAILBOX, record, state, self.start_peer, continues)
 
-    def start_peer(self) -> Process | None:
-        """Start the process that talks to the peers."""
-        raise NotImplementedError
+    def start_peer(self) -> Process:
+        """Start the process that talks to the peers; it ends with this one, whatever ends it."""
+        command = [sys.executable, "-m", "nnunet_fed", "peer", str(Path(self.output_folder) / MAILBOX)]
+        command += ["--mode", self.options.mode, "--max-tries", str(self.options.max_tries)]
+        command += ["--parent", str(os.getpid())]
+        return Process(Step("The peer process", command, os.environ, Path(self.output_folder) / "peer.log"))
 
     def on_train_end(self) -> None:
         """nnU-Net's final checkpoint, and the last model to a peer that still wants it."""
@@ -164,14 +164,13 @@ class nnUNetTrainerGCML(StudyTrainer):  # noqa: N801
             self._correspondence.close()
             self._correspondence = None
 
-    @property
     def _here(self) -> Correspondence:
         if self._correspondence is None:
             raise RuntimeError("rank 0 alone has the mailbox, and only while it trains")
         return self._correspondence
 
     def _from_rank_zero(self, question: Callable[[Correspondence], T]) -> T:
-        return from_rank_zero(lambda: question(self._here), self._group)
+        return from_rank_zero(lambda: question(self._here()), self._group)
 
     def _happened(self, text: str) -> None:
         if self._correspondence is not None:
@@ -386,3 +385,19 @@ def _require_finite(arrays: dict[str, Array]) -> None:
     for name, array in arrays.items():
         if is_floating(array) and not np.isfinite(array).all():
             raise RefusedError(f"Its tensor '{name}' holds numbers that are not finite.")
+
+
+def _require_peers(site: Site, sites: tuple[str, ...]) -> None:
+    if site.name not in sites:
+        raise ConfigurationError(
+            f"Site '{site.name}' is not in the study, which is of {', '.join(sites)}: correct 'name' in site.toml."
+        )
+    if site.listen is None:
+        raise ConfigurationError(
+            "site.toml names no peers: GCML needs 'listen', this site's own address, and 'peers', those of all sites."
+        )
+    missing = [name for name in sites if name not in site.peers]
+    if missing:
+        raise ConfigurationError(
+            f"The list of peers in site.toml lacks the study's {', '.join(missing)}: add the addresses, at all sites."
+        )
