@@ -240,13 +240,13 @@ class Mailbox:
             for path in self._outbox.iterdir():
                 if _counter(path) is not None:
                     letter, candidates = _letter(path)
-                    served = (_read(self.folder / "served.json") or {}).get("digest") == letter.digest
+                    served = _read(self.folder / "served.json") == [letter.name, letter.digest]
                     return letter, path / PAYLOAD, () if served else candidates
         return None
 
     def served(self, letter: Letter) -> None:
         """The candidates of a letter have been tried."""
-        _write(self.folder / "served.json", {"name": letter.name, "digest": letter.digest})
+        _write(self.folder / "served.json", [letter.name, letter.digest])
 
     def received(self) -> dict[str, int]:
         """Counter of the newest model of each peer that is in ``inbox`` or ``used``, or that the state names."""

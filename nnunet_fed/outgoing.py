@@ -7,8 +7,12 @@ Every line says when (``at``), to whom (``to``) and what (``what``):
   ``nonzero`` (pairs of flattened index and value), unless it is too long; other values in full;
 * ``join``, ``report``, ``note``, ``leave``: the whole message.
 
-A site's questions (for a result, for the newest round, for the status) hold nothing but the site's name and that for
-which they ask; they have no line. What the network loses and a site sends again has a line again if it is an upload.
+To a peer (GCML) go ``info``, in full; ``offer`` and ``upload`` of a model, with its version and number of training
+cases; ``ask``, for the peer's model. They stand in the file of this name in the training's mailbox.
+
+A site's questions to the coordinator (for a result, for the newest round, for the status) hold nothing but the site's
+name and that for which they ask; they have no line. What the network loses and a site sends again has a line again if
+it is an upload.
 """
 
 from __future__ import annotations

@@ -233,6 +233,21 @@ def test_all_mistakes_are_told_at_once() -> None:
             ({"coordinator": address}, f"{address!r} is no HOST:PORT, for example 127.0.0.1:7464")
             for address in ("", "localhost", ":80", "localhost:", "localhost:http", "a:0", "a:65536", "a:-1", "a:²")
         ),
+        ({"listen": "0.0.0.0:7465"}, "listen and peers go together: give both, or neither"),
+        ({"peers": {"a": "a:1"}}, "listen and peers go together: give both, or neither"),
+        ({"listen": "0.0.0.0", "peers": {"a": "a:1"}}, "listen: '0.0.0.0' is no HOST:PORT"),
+        ({"listen": ":1", "peers": {"a": "a:1"}}, "listen: ':1' is no HOST:PORT"),
+        ({"listen": "a:1", "peers": {"a": "a:http"}}, "peers: 'a:http' is no HOST:PORT"),
+        ({"listen": "a:1", "peers": {"a": "a:1", "b c": "b:1"}}, "peers: site name 'b c': use letters"),
+        (
+            {"listen": "a:1", "peers": {"b": "b:1", "c": "c:1"}},
+            "peers lacks this site, 'a': the list is",
+        ),
+        (
+            {"listen": "a:1", "peers": {"a": "host:1", "b": "b:1", "c": "Host:1"}},
+            "peers: the sites 'a' and 'c' have one address, Host:1: give each its own",
+        ),
+        ({"insecure": True, "revoked": "revoked.txt"}, "insecure = true goes without revoked"),
         ({"connect_minutes": 0}, "connect_minutes: "),
         ({"connect_minutes": float("inf")}, "connect_minutes: input should be a finite number"),
         ({"fold": "one"}, "fold: use a whole number"),

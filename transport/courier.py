@@ -18,7 +18,7 @@ from typing import Literal
 
 import grpc
 
-from nnunet_fed.errors import FederationError, RefusedError
+from nnunet_fed.errors import ConfigurationError, FederationError, RefusedError
 from nnunet_fed.federation import Site
 from nnunet_fed.mailbox import Letter, Mailbox
 from nnunet_fed.outgoing import Outgoing, tensors_entry
@@ -109,11 +109,11 @@ class Courier:
         try:
             with open_channel(self._site, peer) as channel:
                 answer = PeerStub(channel).Info(info, timeout=seconds)
-        except grpc.RpcError as error:
-            logger.debug("site '%s' does not answer (%s)", peer, error.details())
+        except (grpc.RpcError, ConfigurationError) as error:
+            logger.debug("site '%s' does not answer (%s)", peer, error)
             return False
         if state is not None and answer.site == peer and answer.run == state.run:
-            self._contacts.introduced(peer, None if answer.leaving else answer.training_cases)
+            self._contacts.introduced(peer, answer.training_cases, answer.leaving)
         return True
 
     def say_farewell(self) -> None:
@@ -131,7 +131,9 @@ class Courier:
         def exchange(stub: PeerStub) -> pb.PeerReply:
             facts = {**_facts(letter), "bytes": letter.size, "digest": letter.digest}
             self._sends(peer, "offer", **facts)
-            reply: pb.PeerReply = stub.Offer(model, timeout=OFFER_SECONDS)
+            asked = stub.Offer.future(model, timeout=OFFER_SECONDS)
+            with given_up_if_stalled(asked.cancel, lambda: 0, self._stopped):
+                reply: pb.PeerReply = asked.result()
             if reply.verdict != "accept":
                 return reply
             model.position = outbound.reached = min(reply.position, letter.size)
@@ -186,7 +188,7 @@ class Courier:
         self, peer: str, letter: Letter, exchange: Callable[[PeerStub], pb.PeerReply], moved: Callable[[], int],
         started: float, success: str | None,
     ) -> Outcome:  # fmt: skip
-        """One attempt, whose end is recorded as ``success`` (``None``: the reception has done that)."""
+        """One attempt, whose success is recorded under this name; ``None``: what came is the reception's to record."""
 
         def record(event: str, **facts: str) -> None:
             seconds = round(time.monotonic() - started, 3)
@@ -210,8 +212,9 @@ class Courier:
             record("declined" if code in ANSWERS else "missed", reason=reason)
             return "again" if code in BROKEN and moved() > 0 else "next"
         except (FederationError, DamagedError, OSError) as error:
-            logger.warning("nothing comes of the exchange with site '%s': %s", peer, error or "it was damaged")
-            record("missed", reason=str(error) or "damaged")
+            logger.warning("no exchange with site '%s': %s", peer, error or "its model was damaged")
+            if success is not None:
+                record("missed", reason=str(error))
             return "next"
         self._contacts.reached(peer)
         if reply.verdict == "accept":

@@ -10,7 +10,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import MappingProxyType
 
 from nnunet_fed.admission import check_finite
@@ -108,9 +108,10 @@ class Contacts:
         """A peer was not reached."""
         self._change(peer, failed=True)
 
-    def introduced(self, peer: str, training_cases: int | None) -> None:
-        """A peer takes part with so many training cases; ``None``: no more."""
-        self._change(peer, False, {peer: training_cases})
+    def introduced(self, peer: str, training_cases: int, leaving: bool) -> None:
+        """A peer takes part with so many training cases, or no more."""
+        cases = training_cases if 0 < training_cases <= LARGEST_NUMBER and not leaving else None
+        self._change(peer, False, {peer: cases})
 
     def _change(self, peer: str, failed: bool, introduced: Mapping[str, int | None] = MappingProxyType({})) -> None:
         with self._lock:
@@ -136,11 +137,11 @@ class Reception:
         self._mailbox = mailbox
         self._stopped = stopped
         self._lock = threading.Lock()
-        self._arriving: dict[str, str] = {}
+        self._arriving: dict[str, Letter] = {}
         self._spool = Spool(mailbox.arriving, quota=0)
 
     def reply(self, model: pb.Model) -> pb.PeerReply:
-        """Whether a model is wanted; what is not is recorded.
+        """Whether a model is wanted.
 
         Raises:
             RefusedError: see :func:`letter_of`; or a site that is no peer has influenced it.
@@ -161,10 +162,13 @@ class Reception:
         elif state is not None and not state.busy and self._has_room(letter):
             known = self._mailbox.received()
             verdict = judge(letter.version, state.version, known, state.max_epoch_distance)
-        if verdict != "accept":
-            self._record("refused", letter, verdict=verdict, **({"reason": reason} if reason else {}))
-            return pb.PeerReply(verdict=verdict, reason=reason)
-        return pb.PeerReply(verdict=verdict, position=self._spool.position(_upload(letter)))
+        position = self._spool.position(_upload(letter)) if verdict == "accept" else 0
+        return pb.PeerReply(verdict=verdict, reason=reason, position=position)
+
+    def refused(self, model: pb.Model, reply: pb.PeerReply) -> None:
+        """Record that a model was not wanted."""
+        why = {"reason": reply.reason} if reply.reason else {}
+        self._record("refused", letter_of(model), verdict=reply.verdict, **why)
 
     def take(
         self, model: pb.Model, messages: Iterable[pb.ModelChunk | memoryview], cancel: Callable[[], object]
@@ -204,11 +208,11 @@ class Reception:
                     self._mailbox.deliver(letter, payload)
                 finally:
                     payload.unlink(missing_ok=True)
-            except OSError:
-                self._spool.forget_site(letter.run, model.site)
-                raise
-            except (RefusedError, DamagedError) as error:
-                self._record("refused", letter, bytes=arrived - model.position, reason=str(error) or "damaged")
+            except (RefusedError, DamagedError, OSError) as error:
+                if isinstance(error, OSError):
+                    self._spool.forget_site(letter.run, model.site)
+                with suppress(OSError):  # if the disk is full
+                    self._record("refused", letter, bytes=arrived - model.position, reason=str(error) or "damaged")
                 raise
             moved = {"bytes": letter.size - model.position, "seconds": round(time.monotonic() - started, 3)}
             self._record("received", letter, **moved, verdict="accept")
@@ -221,24 +225,24 @@ class Reception:
         )
 
     def _has_room(self, letter: Letter) -> bool:
-        with self._lock:
-            same = self._arriving.get(letter.version.site)
-            return len(self._arriving) < ARRIVALS if same is None else same == letter.digest
+        """The same payload may go on in the place of its own broken connection."""
+        same = self._arriving.get(letter.version.site)
+        return len(self._arriving) < ARRIVALS if same is None else same.digest == letter.digest
 
     @contextmanager
     def _seat(self, letter: Letter) -> Iterator[bool]:
-        """One of the few places for what arrives; the same payload may take its own over from a broken connection."""
-        site, free = letter.version.site, False
+        """One of the few places for what arrives, if there is one."""
+        site = letter.version.site
         with self._lock:
-            same = self._arriving.get(site)
-            if same == letter.digest or (same is None and len(self._arriving) < ARRIVALS):
-                self._arriving[site], free = letter.digest, True
+            free = self._has_room(letter)
+            if free:
+                self._arriving[site] = letter
         try:
             yield free
         finally:
-            if free:
-                with self._lock:
-                    self._arriving.pop(site, None)
+            with self._lock:
+                if self._arriving.get(site) is letter:
+                    del self._arriving[site]
 
     def _record(self, event: str, letter: Letter, **facts: object) -> None:
         site, counter = letter.version.site, letter.version.counter

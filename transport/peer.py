@@ -11,7 +11,9 @@ import mmap
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import grpc
 
@@ -39,11 +41,14 @@ from nnunet_fed.transport.tls import KeyFiles, Keys, check_name
 
 logger = logging.getLogger(__name__)
 
-ADDRESS_SECONDS = 15.0
+ADDRESS_SECONDS, ADDRESS_PAUSE = 15.0, 0.5
 """So long the peer process of a training that was killed may still hold the address."""
 INTRODUCTIONS = (0.5, 30.0)
 """First and longest pause, in seconds, before peers that have not been heard of are asked again."""
+SILENCES = 4
+"""So many askings in a row that nobody answered are worth a line in the log."""
 GRACE_SECONDS = 2.0
+DISK_PAUSE = 10.0
 
 
 class PeerProcess:
@@ -101,7 +106,7 @@ class PeerProcess:
             except AddressError:
                 if time.monotonic() > end:
                     raise
-            time.sleep(GLANCE_SECONDS)
+            time.sleep(ADDRESS_PAUSE)
 
     def run(self, is_wanted: Callable[[], bool] = lambda: True) -> None:
         """Serve until :meth:`stop` is called, or nobody wants it any more. Ends within a few seconds then."""
@@ -109,9 +114,13 @@ class PeerProcess:
         introductions = threading.Thread(target=self._introduce, daemon=True)
         introductions.start()
         while is_wanted() and not self._stopped.wait(GLANCE_SECONDS):
-            found = self._mailbox.outgoing()
-            if found is not None and found[2]:
-                self._courier.serve(*found)
+            try:
+                found = self._mailbox.outgoing()
+                if found is not None and found[2]:
+                    self._courier.serve(*found)
+            except OSError as error:  # a full disk: what was not written down is tried again
+                logger.error("the mailbox cannot be used at present: %s", error)
+                self._stopped.wait(DISK_PAUSE)
         self._stopped.set()
         state = self._mailbox.state()
         if state is not None and state.leaving:
@@ -129,12 +138,12 @@ class PeerProcess:
         while self._mailbox.state() is None:  # the training has not said who it is
             if self._stopped.wait(GLANCE_SECONDS):
                 return
-        pause, told = INTRODUCTIONS[0], False
+        pause, silent = INTRODUCTIONS[0], 0
         while not self._stopped.is_set():
             unheard = [peer for peer in others if peer not in self._contacts.members()]
             answered = [self._courier.introduce(peer) for peer in unheard if not self._stopped.is_set()]
-            if len(unheard) == len(others) > 0 and not any(answered) and not told:
-                told = True
+            silent = silent + 1 if len(unheard) == len(others) > 0 and not any(answered) else 0
+            if silent == SILENCES:
                 listed = ", ".join(f"'{peer}' at {self._site.peers[peer]}" for peer in others)
                 logger.warning("none of the peers answers (%s); until one does, this site trains alone", listed)
             self._stopped.wait(pause)
@@ -159,15 +168,18 @@ class _Service(PeerServicer):  # type: ignore[misc]
             if state is None:
                 return pb.PeerInfo(protocol=PROTOCOL, site=self._site.name)
             if request.run == state.run:
-                self._contacts.introduced(request.site, None if request.leaving else request.training_cases)
-            return pb.PeerInfo(
-                protocol=PROTOCOL, site=self._site.name, run=state.run, training_cases=state.training_cases,
-                leaving=state.leaving,
-            )  # fmt: skip
+                self._contacts.introduced(request.site, request.training_cases, request.leaving)
+            facts: dict[str, Any] = {"run": state.run, "training_cases": state.training_cases, "leaving": state.leaving}
+            facts |= {"protocol": PROTOCOL, "site": self._site.name}
+            self._outgoing({"to": request.site, "what": "info", **facts})
+            return pb.PeerInfo(**facts)
 
     def Offer(self, request: pb.Model, context: grpc.ServicerContext) -> pb.PeerReply:  # noqa: N802
         with self._called(request.site, context):
-            return self._reception.reply(request)
+            reply = self._reception.reply(request)
+            if reply.verdict != "accept":
+                self._reception.refused(request, reply)
+            return reply
 
     def Push(  # noqa: N802
         self, requests: Iterator[pb.ModelChunk | memoryview], context: grpc.ServicerContext
@@ -178,6 +190,7 @@ class _Service(PeerServicer):  # type: ignore[misc]
         with self._called(first.model.site, context):
             reply = self._reception.reply(first.model)
             if reply.verdict != "accept":
+                self._reception.refused(first.model, reply)
                 return reply
             try:
                 return self._reception.take(first.model, requests, context.cancel)
@@ -224,10 +237,12 @@ class _Service(PeerServicer):  # type: ignore[misc]
                 seconds=round(time.monotonic() - started, 3), verdict="pulled",
             )  # fmt: skip
 
-    def _called(self, peer: str, context: grpc.ServicerContext) -> Refusals:
+    @contextmanager
+    def _called(self, peer: str, context: grpc.ServicerContext) -> Iterator[None]:
         """Who calls is a peer of this site, and lives."""
-        if peer not in self._site.peers or peer == self._site.name:
-            text = f"'{peer}' is not among the peers of site '{self._site.name}'."
-            refuse(context, text, grpc.StatusCode.PERMISSION_DENIED)
-        self._contacts.reached(peer)
-        return Refusals(context, f"The disk of site '{self._site.name}'")
+        with Refusals(context, f"The disk of site '{self._site.name}'"):
+            if peer not in self._site.peers or peer == self._site.name:
+                text = f"'{peer}' is not among the peers of site '{self._site.name}'."
+                refuse(context, text, grpc.StatusCode.PERMISSION_DENIED)
+            self._contacts.reached(peer)
+            yield
