@@ -534,6 +534,20 @@ def test_a_killed_training_posts_the_same_letter_again(postman: Postman, monkeyp
     assert postman.posted[0][0] == letter
 
 
+def test_a_new_training_forgets_the_mail_of_an_old_one_but_not_what_was_sent(postman: Postman) -> None:
+    brings(postman, foreign())
+    assert len(train(study())._standing.phases) == 1
+    assert postman.mailbox is not None
+    listed = postman.mailbox.folder / "outgoing.jsonl"
+    listed.write_text("what left\n")
+    postman.mailbox.record(event="sent", peer="b", bytes=1)
+    postman.bring = lambda mailbox, state: None
+    again = train(study())
+    assert again._standing.phases == []
+    assert record(again)["transfers"] == []
+    assert listed.read_text() == "what left\n"
+
+
 # ------------------------------------------------------------------------------------------------------------ lockstep
 
 

@@ -145,6 +145,15 @@ def test_a_site_has_nnunets_folders_its_data_as_a_link_and_a_name_that_nnunet_ta
     assert (site.name, site.coordinator, site.insecure) == (place.name, "127.0.0.1:1234", True)
 
 
+def test_peers_have_addresses_of_their_own(tmp_path: Path) -> None:
+    addresses = [f"127.0.0.1:{port}" for port in simulate.free_ports(2)]
+    peers = dict(zip(("a", "b"), addresses, strict=True))
+    place = simulate.Place("b", raw(tmp_path / "raw"), tmp_path / "site", 0)
+    place.make("127.0.0.1:1234", peers)
+    site = Site.read(tmp_path / "site" / "site.toml")  # which refuses two sites with one address
+    assert (site.listen, site.peers) == (addresses[1], peers)
+
+
 def test_the_data_are_copied_where_links_are_not_possible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise OSError
