@@ -30,7 +30,8 @@ from nnunet_fed.tensors import digest_of_tensors, load_arrays, shared_tensors, t
 from nnunet_fed.trainers import checkpoint
 from nnunet_fed.trainers.frozen_patches import foreground_dice
 from nnunet_fed.trainers.incoming import without_numbers_that_are_none
-from nnunet_fed.trainers.nnUNetTrainerGCML import PLAN_VARIABLE, nnUNetTrainerGCML
+from nnunet_fed.trainers.mutual import PLAN_VARIABLE
+from nnunet_fed.trainers.nnUNetTrainerGCML import nnUNetTrainerGCML
 from nnunet_fed.trainers.study_trainer import SKIP_VALIDATION_VARIABLE
 
 PLANS = pytest.mark.parametrize("plan", get_args(Plan))

@@ -5,11 +5,10 @@ from __future__ import annotations
 import copy
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,8 +17,6 @@ from nnunetv2.utilities.helpers import empty_cache
 from nnunet_fed.errors import ConfigurationError, FederationError, RefusedError
 from nnunet_fed.federation import Site, digest_of
 from nnunet_fed.mailbox import Letter, State, described
-from nnunet_fed.method_tables import GCML
-from nnunet_fed.methods.gcml import Contrast, MutualLoss, Outputs, Plan, execution_plan, ramped_weight
 from nnunet_fed.methods.gossip import Candidate, Version, kept, merged, uniform
 from nnunet_fed.payload import Array, Tensors, is_floating, open_payload
 from nnunet_fed.plans import plans_digest
@@ -28,21 +25,20 @@ from nnunet_fed.tensors import digest_of_tensors, load_arrays, shared_tensors, t
 from nnunet_fed.trainers import checkpoint
 from nnunet_fed.trainers.correspondence import Correspondence, Standing
 from nnunet_fed.trainers.frozen_patches import foreground_dice
-from nnunet_fed.trainers.incoming import Computed, Incoming, plain_values, without_numbers_that_are_none
+from nnunet_fed.trainers.incoming import Incoming, plain_values
+from nnunet_fed.trainers.mutual import MutualTrainer
 from nnunet_fed.trainers.ranks import from_rank_zero, patient_group
 from nnunet_fed.trainers.record import Record, logged_by
-from nnunet_fed.trainers.study_trainer import StudyTrainer, own_site, sentences_for_users
+from nnunet_fed.trainers.study_trainer import own_site, sentences_for_users
 from nnunet_fed.wire import narrow, widen
 
 T = TypeVar("T")
 
-PLAN_VARIABLE = "nnUNet_fed_mutual_plan"
-"""``simultaneous`` or ``two_pass``: how mutual steps run, whatever memory is free."""
 MAILBOX = "mailbox"
 """Folder, beside the checkpoints, through which the training and its peer process talk."""
 
 
-class nnUNetTrainerGCML(StudyTrainer):  # noqa: N801
+class nnUNetTrainerGCML(MutualTrainer):  # noqa: N801
     """nnU-Net's training, which no other site delays (:mod:`nnunet_fed.methods.gcml`, ``methods/gossip.py``).
 
     After each round that follows the warm-up the site's model goes to the peer process, a process of its own. At the
@@ -52,22 +48,13 @@ class nnUNetTrainerGCML(StudyTrainer):  # noqa: N801
 
     method = "gcml"
 
-    network: Any
-    optimizer: Any
-    grad_scaler: Any
-    loss: Any
-
     def configure_study(self) -> None:
-        """Take the method's options."""
+        """Nothing has come yet, and nobody is there to talk to."""
         super().configure_study()
-        assert isinstance(self.study.method, GCML)
-        self.options = self.study.method
         self._warm_up = self.options.warm_up(self.study.epochs)
         self._standing: Standing
-        self._incoming: Incoming | None = None
         self._correspondence: Correspondence | None = None
         self._group: Any = None
-        self._step_bytes: int | None = None
 
     # ------------------------------------------------------------------------------------------- start and end
 
@@ -76,16 +63,7 @@ class nnUNetTrainerGCML(StudyTrainer):  # noqa: N801
         """The study's, or the site's own, as the study says."""
         if self.options.common_init:
             return super().initial_seed
-        return int(2**32 * uniform(self.study.seed, "initial weights", Site.from_environment().name))
-
-    def _build_loss(self) -> MutualLoss:
-        options, labels = self.options, self.label_manager
-        contrast = Contrast(
-            softmax=not labels.has_regions, contrast=options.contrast, contrast_weight=options.contrast_weight,
-            margin=options.margin, background_weight=options.background_weight, temperature=options.temperature,
-            roi=options.roi, class_mean=options.class_mean, ignore_label=labels.ignore_label,
-        )  # fmt: skip
-        return MutualLoss(super()._build_loss(), contrast, heads=options.contrast_heads, mix=options.mix)
+        return int(2**31 * uniform(self.study.seed, "initial weights", Site.from_environment().name))
 
     def run_training(self) -> None:
         """nnU-Net's loop; errors of the federation end in a sentence."""
@@ -197,14 +175,6 @@ class nnUNetTrainerGCML(StudyTrainer):  # noqa: N801
                     self._begin_phase(*delivery)
         super().on_epoch_start()
 
-    def on_train_epoch_start(self) -> None:
-        """Give the incoming model the site's learning rate."""
-        super().on_train_epoch_start()
-        if self._incoming is not None:
-            self._incoming.network.train()
-            for group in self._incoming.optimizer.param_groups:
-                group["lr"] = self.optimizer.param_groups[0]["lr"]
-
     def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
         """End a phase, so that this epoch's validation and checkpoints describe the model that was kept."""
         super().on_train_epoch_end(train_outputs)
@@ -212,8 +182,6 @@ class nnUNetTrainerGCML(StudyTrainer):  # noqa: N801
             self._incoming.epochs_left -= 1
             if self._incoming.epochs_left == 0:
                 self._end_phase(self._incoming)
-        elif self._step_bytes is None and self.device.type == "cuda":
-            self._step_bytes = torch.cuda.max_memory_allocated(self.device)
 
     def on_epoch_end(self) -> None:
         """nnU-Net's checkpoints, then the mail: what has left is always in a checkpoint."""
@@ -246,82 +214,6 @@ class nnUNetTrainerGCML(StudyTrainer):  # noqa: N801
                 f"trains with the model that {letter.version.site} had after {letter.version.epoch} epochs "
                 f"({self._incoming.plan})"
             )
-
-    def _make_incoming(self, **facts: Any) -> Incoming:
-        """A second network like the site's own, with an optimizer and a gradient scaler."""
-        network: Any = copy.deepcopy(self.bare(self.network))
-        if self._do_i_compile():
-            network = torch.compile(network)
-        own, self.network = self.network, network
-        try:
-            optimizer, _ = self.configure_optimizers()
-        finally:
-            self.network = own
-        if self.is_ddp:
-            network = torch.nn.parallel.DistributedDataParallel(network, device_ids=[self.local_rank])
-        scaler = None
-        if self.grad_scaler is not None:
-            scaler = torch.amp.GradScaler("cuda")
-            scaler.load_state_dict(self.grad_scaler.state_dict())
-        return Incoming(network=network, optimizer=optimizer, grad_scaler=scaler, **facts)
-
-    def _plan_of_choice(self) -> Plan:
-        chosen: Any = os.environ.get(PLAN_VARIABLE)
-        if chosen:
-            if chosen not in get_args(Plan):
-                raise ConfigurationError(f"{PLAN_VARIABLE} is {chosen!r}: use one of {', '.join(get_args(Plan))}.")
-            plan: Plan = chosen
-            return plan
-        if self._step_bytes is None:  # no plain epoch was measured, or there is nothing to measure with
-            return "two_pass"
-        free, _ = torch.cuda.mem_get_info(self.device)
-        return execution_plan(free, self._step_bytes)
-
-    def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """nnU-Net's step; in a mutual phase one of each model, with what the other said before either of them."""
-        incoming = self._incoming
-        if incoming is None:
-            return super().train_step(batch)
-        self.loss.weight = ramped_weight(incoming.steps, self.options.mutual_weight, self.options.ramp_steps)
-        incoming.steps += 1
-        batch = {**batch, **{name: self._on_device(batch[name]) for name in ("data", "target")}}
-        at_once = incoming.plan == "simultaneous"
-        with torch.autocast("cuda") if self.device.type == "cuda" else nullcontext(), torch.set_grad_enabled(at_once):
-            outputs = incoming.network(batch["data"])
-        network: Any = Computed(incoming.network, outputs) if at_once else incoming.network
-        result, said = self._taught_step(batch, self.loss.lesson(outputs))
-        with self._in_place_of_own(network, incoming):
-            self._taught_step(batch, said)
-        return result
-
-    def _taught_step(self, batch: dict[str, Any], teacher: Outputs) -> tuple[dict[str, Any], Outputs]:
-        """nnU-Net's step with a teacher; also what the model itself said, for the other one."""
-        mutual, said = self.loss, []
-
-        def loss(outputs: Outputs, targets: Outputs) -> torch.Tensor:
-            said.append(mutual.lesson(outputs))
-            value: torch.Tensor = mutual(outputs, targets, without_numbers_that_are_none(teacher, outputs))
-            return value
-
-        self.loss = loss
-        try:
-            return super().train_step(batch), said[0]
-        finally:
-            self.loss = mutual
-
-    def _on_device(self, tensors: Any) -> Any:
-        if isinstance(tensors, list):
-            return [self._on_device(tensor) for tensor in tensors]
-        return tensors.to(self.device, non_blocking=True)
-
-    @contextmanager
-    def _in_place_of_own(self, network: Any, incoming: Incoming) -> Iterator[None]:
-        own = self.network, self.optimizer, self.grad_scaler
-        self.network, self.optimizer, self.grad_scaler = network, incoming.optimizer, incoming.grad_scaler
-        try:
-            yield
-        finally:
-            self.network, self.optimizer, self.grad_scaler = own
 
     def _end_phase(self, incoming: Incoming) -> None:
         """Decide which model stays, and forget the peer's."""
