@@ -135,6 +135,7 @@ class Federation(Table):
         if self.min_sites is not None and self.min_sites > len(self.sites):
             raise ValueError(f"min_sites is {self.min_sites}, but the study has only {len(self.sites)} sites")
         self.method.check_sites(self.sites)
+        self.method.check_epochs(self.epochs)
         return self
 
     @property

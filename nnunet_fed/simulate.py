@@ -24,6 +24,7 @@ from rich.console import Console
 from nnunet_fed.errors import ConfigurationError, FederationError, UnreachableError
 from nnunet_fed.federation import SITE_FILE_VARIABLE, Federation, Site
 from nnunet_fed.labels import LabelMap, Sources
+from nnunet_fed.method_tables import GCML
 from nnunet_fed.planned import DATASET, adopt, check_same_planning
 from nnunet_fed.processes import Process, Step, Worker, raise_first, signals_interrupt, stop, stop_workers
 from nnunet_fed.split import new_folder
@@ -36,7 +37,7 @@ __all__ = ["Simulation", "lesion_table", "plugin_folder", "result_table", "simul
 
 TRAINERS = {
     "local": "nnUNetTrainerLocal", "fedavg": "nnUNetTrainerFedAvg", "fedgs": "nnUNetTrainerFedGS",
-    "fedsm": "nnUNetTrainerFedSM", "fedoap": "nnUNetTrainerFedOAP",
+    "fedsm": "nnUNetTrainerFedSM", "fedoap": "nnUNetTrainerFedOAP", "gcml": "nnUNetTrainerGCML",
 }  # fmt: skip
 """nnU-Net trainer of each method."""
 HOST = "127.0.0.1"
@@ -92,9 +93,10 @@ def simulate(simulation: Simulation, console: Console) -> dict[str, Any]:
     workers = [Worker(place.name, _steps(simulation, study, place)) for place in places]
     out = simulation.out.resolve()
     new_folder(out)
-    address = f"{HOST}:{_free_port()}"
+    address, *others = (f"{HOST}:{port}" for port in free_ports(1 + len(places)))
+    peers = dict(zip(study.sites, others, strict=True)) if isinstance(study.method, GCML) else {}
     for place in places:
-        place.make(address)
+        place.make(address, peers)
         if simulation.planned is not None:
             adopt(simulation.planned / "sites" / place.name, place.folder, study)
     state, study_file = out / "coordinator", out / "federation.toml"
@@ -172,8 +174,13 @@ class Place:
         """Name of the data set that is planned and trained with: with a map the one that is built beside."""
         return self.dataset if self.label_map is None else self.label_map.dataset_name(self.dataset)
 
-    def make(self, coordinator: str) -> None:
-        """Make nnU-Net's three folders, with the raw data as a link, and ``site.toml``."""
+    def make(self, coordinator: str, peers: Mapping[str, str]) -> None:
+        """Make nnU-Net's three folders, with the raw data as a link, and ``site.toml``.
+
+        Args:
+            coordinator: its address.
+            peers: that of each site, if the method has models go from one to another.
+        """
         for name in NNUNET_FOLDERS:
             (self.folder / name).mkdir(parents=True)
         raw = self.folder / "nnUNet_raw" / self.dataset
@@ -182,6 +189,8 @@ class Place:
         except (OSError, NotImplementedError):
             shutil.copytree(self.source, raw)
         site: dict[str, Any] = {"name": self.name, "coordinator": coordinator, "insecure": True}
+        if peers:
+            site |= {"listen": peers[self.name], "peers": dict(peers)}
         if self.label_map is not None:
             site |= {"mapped_dataset": self.label_map.dataset, "labels": self.label_map.sources}
         (self.folder / "site.toml").write_text(to_toml(site), encoding="utf-8")
@@ -296,11 +305,13 @@ def site_environment(folder: Path, threads: int) -> dict[str, str]:
     }
 
 
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind((HOST, 0))
-        port: int = listener.getsockname()[1]
-        return port
+def free_ports(number: int) -> list[int]:
+    """Different ports, since all are held until the last is found."""
+    with ExitStack() as stack:
+        listeners = [stack.enter_context(socket.socket()) for _ in range(number)]
+        for listener in listeners:
+            listener.bind((HOST, 0))
+        return [listener.getsockname()[1] for listener in listeners]
 
 
 def _await(coordinator: Process, address: str) -> None:

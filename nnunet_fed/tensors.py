@@ -47,7 +47,9 @@ def load_arrays(tensors: Mapping[str, torch.Tensor], arrays: Mapping[str, Array]
                 f"The received tensor '{name}' has the shape {arrays[name].shape}, this site's {tuple(tensor.shape)}."
             )
     for name, tensor in tensors.items():
-        tensor.copy_(torch.from_numpy(arrays[name]))
+        array = arrays[name]
+        # torch warns of memory that it could write to and must not
+        tensor.copy_(torch.from_numpy(array if array.flags.writeable else array.copy()))
 
 
 def digest_of_tensors(tensors: Mapping[str, torch.Tensor]) -> str:

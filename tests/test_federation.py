@@ -65,6 +65,13 @@ METHODS: dict[str, dict[str, Any]] = {
         "selector_header_features": True, "selector_min_accuracy": 0.5, "warm_up_rounds": 1, "personal_every": 2,
         "familiarity_gate": False, "share_personal": False, "best_model_gate": True,
     },
+    "gcml": {
+        "contrast": "region", "contrast_weight": 0.2, "margin": 3.0, "background_weight": -0.1, "temperature": 2.0,
+        "roi": "reference", "class_mean": True, "contrast_heads": "all", "mix": "convex", "mutual_weight": 0.1,
+        "ramp_steps": 0, "warm_up_epochs": 1, "mutual_epochs": 2, "topology": "ring", "expected_senders": 1.0,
+        "mode": "pull", "max_tries": 1, "max_epoch_distance": 0, "keep": "best", "keep_tolerance": 0.0,
+        "merge_weight": 0.7, "common_init": False, "lockstep": True,
+    },
 }  # fmt: skip
 """Another value of each option of each method; all of them are mathematics."""
 

@@ -137,12 +137,21 @@ def test_the_sites_are_those_of_the_study_and_differ_in_more_than_capitals(tmp_p
 
 def test_a_site_has_nnunets_folders_its_data_as_a_link_and_a_name_that_nnunet_takes(tmp_path: Path) -> None:
     place = simulate.Place("site__a.1-x", raw(tmp_path / "raw"), tmp_path / "site", 0)
-    place.make("127.0.0.1:1234")
+    place.make("127.0.0.1:1234", {})
     assert place.dataset == "Dataset001_site_a_1_x"
     assert (tmp_path / "site" / "nnUNet_raw" / place.dataset).resolve() == tmp_path / "raw"
     assert (tmp_path / "site" / "nnUNet_results").is_dir()
     site = Site.read(tmp_path / "site" / "site.toml")
     assert (site.name, site.coordinator, site.insecure) == (place.name, "127.0.0.1:1234", True)
+
+
+def test_peers_have_addresses_of_their_own(tmp_path: Path) -> None:
+    addresses = [f"127.0.0.1:{port}" for port in simulate.free_ports(2)]
+    peers = dict(zip(("a", "b"), addresses, strict=True))
+    place = simulate.Place("b", raw(tmp_path / "raw"), tmp_path / "site", 0)
+    place.make("127.0.0.1:1234", peers)
+    site = Site.read(tmp_path / "site" / "site.toml")  # which refuses two sites with one address
+    assert (site.listen, site.peers) == (addresses[1], peers)
 
 
 def test_the_data_are_copied_where_links_are_not_possible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,7 +160,7 @@ def test_the_data_are_copied_where_links_are_not_possible(tmp_path: Path, monkey
 
     monkeypatch.setattr(Path, "symlink_to", refuse)
     place = simulate.Place("a", raw(tmp_path / "raw"), tmp_path / "site", 0)
-    place.make("127.0.0.1:1234")
+    place.make("127.0.0.1:1234", {})
     copy = tmp_path / "site" / "nnUNet_raw" / "Dataset001_a"
     assert not copy.is_symlink()
     assert count_cases("a", copy) == 5
@@ -168,7 +177,7 @@ def test_a_site_with_a_map_trains_the_mapped_data_set(tmp_path: Path) -> None:
     given = with_maps(simulation(tmp_path, {"a": 5, "b": 5}, plans_name="P"), a={"lesion": ("tumour", 3), "edge": ()})
     mapped, plain = simulate._places(given)
     for place in (mapped, plain):
-        place.make("127.0.0.1:1234")
+        place.make("127.0.0.1:1234", {})
     site = Site.read(mapped.folder / "site.toml")
     assert site.label_map == LabelMap(2, {"lesion": ("tumour", 3), "edge": ()})
     assert Site.read(plain.folder / "site.toml").label_map is None

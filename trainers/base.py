@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from contextlib import AbstractContextManager, nullcontext
@@ -25,10 +24,7 @@ from nnunet_fed.trainers.membership import Membership
 from nnunet_fed.trainers.ranks import RankZeroSeat, from_rank_zero, patient_group
 from nnunet_fed.trainers.record import logged_by
 from nnunet_fed.trainers.rounds import common_start, pad_log, require_agreement, round_of, scope_of_round
-from nnunet_fed.trainers.strata import evaluate_lesions
 from nnunet_fed.trainers.study_trainer import StudyTrainer, sentences_for_users
-
-SKIP_VALIDATION_VARIABLE = "nnUNet_fed_skip_validation"
 
 
 class _TrainingOver(Exception):  # noqa: N818
@@ -198,23 +194,15 @@ class FederatedTrainer(StudyTrainer):
             self._membership.leave("finished")
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
-        """nnU-Net's validation, watched by those who watch."""
-        if os.environ.get(SKIP_VALIDATION_VARIABLE):
-            self.print_to_log_file(f"Validation is skipped, since {SKIP_VALIDATION_VARIABLE} is set.")
-        else:
+        """The validation, watched by those who watch."""
+        if not self.skips_validation:
             self._report("validating")
-            with sentences_for_users(), logged_by(self.print_to_log_file):
-                self.validate(save_probabilities)
+        super().perform_actual_validation(save_probabilities)
         self._report("done", wait=True)
         if self.validates_together:
             self._leave()
         if self._membership is not None:
             self._membership.close()
-
-    def validate(self, save_probabilities: bool) -> None:
-        """nnU-Net's validation of :attr:`network`, then the same by lesion size."""
-        super().perform_actual_validation(save_probabilities)
-        evaluate_lesions(self)
 
     # ------------------------------------------------------------------------------------------- the federation
 

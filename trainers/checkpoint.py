@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,17 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+
+
+@contextmanager
+def drawn_from(seed: int) -> Iterator[None]:
+    """Let everything within draw from generators of its own: the global ones are as before afterwards."""
+    before = random_states()
+    seed_everything(seed)
+    try:
+        yield
+    finally:
+        restore_random_states(before)
 
 
 def amend(part: Path, filename: Path, additions: Mapping[str, Any]) -> None:

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_fed.errors import ConfigurationError
-from nnunet_fed.federation import Federation, Site
+from nnunet_fed.federation import Federation
 from nnunet_fed.outgoing import FILE, OutgoingLog
 from nnunet_fed.trainers.record import Record
+from nnunet_fed.trainers.study_trainer import own_site
 from nnunet_fed.transport.client import GrpcCommunicator
 
 
@@ -43,12 +44,7 @@ class Membership:
         continues: bool,
         attempt: int | None,
     ):
-        site = Site.from_environment()
-        if fold not in (study.fold, "all", site.fold):
-            raise ConfigurationError(
-                f"The study trains fold {study.fold}, this command fold {fold}. Train fold {study.fold} or 'all', or "
-                f"set 'fold = {fold}' in site.toml."
-            )
+        site = own_site(study, fold)
         self.seat = GrpcCommunicator(site, outgoing=OutgoingLog(folder / FILE))
         self.study = self.seat.join("training", study.digest, configuration, trainer, fresh=not continues)
         """The study as the coordinator has it now."""

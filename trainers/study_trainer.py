@@ -13,15 +13,18 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch._dynamo import OptimizedModule
 
 from nnunet_fed.errors import ConfigurationError, FederationError
-from nnunet_fed.federation import PLANS_KEY, Federation
+from nnunet_fed.federation import PLANS_KEY, Federation, Site
 from nnunet_fed.methods.fedavg import site_weight
 from nnunet_fed.payload import Array
 from nnunet_fed.tensors import load_arrays, shared_tensors, to_arrays
 from nnunet_fed.trainers import checkpoint
+from nnunet_fed.trainers.record import logged_by
+from nnunet_fed.trainers.strata import evaluate_lesions
 
 DEBUG_VARIABLE = "nnUNet_fed_debug"
 THREADS_VARIABLE = "nnUNet_fed_threads"
 """Number of torch's threads; stock nnU-Net takes every core for each process on the CPU."""
+SKIP_VALIDATION_VARIABLE = "nnUNet_fed_skip_validation"
 
 
 @contextmanager
@@ -33,6 +36,21 @@ def sentences_for_users() -> Iterator[None]:
         if os.environ.get(DEBUG_VARIABLE):
             raise
         raise SystemExit(f"Error: {error}") from None
+
+
+def own_site(study: Federation, fold: int | str) -> Site:
+    """This site's settings.
+
+    Raises:
+        ConfigurationError: site.toml is missing or wrong, or the fold is not the one that this site trains.
+    """
+    site = Site.from_environment()
+    if fold not in (study.fold, "all", site.fold):
+        raise ConfigurationError(
+            f"The study trains fold {study.fold}, this command fold {fold}. Train fold {study.fold} or 'all', or "
+            f"set 'fold = {fold}' in site.toml."
+        )
+    return site
 
 
 class StudyTrainer(nnUNetTrainer):
@@ -131,11 +149,16 @@ class StudyTrainer(nnUNetTrainer):
         """This site's weight in a mean."""
         return site_weight(self.study.weighting, self._training_cases)
 
+    @property
+    def initial_seed(self) -> int:
+        """From which the network is built and everything else is drawn."""
+        return self.study.seed
+
     # ------------------------------------------------------------------------------------------- nnU-Net's hooks
 
     def initialize(self) -> None:
         """Build the network from the study's seed."""
-        checkpoint.seed_everything(self.study.seed + self.local_rank)
+        checkpoint.seed_everything(self.initial_seed + self.local_rank)
         super().initialize()
 
     def configure_optimizers(self) -> Any:
@@ -201,6 +224,24 @@ class StudyTrainer(nnUNetTrainer):
             for values in self.logger.get_checkpoint().values():
                 del values[self.current_epoch :]
         self.load_method_state(state["method"])
+
+    @property
+    def skips_validation(self) -> bool:
+        """Whether who started the command wants no validation."""
+        return bool(os.environ.get(SKIP_VALIDATION_VARIABLE))
+
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        """:meth:`validate`, unless it is to be skipped."""
+        if self.skips_validation:
+            self.print_to_log_file(f"Validation is skipped, since {SKIP_VALIDATION_VARIABLE} is set.")
+            return
+        with sentences_for_users(), logged_by(self.print_to_log_file):
+            self.validate(save_probabilities)
+
+    def validate(self, save_probabilities: bool) -> None:
+        """nnU-Net's validation of :attr:`network`, then the same by lesion size."""
+        super().perform_actual_validation(save_probabilities)
+        evaluate_lesions(self)
 
     def _save_pending(self, train_outputs: list[dict[str, Any]]) -> None:
         """Save the state before the exchange, as of an epoch that is not over."""

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 
 from nnunet_fed.federation import Federation, Site
-from nnunet_fed.simulate import TRAINERS, plugin_folder
+from nnunet_fed.simulate import TRAINERS, free_ports, plugin_folder
 from nnunet_fed.toml import to_toml
 from nnunet_fed.transport.client import GrpcCommunicator
 
@@ -122,9 +121,8 @@ class RunningFederation:
         self.folder = folder
         folder.mkdir(parents=True)
         (folder / "federation.toml").write_text(to_toml(study.model_dump(mode="json")))
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.address = f"127.0.0.1:{free.getsockname()[1]}"
+        self.address, *others = (f"127.0.0.1:{port}" for port in free_ports(1 + len(study.sites)))
+        self.peers = dict(zip(study.sites, others, strict=True)) if study.method.name == "gcml" else {}
         self.coordinator: subprocess.Popen[bytes] | None = None
         self.sites = {name: self._site(name, data[name], study, planned, variables) for name in study.sites}
         watcher = Site(name="watcher", coordinator=self.address, insecure=True, connect_minutes=1)
@@ -135,7 +133,10 @@ class RunningFederation:
     ) -> RunningSite:
         folder = self.folder / name
         folder.mkdir()
-        (folder / "site.toml").write_text(f'name = "{name}"\ncoordinator = "{self.address}"\ninsecure = true\n')
+        settings: dict[str, Any] = {"name": name, "coordinator": self.address, "insecure": True}
+        if self.peers:
+            settings |= {"listen": self.peers[name], "peers": self.peers}
+        (folder / "site.toml").write_text(to_toml(settings))
         dataset = planned.restudy(data, study, folder / "preprocessed")
         paths = {f"nnUNet_{what}": folder / what for what in ("raw", "preprocessed", "results")}
         extra = {"nnUNet_extTrainer": plugin_folder(), "nnUNet_fed_skip_validation": 1}
@@ -171,6 +172,17 @@ class RunningFederation:
             if process is not None and process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+
+
+@contextmanager
+def peers(planned: Planned, folder: Path, data: dict[str, str], **changes: Any) -> Iterator[RunningFederation]:
+    """Sites without a coordinator; as :func:`federation`."""
+    study = Federation.model_validate({**planned.study.model_dump(), "sites": tuple(data), **changes})
+    running = RunningFederation(study, folder, planned, data)
+    try:
+        yield running
+    finally:
+        running.stop()
 
 
 @contextmanager

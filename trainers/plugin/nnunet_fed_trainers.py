@@ -7,6 +7,7 @@ from nnunet_fed.trainers.nnUNetTrainerFedAvg import nnUNetTrainerFedAvg
 from nnunet_fed.trainers.nnUNetTrainerFedGS import nnUNetTrainerFedGS
 from nnunet_fed.trainers.nnUNetTrainerFedOAP import nnUNetTrainerFedOAP
 from nnunet_fed.trainers.nnUNetTrainerFedSM import nnUNetTrainerFedSM
+from nnunet_fed.trainers.nnUNetTrainerGCML import nnUNetTrainerGCML
 from nnunet_fed.trainers.nnUNetTrainerLocal import nnUNetTrainerLocal
 
 __all__ = [
@@ -14,5 +15,6 @@ __all__ = [
     "nnUNetTrainerFedGS",
     "nnUNetTrainerFedOAP",
     "nnUNetTrainerFedSM",
+    "nnUNetTrainerGCML",
     "nnUNetTrainerLocal",
 ]

@@ -1,0 +1,120 @@
+"""GCML by the stock command on real processes, with no coordinator: equality, absence, crashes, prediction."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import Planned, RunningFederation, RunningSite, command, federation, peers, same_bits, train_all, until
+
+pytestmark = pytest.mark.e2e
+
+SITES = {"site_a": "site_a", "site_b": "site_b"}
+GCML = {"name": "gcml", "topology": "ring", "ramp_steps": 4}
+LOCKSTEP = {**GCML, "lockstep": True, "mutual_epochs": 2, "keep": "best"}
+
+
+@pytest.fixture(scope="module")
+def calm(planned: Planned, tmp_path_factory: pytest.TempPathFactory) -> RunningFederation:
+    """Two peers in lockstep; epochs 1 and 2 of each are with the other's model."""
+    with peers(planned, tmp_path_factory.mktemp("gcml") / "calm", SITES, method=LOCKSTEP, rounds=4) as running:
+        train_all(running)
+        return running
+
+
+def phases(site: RunningSite) -> list[dict[str, Any]]:
+    return [dict(phase) for phase in site.record()["mutual_phases"]]
+
+
+def test_two_peers_learn_from_each_other_without_a_coordinator(calm: RunningFederation) -> None:
+    for site, other in zip(calm.sites.values(), ("site_b", "site_a"), strict=True):
+        (phase,) = phases(site)
+        assert (phase["from"], phase["epoch"], phase["began"], phase["ended"]) == (other, 1, 1, 2)
+        assert phase["scores"].keys() == {"local", "before", "incoming", "merged"}
+        record = site.record()
+        received = [entry for entry in record["transfers"] if entry["event"] == "received"]
+        assert [entry["counter"] for entry in received][:2] == [1, 2]
+        assert record["bytes_received"] == sum(entry["bytes"] for entry in received) > 3 * 700_000
+        assert record["bytes_sent"] >= record["bytes_received"]
+        names = {path.name for path in site.results.iterdir()}
+        assert {"checkpoint_final.pth", "checkpoint_best.pth", "federation.json", "mailbox"} <= names
+        assert "checkpoint_latest.pth" not in names
+    assert not same_bits(*(site.checkpoint() for site in calm.sites.values()))
+
+
+def test_28_killed_in_a_mutual_phase_and_resumed_the_study_ends_with_the_same_bits(
+    planned: Planned, calm: RunningFederation, tmp_path: Path
+) -> None:
+    with peers(planned, tmp_path / "run", SITES, method=LOCKSTEP, rounds=4) as running:
+        a, b = running.sites.values()
+        a.start()
+        b.start()
+
+        def in_phase() -> bool:
+            path = a.results / "checkpoint_latest.pth"
+            if not path.is_file():
+                return False
+            return a.checkpoint(path.name)["federation"]["method"]["incoming"] is not None
+
+        until(in_phase, "site_a has a checkpoint from within a mutual phase")
+        a.send(signal.SIGKILL)
+        assert in_phase()
+        a.start("--c")
+        a.finish()
+        b.finish()
+    for name, site in running.sites.items():
+        assert same_bits(site.checkpoint(), calm.sites[name].checkpoint())
+        timeless = [{**phase, "at": None} for phase in phases(site)]
+        assert timeless == [{**phase, "at": None} for phase in phases(calm.sites[name])]
+
+
+def test_12_a_peer_that_never_starts_changes_nothing(planned: Planned, tmp_path: Path) -> None:
+    with peers(planned, tmp_path / "one", SITES, method=GCML, rounds=2) as running:
+        one = running.sites["site_a"]
+        one.start()
+        one.finish()
+        left = subprocess.run(["pgrep", "-f", str(one.results)], capture_output=True, text=True, check=False)
+        assert left.stdout == "", "the peer process has ended, too"
+    with federation(planned, tmp_path / "alone", {"site_a": "site_a"}, rounds=2) as alone:
+        train_all(alone)
+    plain = alone.sites["site_a"].checkpoint()
+    assert same_bits(one.checkpoint(), plain), "one site is plain nnU-Net"
+    assert one.checkpoint()["logging"]["mean_fg_dice"] == plain["logging"]["mean_fg_dice"]
+    assert one.record()["mutual_phases"] == []
+
+
+def test_a_peer_process_that_is_killed_is_started_again(planned: Planned, tmp_path: Path) -> None:
+    with peers(planned, tmp_path / "run", SITES, method=GCML, rounds=4) as running:
+        a, b = running.sites.values()
+        a.start()
+
+        def processes() -> list[int]:
+            found = subprocess.run(
+                ["pgrep", "-f", f"nnunet_fed peer {a.results}"], capture_output=True, text=True, check=False
+            )
+            return [int(number) for number in found.stdout.split()]
+
+        until(lambda: bool(processes()), "site_a has a peer process")
+        os.kill(processes()[0], signal.SIGKILL)
+        b.start()
+        a.finish()
+        b.finish()
+    assert any("started again" in event["text"] for event in a.record()["events"])
+    assert a.checkpoint()["current_epoch"] == 4
+
+
+def test_32_the_final_model_predicts_with_stock_nnunet(calm: RunningFederation, phantom: Path, tmp_path: Path) -> None:
+    site = calm.sites["site_b"]
+    stock = {name: value for name, value in site.environment.items() if not name.startswith("nnUNet_ext")}
+    words = ["-i", str(phantom / "test" / "imagesTs"), "-m", str(site.results.parent), "-o", str(tmp_path)]
+    words += ["-f", "0", "-device", "cpu", "--disable_tta", "-npp", "1", "-nps", "1"]
+    subprocess.run([command("nnUNetv2_predict_from_modelfolder"), *words], env=stock, check=True, timeout=200)
+    images = {path.name.replace("_0000", "") for path in (phantom / "test" / "imagesTs").iterdir()}
+    assert {path.name for path in tmp_path.glob("*.nii.gz")} == images
+    final, best = (site.checkpoint(f"checkpoint_{name}.pth") for name in ("final", "best"))
+    assert final["trainer_name"] == best["trainer_name"] == "nnUNetTrainer"
+    assert final["network_weights"].keys() == best["network_weights"].keys()
