@@ -13,6 +13,7 @@ from faults import REPETITIONS, Exchange, Link, exchange
 from harness import until
 
 from nnunet_fed.federation import Site
+from nnunet_fed.spool import Upload
 from nnunet_fed.transport.client import GrpcCommunicator
 
 pytestmark = pytest.mark.e2e
@@ -40,8 +41,9 @@ def spooled(running: Exchange) -> int:
     return sum(path.stat().st_size for path in (running.folder / "state" / "spool").glob("*"))
 
 
-def uploading(running: Exchange, least: int = 1 << 20) -> bool:
-    return any(path.stat().st_size > least for path in (running.folder / "state" / "spool").glob("*.part"))
+def uploading(running: Exchange, least: int = 1 << 20, site: str = "") -> bool:
+    of_site = f"*.{Upload('', '', site, '', 0).contribution.split('.')[2]}.*.part" if site else "*.part"
+    return any(path.stat().st_size > least for path in (running.folder / "state" / "spool").glob(of_site))
 
 
 @pytest.mark.parametrize("repetition", range(REPETITIONS))
@@ -97,10 +99,10 @@ def test_an_upload_survives_the_coordinator_and_is_not_begun_again(
     with exchange(tmp_path / "run", size=LARGE) as running:
         link = Link(running.address, delay=0.02)
         running.start("a", link.address)
-        until(lambda: uploading(running, 4 << 20), "a part has arrived")
+        running.start("b")
+        until(lambda: uploading(running, 4 << 20, "a"), "a part has arrived")
         running.kill(running.coordinator)
         running.serve()
-        running.start("b")  # not before: a part of its payload would count as well
         results = running.finish()
         link.stop()
         resumed = [entry["from_byte"] for entry in running.uploads("a") if "from_byte" in entry]
