@@ -18,15 +18,15 @@ from nnunet_fed.method_tables import FedOAP
 from nnunet_fed.methods.fedoap import FedOAPArchitecture, is_private, wrap_network
 from nnunet_fed.methods.perturbed_boundary import PerturbedBoundaryLoss, with_perturbed_boundary
 from nnunet_fed.trainers.checkpoint import network_weights
-from nnunet_fed.trainers.finetuning import FineTuningTrainer
+from nnunet_fed.trainers.nnUNetTrainerFedAvg import nnUNetTrainerFedAvg
 from nnunet_fed.trainers.study_trainer import sentences_for_users
 
 PRETRAINED = "-pretrained_weights"
 """nnU-Net's option, which it does not tell the trainer."""
 
 
-class nnUNetTrainerFedOAP(FineTuningTrainer):  # noqa: N801
-    """The mean of the shared tensors in each round, and the perturbed boundary loss in the fine-tuning.
+class nnUNetTrainerFedOAP(nnUNetTrainerFedAvg):  # noqa: N801
+    """Federated averaging of the shared tensors; private ones stay. The fine-tuning has the perturbed boundary loss.
 
     See :mod:`nnunet_fed.methods.fedoap` and :mod:`nnunet_fed.methods.perturbed_boundary`. The network is not a stock
     one: prediction needs nnunet_fed, and ``nnUNet_extTrainer`` as in training. What shapes it is in the plans.
@@ -98,10 +98,6 @@ class nnUNetTrainerFedOAP(FineTuningTrainer):  # noqa: N801
         if self.is_finetuning:
             drawn_from = f"{self.study.seed}/{Site.from_environment().name}/{self.current_epoch}/{self.local_rank}"
             self._boundary_loss.reseed(int.from_bytes(hashlib.sha256(drawn_from.encode()).digest()[:7], "little"))
-
-    def exchange(self, scope: str) -> None:
-        """Replace the shared tensors by their mean over the sites of the round; the private ones stay."""
-        self.load_shared(self.communicator.mean(f"{scope}/{self.MODEL}", self.shared_arrays(), self.site_weight))
 
 
 def check_pretrained_weights(network: torch.nn.Module, arguments: Sequence[str]) -> None:
