@@ -17,7 +17,8 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from nnunet_fed.errors import DeadlineError, NoContributionError, RefusedError
-from nnunet_fed.payload import Array, Tensors, exact_sum, layout_of, schema_of, weighted_mean
+from nnunet_fed.payload import Array, Tensors, layout_of, schema_of
+from nnunet_fed.reduction import exact_sum, weighted_mean
 
 T = TypeVar("T")
 
@@ -177,12 +178,7 @@ class LocalCommunicator:
             raise RefusedError(f"The sites' tensors for '{key}' differ in names, shapes or dtypes.")
         if any(not np.issubdtype(array.dtype, np.floating) for array in payloads[0].values()):
             raise RefusedError("A mean takes floating-point tensors only.")
-        return {
-            name: np.concatenate([*weighted_mean([p[name] for p in payloads], weights), first.reshape(-1)[:0]]).reshape(
-                first.shape
-            )
-            for name, first in payloads[0].items()
-        }
+        return {name: weighted_mean([given[name] for given in payloads], weights) for name in payloads[0]}
 
     def sum(self, key: str, array: Array) -> Array:
         """See :meth:`nnunet_fed.communicator.Collectives.sum`."""

@@ -1,4 +1,4 @@
-"""Payloads: tensors as safetensors bytes on numpy, and their reduction. All that the coordinator needs of them.
+"""Payloads: tensors as safetensors bytes on numpy.
 
 The format is safetensors' own (https://github.com/huggingface/safetensors#format), written here because its library
 cannot stream: a payload goes from memory to the socket and from the socket to a file without a copy of the whole.
@@ -10,13 +10,10 @@ from __future__ import annotations
 import json
 import math
 import mmap
-import os
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -42,10 +39,8 @@ CHUNK = 1 << 20
 LONGEST_HEADER = 1 << 24
 """Bytes; a stock network's header has 10 kB."""
 BLOCK = 1 << 17
-"""Elements reduced at a time: few enough that the float64 sums stay in the processor's cache, and so many that threads
-do not wait for each other."""
-THREADS = min(4, os.cpu_count() or 1)
-"""Of the reduction."""
+"""Elements worked on at a time: few enough that they stay in the processor's cache, and so many that threads do not
+wait for each other."""
 
 
 @dataclass(frozen=True)
@@ -193,83 +188,3 @@ def open_payload(path: Path) -> dict[str, Array]:
 def is_floating(array: Array) -> bool:
     """Whether it holds floating-point numbers; NumPy does not count bfloat16 among them."""
     return bool(np.issubdtype(array.dtype, np.floating)) or array.dtype == BFLOAT16
-
-
-def weighted_mean(arrays: Sequence[Array], weights: Sequence[float]) -> Iterator[Array]:
-    """Blocks of the flattened weighted mean, in the arrays' dtype.
-
-    Products are summed in float64 in the order given, starting from the first and not from zero. So the mean of equal
-    arrays of 32 bits or fewer is that array, bit for bit, signed zeros included, when weights are whole numbers below
-    2**29 or sites few.
-    """
-    flat = [array.reshape(-1) for array in arrays]
-    for start in range(0, flat[0].size, BLOCK):
-        yield _mean_of_block([array[start : start + BLOCK] for array in flat], weights)
-
-
-def _mean_of_block(blocks: Sequence[Array], weights: Sequence[float]) -> Array:
-    if len(blocks) == 1:
-        return blocks[0]
-    summed, product = np.empty(blocks[0].size), np.empty(blocks[0].size)
-    summed[:] = blocks[0]
-    summed *= weights[0]
-    for block, weight in zip(blocks[1:], weights[1:], strict=True):
-        product[:] = block
-        product *= weight
-        summed += product
-    summed /= math.fsum(weights)
-    return summed.astype(blocks[0].dtype)
-
-
-def mean_payload(payloads: Sequence[Mapping[str, Array]], weights: Sequence[float], out: BinaryIO) -> tuple[str, int]:
-    """Write the payload of the weighted mean, block by block; returns its digest and size in bytes.
-
-    Memory does not grow with the number of payloads when these are memory-mapped (:func:`open_payload`).
-    """
-    layout = layout_of(payloads[0])
-
-    def blocks() -> Iterator[Sequence[Array]]:
-        for name, entry in layout.items():
-            flat = [payload[name].reshape(-1) for payload in payloads]
-            for start in range(0, math.prod(entry.shape), BLOCK):
-                yield [array[start : start + BLOCK] for array in flat]
-
-    def means() -> Iterator[Array]:
-        waiting: deque[Future[Array]] = deque()
-        with ThreadPoolExecutor(THREADS) as pool:
-            for block in blocks():
-                waiting.append(pool.submit(_mean_of_block, block, weights))
-                if len(waiting) > 2 * THREADS:
-                    yield waiting.popleft().result()
-            for future in waiting:
-                yield future.result()
-
-    def written() -> Iterator[bytes | memoryview]:
-        piece: bytes | memoryview = header_of(layout)
-        out.write(piece)
-        yield piece
-        for block in means():
-            piece = bytes_of(np.ascontiguousarray(block))
-            out.write(piece)
-            yield piece
-
-    return measure(written())
-
-
-def exact_sum(arrays: Sequence[Array]) -> Array:
-    """Sum in the order given: whole numbers in int64, floating-point numbers in float64.
-
-    Raises:
-        RefusedError: a sum of whole numbers does not fit into int64, or shapes or dtypes differ.
-    """
-    if len({(array.dtype, array.shape) for array in arrays}) > 1:
-        raise RefusedError("The sites' arrays differ in shape or dtype.")
-    if not np.issubdtype(arrays[0].dtype, np.integer):
-        return np.asarray(np.sum(np.stack([array.astype(np.float64) for array in arrays]), axis=0))
-    total = arrays[0].astype(object)
-    for array in arrays[1:]:
-        total = total + array.astype(object)
-    try:
-        return np.asarray(total, dtype=object).astype(np.int64)
-    except OverflowError:
-        raise RefusedError("A sum of whole numbers does not fit into 64 bits.") from None

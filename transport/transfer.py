@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
 import xxhash
 
 from nnunet_fed.payload import chunks, measure
@@ -96,7 +97,7 @@ class Inbound:
     def start(self, header: pb.ResultHeader) -> None:
         """Make room, unless this goes on with what is there."""
         if header.position != self.reached or header.digest != self.digest or len(self.buffer) != header.size:
-            self.buffer = memoryview(bytearray(header.size))
+            self.buffer = np.empty(header.size, np.uint8).data
             self.digest, self.reached, self._running = header.digest, 0, xxhash.xxh3_128()
 
     def write(self, data: memoryview) -> None:
