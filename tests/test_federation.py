@@ -217,7 +217,7 @@ def test_a_mistake_in_the_study_is_named(changes: dict[str, Any], expected: str)
 def test_an_unknown_method_is_named_and_so_are_the_known_ones() -> None:
     told = sentence(Federation, method={"name": "scaffold"})
     assert told.startswith("method")
-    for name in ("fedprox", *METHODS):
+    for name in ("scaffold", *METHODS):
         assert f"'{name}'" in told
 
 
