@@ -139,9 +139,10 @@ class InProcess:
         """A trainer for each site, of a run of its own."""
         self._runs += 1
         self.rooms = Rooms(list(self.cases))
-        return {site: self._trainer(trainer, study, site) for site in self.cases}
+        return {site: self.trainer(trainer, study, site) for site in self.cases}
 
-    def _trainer(self, trainer: type[Any], study: Federation, site: str) -> Any:
+    def trainer(self, trainer: type[Any], study: Federation, site: str) -> Any:
+        """One site's trainer, in the current run."""
         self._patch.setenv("nnUNet_preprocessed", str(self._folder / site / "preprocessed"))
         self._patch.setenv("nnUNet_results", str(self._folder / site / f"results_{self._runs}"))
         return trainer(tiny_plans(study), "2d", 0, DESCRIPTION, CPU)
@@ -173,7 +174,7 @@ class InProcess:
         with pytest.raises(Killed):
             self.run(trainers)
         self.rooms.kill_before = None
-        resumed = {site: self._trainer(trainer, study, site) for site in self.cases}
+        resumed = {site: self.trainer(trainer, study, site) for site in self.cases}
         for site, one in resumed.items():
             assert one.output_folder == trainers[site].output_folder
             one.load_checkpoint(str(Path(one.output_folder) / "checkpoint_latest.pth"))

@@ -165,7 +165,7 @@ def test_within_a_round_a_checkpoint_remembers_the_rounds_start(
         patch.setattr(trainer, "on_epoch_end", save)
         sites.run(trainers)
     start = sites.rooms.means["start/model"]
-    resumed = sites._trainer(trainer, trainers["a"].study, "a")
+    resumed = sites.trainer(trainer, trainers["a"].study, "a")
     resumed.load_checkpoint(str(files["a"]))
     assert resumed.current_epoch == 1
     anchor = {name: tensor.numpy() for name, tensor in resumed.proximal.state_dict().items()}
