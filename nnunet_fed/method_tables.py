@@ -56,6 +56,43 @@ class FedAvg(FineTuned):
     name: Literal["fedavg"]
 
 
+class FedProx(FineTuned):
+    """Federated averaging with a proximal term; see :mod:`nnunet_fed.methods.proximal`."""
+
+    name: Literal["fedprox"]
+    mu: float = Field(default=0.01, ge=0)
+    """The source's mu; 0: federated averaging, bit for bit. The source has no default for all data: tune it."""
+
+
+class FedAvgM(FineTuned):
+    """Federated averaging with momentum of the global model; see :mod:`nnunet_fed.methods.server_optimizer`."""
+
+    name: Literal["fedavgm"]
+    server_lr: float = Field(default=1.0, gt=0)
+    server_momentum: float = Field(default=0.9, ge=0, lt=1)
+    """The source's beta; with 0, and ``server_lr`` 1, federated averaging, bit for bit."""
+
+
+class FedAdam(FineTuned):
+    """Adam on the mean of the sites' updates; see :mod:`nnunet_fed.methods.server_optimizer`."""
+
+    name: Literal["fedadam"]
+    server_lr: float = Field(default=0.01, gt=0)
+    """The source's eta, which it tunes for each task; this value is ours."""
+    beta_1: float = Field(default=0.9, ge=0, lt=1)
+    beta_2: float = Field(default=0.99, ge=0, lt=1)
+    tau: float = Field(default=1e-3, gt=0)
+    """The source's degree of adaptivity: what is added to the root of the second moment."""
+
+
+class Ditto(MethodTable):
+    """Federated averaging, and a personalized model beside it; see :mod:`nnunet_fed.methods.proximal`."""
+
+    name: Literal["ditto"]
+    pull_strength: float = Field(default=1.0, ge=0)
+    """The source's lambda: how strongly the personalized model is pulled to the global one; 0: it trains alone."""
+
+
 def _number_per_class(value: Any) -> Any:
     numbers = list(value.values()) if isinstance(value, dict) else [value]
     if not numbers or not all(type(number) in (int, float) for number in numbers):
@@ -264,11 +301,13 @@ class GCML(MethodTable):
             )
 
 
-Method = Annotated[Local | FedAvg | FedGS | FedSM | FedOAP | GCML, Field(discriminator="name")]
+Method = Annotated[
+    Local | FedAvg | FedProx | FedAvgM | FedAdam | Ditto | FedGS | FedSM | FedOAP | GCML, Field(discriminator="name")
+]
 """The method's table: ``name`` and the options of that method. A new method adds its table to this union."""
 
 METHOD_TABLES: dict[str, type[MethodTable]] = {
     "local": Local, "fedavg": FedAvg, "fedgs": FedGS, "fedsm": FedSM, "fedoap": FedOAP,
-    "gcml": GCML,
+    "gcml": GCML, "fedprox": FedProx, "fedavgm": FedAvgM, "fedadam": FedAdam, "ditto": Ditto,
 }  # fmt: skip
 """Table of each method, by its name."""

@@ -38,6 +38,8 @@ __all__ = ["Simulation", "lesion_table", "plugin_folder", "result_table", "simul
 TRAINERS = {
     "local": "nnUNetTrainerLocal", "fedavg": "nnUNetTrainerFedAvg", "fedgs": "nnUNetTrainerFedGS",
     "fedsm": "nnUNetTrainerFedSM", "fedoap": "nnUNetTrainerFedOAP", "gcml": "nnUNetTrainerGCML",
+    "fedprox": "nnUNetTrainerFedProx", "fedavgm": "nnUNetTrainerFedAvgM", "fedadam": "nnUNetTrainerFedAdam",
+    "ditto": "nnUNetTrainerDitto",
 }  # fmt: skip
 """nnU-Net trainer of each method."""
 HOST = "127.0.0.1"

@@ -107,9 +107,9 @@ def test_a_typo_in_the_study(command: Command, study_file: Path) -> None:
 
 
 def test_an_unknown_method_in_the_study(command: Command, study_file: Path) -> None:
-    study_file.write_text(STUDY.replace("fedavg", "fedprox"))
+    study_file.write_text(STUDY.replace("fedavg", "scaffold"))
     told = command.fails(*listen(study_file))
-    assert "'fedprox'" in told
+    assert "'scaffold'" in told
     assert "'fedavg'" in told
 
 
@@ -331,7 +331,7 @@ def test_split_needs_one_way_to_split(command: Command, tmp_path: Path) -> None:
         (("--site", "a"), "--site a: give a name and a folder"),
         (("--site", "a="), "--site a=: give a name and a folder"),
         (("--site", "a b=x"), "site name 'a b': use letters"),
-        (("--site", "a=x", "--method", "fedprox"), "'fedprox'; known: 'local', 'fedavg'"),
+        (("--site", "a=x", "--method", "scaffold"), "'scaffold'; known: 'local', 'fedavg'"),
         (("--site", "a=x", "--option", "strength"), "--option strength: give a name and a value"),
         (("--site", "a=x", "--option", "x=1", "--option", "x=2"), "--option x is given twice"),
         (("--site", "a=x", "--option", "strength=2"), "unknown key 'method.strength'"),

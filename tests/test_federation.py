@@ -51,6 +51,10 @@ FINE_TUNED: dict[str, Any] = {"finetune_epochs": 4, "finetune_lr_factor": 0.5}
 METHODS: dict[str, dict[str, Any]] = {
     "local": FINE_TUNED,
     "fedavg": FINE_TUNED,
+    "fedprox": {**FINE_TUNED, "mu": 0.1},
+    "fedavgm": {**FINE_TUNED, "server_lr": 0.5, "server_momentum": 0.8},
+    "fedadam": {**FINE_TUNED, "server_lr": 0.1, "beta_1": 0.8, "beta_2": 0.999, "tau": 1e-2},
+    "ditto": {"pull_strength": 0.1},
     "fedoap": {
         **FINE_TUNED, "heads": 2, "query_branch": "light", "adapter": "none", "private_stem": True, "tau": 0.5,
         "sigma": 1.0, "perturbation_weight": 0.0,
@@ -211,9 +215,9 @@ def test_a_mistake_in_the_study_is_named(changes: dict[str, Any], expected: str)
 
 
 def test_an_unknown_method_is_named_and_so_are_the_known_ones() -> None:
-    told = sentence(Federation, method={"name": "fedprox"})
+    told = sentence(Federation, method={"name": "scaffold"})
     assert told.startswith("method")
-    for name in ("fedprox", *METHODS):
+    for name in ("scaffold", *METHODS):
         assert f"'{name}'" in told
 
 

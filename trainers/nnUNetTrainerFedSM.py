@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ from typing import Any
 import torch
 
 from nnunet_fed.bundle import (
-    GLOBAL_CHECKPOINT,
     SELECTOR_FILE,
     ValidationDice,
     fold_of,
@@ -30,32 +28,25 @@ from nnunet_fed.methods.selector_training import SelectorTraining
 from nnunet_fed.methods.selector_validation import SelectorValidation, validate_selector
 from nnunet_fed.payload import Array, encode, measure
 from nnunet_fed.tensors import load_arrays, shared_tensors, to_arrays
-from nnunet_fed.trainers.base import FederatedTrainer
 from nnunet_fed.trainers.selector_cases import SelectorCases
 from nnunet_fed.trainers.super_validation import validate_global_and_super
-
-_BRANCH = ("network", "optimizer", "lr_scheduler", "grad_scaler")
-"""What a branch has of its own, as nnU-Net calls it."""
+from nnunet_fed.trainers.two_models import TwoModelTrainer
 
 
-class nnUNetTrainerFedSM(FederatedTrainer):  # noqa: N801
+class nnUNetTrainerFedSM(TwoModelTrainer):  # noqa: N801
     """Two models, one step each on every batch (:mod:`nnunet_fed.methods.fedsm`).
 
-    ``self.network`` is the personalized model: nnU-Net validates, saves and deploys it. The global one gets the batches
-    that federated averaging would get, and is that of a run of federated averaging, bit for bit.
+    The global model gets the batches that federated averaging would get, and is that of a run of federated averaging,
+    bit for bit.
     """
 
     method = "fedsm"
-
-    network: Any
-    grad_scaler: Any
 
     def configure_study(self) -> None:
         """Take the method's options."""
         super().configure_study()
         assert isinstance(self.study.method, FedSM)
         self.options = self.study.method
-        self._global_branch: dict[str, Any] = {}
         self._batch = 0
         self._cases: dict[str, SelectorCases] = {}
         self._selector_validation: SelectorValidation | None = None
@@ -66,19 +57,8 @@ class nnUNetTrainerFedSM(FederatedTrainer):  # noqa: N801
     # ------------------------------------------------------------------------------------------- two branches
 
     def initialize(self) -> None:
-        """nnU-Net's network for the personalized model, a copy of it for the global one, and the selector."""
+        """The personalized model, the global one, and the selector."""
         super().initialize()
-        network: Any = copy.deepcopy(self.bare(self.network))
-        if self._do_i_compile():
-            network = torch.compile(network)
-        personal = {name: getattr(self, name) for name in _BRANCH}
-        self.network = network
-        self.optimizer, self.lr_scheduler = self.configure_optimizers()
-        if self.is_ddp:
-            self.network = torch.nn.parallel.DistributedDataParallel(network, device_ids=[self.local_rank])
-        self.grad_scaler = None if self.grad_scaler is None else torch.amp.GradScaler("cuda")
-        self._global_branch = {name: getattr(self, name) for name in _BRANCH}
-        self._set_branch(personal)
         self.selector = SelectorTraining(
             self.selector_configuration,
             self.study.seed,
@@ -98,43 +78,14 @@ class nnUNetTrainerFedSM(FederatedTrainer):  # noqa: N801
             header_features=self.options.selector_header_features,
         )
 
-    def _set_branch(self, branch: dict[str, Any]) -> None:
-        for name, value in branch.items():
-            setattr(self, name, value)
-
-    @contextmanager
-    def global_branch(self) -> Iterator[None]:
-        """Let nnU-Net's functions work on the global model within."""
-        personal = {name: getattr(self, name) for name in _BRANCH}
-        self._set_branch(self._global_branch)
-        try:
-            yield
-        finally:
-            self._set_branch(personal)
-
-    @property
-    def shared_network(self) -> torch.nn.Module:
-        """The global model."""
-        return self.bare(self._global_branch["network"])
-
-    @property
-    def optimizers(self) -> list[torch.optim.Optimizer]:
-        """Of both branches."""
-        return [self.optimizer, self._global_branch["optimizer"]]
-
     @property
     def _warms_up(self) -> bool:
         return self.current_epoch // self.study.local_epochs < self.options.warm_up_rounds
 
-    def _personal_takes_global(self) -> None:
-        load_arrays(shared_tensors(self.bare(self.network)), self.shared_arrays())
-
     def on_train_epoch_start(self) -> None:
-        """nnU-Net's, for both branches."""
+        """Both models train on the first batch of an epoch."""
         super().on_train_epoch_start()
         self._batch = 0
-        self._global_branch["network"].train()
-        self._global_branch["lr_scheduler"].step(self.current_epoch)
 
     def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
         """nnU-Net's step of the global model, then of the personalized one; the loss of the latter, if it trains."""
@@ -146,10 +97,6 @@ class nnUNetTrainerFedSM(FederatedTrainer):  # noqa: N801
         return result
 
     # ------------------------------------------------------------------------------------------- the exchange
-
-    def prepare(self) -> None:
-        """The personalized model begins as the global one."""
-        self._personal_takes_global()
 
     def exchange(self, scope: str) -> None:
         """Pull the personalized model, train the selector, and average the global model; at last share the models."""
@@ -165,7 +112,7 @@ class nnUNetTrainerFedSM(FederatedTrainer):  # noqa: N801
             self._share_at_last(scope)
         self.load_shared(self.communicator.mean(f"{scope}/{self.MODEL}", self.shared_arrays(), self.site_weight))
         if self._warms_up:
-            self._personal_takes_global()
+            self.personal_takes_global()
 
     def _train_selector(self, scope: str) -> None:
         losses = self.selector.train(
@@ -229,8 +176,7 @@ class nnUNetTrainerFedSM(FederatedTrainer):  # noqa: N801
 
     def save_models(self, folder: Path) -> None:
         """Write the global model, the selector and the bundle of what the super model needs."""
-        with self.global_branch():
-            self.save_for_prediction(str(folder / GLOBAL_CHECKPOINT))
+        super().save_models(folder)
         write_selector(folder / SELECTOR_FILE, self.selector_configuration, self.selector.network)
         dice = None
         if self._resumed is not None and self.options.best_model_gate:  # --c after the end validates without the others
@@ -278,11 +224,9 @@ class nnUNetTrainerFedSM(FederatedTrainer):  # noqa: N801
 
     def method_state(self) -> dict[str, Any]:
         """The global branch, the selector, and what the last round found of it."""
-        branch, found = self._global_branch, self._selector_validation
+        found = self._selector_validation
         return {
-            "network": self.shared_network.state_dict(),
-            "optimizer": branch["optimizer"].state_dict(),
-            "grad_scaler": None if branch["grad_scaler"] is None else branch["grad_scaler"].state_dict(),
+            **super().method_state(),
             "selector": self.selector.state_dict(),
             # plain values: a checkpoint is read where nnunet_fed is not installed, too
             "selector_validation": None if found is None else {**asdict(found), "site": self._own_site},
@@ -291,10 +235,7 @@ class nnUNetTrainerFedSM(FederatedTrainer):  # noqa: N801
 
     def load_method_state(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`method_state`."""
-        self.shared_network.load_state_dict(state["network"])
-        self._global_branch["optimizer"].load_state_dict(state["optimizer"])
-        if self._global_branch["grad_scaler"] is not None and state["grad_scaler"] is not None:
-            self._global_branch["grad_scaler"].load_state_dict(state["grad_scaler"])
+        super().load_method_state(state)
         self.selector.load_state_dict(state["selector"])
         if state["selector_validation"] is not None:
             found = dict(state["selector_validation"])

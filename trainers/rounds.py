@@ -20,6 +20,11 @@ def scope_of_round(number: int) -> str:
     return f"round-{number:04d}"
 
 
+def start_scope(source: int) -> str:
+    """Scope in which the initial weights are those of the so manyth site, counted from 0."""
+    return START if source == 0 else f"{START}-{source}"
+
+
 def round_of(key: str) -> int:
     """The round of a key; -1 for the start."""
     scope = key.partition("/")[0]
@@ -38,7 +43,7 @@ def common_start(communicator: Collectives, name: str, tensors: Callable[[], Ten
         The scope in which the sites agreed, and the tensors.
     """
     for number, source in enumerate(communicator.sites):
-        scope = START if number == 0 else f"{START}-{number}"
+        scope = start_scope(number)
         mine = communicator.site == source
         try:
             return scope, communicator.mean(f"{scope}/{name}", tensors() if mine else {}, float(mine))

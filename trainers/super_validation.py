@@ -32,9 +32,7 @@ def validate_global_and_super(trainer: nnUNetTrainerFedSM, save_probabilities: b
         trainer: which has validated its personalized model.
         save_probabilities: as in nnU-Net.
     """
-    with trainer.global_branch(), below(trainer, GLOBAL):
-        predict_cases(trainer, trainer.do_split()[1], save_probabilities)
-        evaluate_lesions(trainer)
+    trainer.validate_global(save_probabilities)
     folder = Path(trainer.output_folder)
     if trainer.validates_together and trainer.is_connected:
         dice = {"personal": _mean_dice(folder), "common": _mean_dice(folder / GLOBAL)}

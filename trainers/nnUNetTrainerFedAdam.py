@@ -1,0 +1,102 @@
+"""FedAdam inside nnU-Net's training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from nnunet_fed.errors import DisagreementError, NoContributionError
+from nnunet_fed.method_tables import FedAdam
+from nnunet_fed.methods.server_optimizer import AdamMoments, difference
+from nnunet_fed.payload import Array, encode, measure
+from nnunet_fed.tensors import to_arrays
+from nnunet_fed.trainers.finetuning import FineTuningTrainer
+from nnunet_fed.trainers.rounds import round_of
+
+
+class nnUNetTrainerFedAdam(FineTuningTrainer):  # noqa: N801
+    """Adam on the mean of the sites' updates, done alike at each (:mod:`nnunet_fed.methods.server_optimizer`).
+
+    The model after the step is published each round: it is what a late site trains from. The moments are twice its
+    size, and published only in a round in which a site has not got them.
+    """
+
+    method = "fedadam"
+
+    def configure_study(self) -> None:
+        """Take the method's options."""
+        super().configure_study()
+        assert isinstance(self.study.method, FedAdam)
+        self.options = self.study.method
+        self.moments = AdamMoments(self.options.beta_1, self.options.beta_2, self.options.tau)
+        self._round_start: dict[str, Array] = {}
+
+    def initialize(self) -> None:
+        """As in nnU-Net; moments of its parameters."""
+        super().initialize()
+        parameters = {name for name, _ in self.shared_network.named_parameters()}
+        shared = self.shared_arrays()
+        self.moments.begin(shared, [name for name in shared if name in parameters])
+
+    def exchange(self, scope: str) -> None:
+        """Take the mean of the updates, do Adam's step on it, and load the model that the first site publishes."""
+        own = difference(self.shared_arrays(), self._round_start)
+        update = self.communicator.mean(f"{scope}/update", own, self.site_weight)
+        first = self._agree_on_moments(scope) == self.communicator.site
+        model = self.moments.step(self._round_start, update, self.options.server_lr, round_of(scope))
+        try:
+            published = self.communicator.mean(
+                f"{scope}/{self.MODEL}", model if first else {}, float(first), exact=True
+            )
+        except NoContributionError:  # the first site went away since the update: the others have computed the same
+            published = model
+        self.load_shared(published)
+
+    def _agree_on_moments(self, scope: str) -> str:
+        """Let every site of the round have the newest moments among them; returns the first that had them already.
+
+        Raises:
+            DisagreementError: moments of the same round differ.
+        """
+        own = {"round": self.moments.number, "digest": measure(encode(self.moments.tensors()))[0]}
+        told = self.communicator.gather(f"{scope}/moments", own)
+        newest = max(entry["round"] for entry in told.values())
+        digests = {site: entry["digest"] for site, entry in told.items() if entry["round"] == newest}
+        if len(set(digests.values())) > 1:
+            listed = ", ".join(f"{site}: {digest[:12]}" for site, digest in digests.items())
+            raise DisagreementError(
+                f"The sites' moments of FedAdam differ after the same rounds ({listed}). Install the same versions of "
+                "nnunet_fed and numpy at all sites."
+            )
+        if len(digests) < len(told):
+            self.moments.take(self._published_moments(scope, list(digests)), newest)
+        return next(iter(digests))
+
+    def _published_moments(self, scope: str, sources: list[str]) -> dict[str, Array]:
+        """The moments of the first of the sources that is still there."""
+        for number, source in enumerate(sources):
+            mine = source == self.communicator.site
+            tensors = self.moments.tensors() if mine else {}
+            try:
+                return self.communicator.mean(f"{scope}/state-{number}", tensors, float(mine), exact=True)
+            except NoContributionError:
+                continue
+        raise NoContributionError("The sites that had the moments of FedAdam have all gone away.")
+
+    def load_shared(self, arrays: dict[str, Array]) -> None:
+        """Take received tensors into the network; they are the start of a round."""
+        super().load_shared(arrays)
+        self._round_start = arrays
+
+    def method_state(self) -> dict[str, Any]:
+        """The model of the round's start, and the moments."""
+        kept = {"round_start": self._round_start, "moments": self.moments.tensors()}
+        tensors = {what: {name: torch.from_numpy(a) for name, a in arrays.items()} for what, arrays in kept.items()}
+        return {**super().method_state(), **tensors, "moments_round": self.moments.number}
+
+    def load_method_state(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`method_state`."""
+        super().load_method_state(state)
+        self._round_start = to_arrays(state["round_start"])
+        self.moments.take(to_arrays(state["moments"]), state["moments_round"])
