@@ -1,16 +1,15 @@
-"""The four verbs through which a method sees the other sites, and a federation of threads for tests.
+"""The collectives through which a method sees the other sites, and a federation of threads for tests.
+
+Models that go from one site to another take :mod:`nnunet_fed.mailbox` and the peer process instead.
 
 The word *communicator* is MPI's: a site's seat in a federation. Source: ours.
 """
 
 from __future__ import annotations
 
-import copy
 import json
-import math
 import threading
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar
 
@@ -74,29 +73,6 @@ class Collectives(Protocol):
         ...
 
 
-class Gossip(Protocol):
-    """Site to site, without a coordinator."""
-
-    def push(self, peer: str, tensors: Tensors, meta: Mapping[str, Any]) -> None:
-        """Send tensors and a small JSON value to one peer; never waits for the peer to read them."""
-        ...
-
-    def inbox(self) -> list[tuple[str, dict[str, Array], dict[str, Any]]]:
-        """What peers have pushed since the last call: (peer, tensors, meta), oldest first."""
-        ...
-
-
-class Communicator(Collectives, Gossip, Protocol):
-    """All four verbs: the whole network that a method sees."""
-
-
-def check_weight(weight: float) -> float:
-    """The weight; raises :class:`RefusedError` for a negative or non-finite one (rule 4 of the protocol)."""
-    if not (math.isfinite(weight) and weight >= 0):
-        raise RefusedError(f"The weight of a site must be a finite number of at least 0, not {weight}.")
-    return weight
-
-
 class LocalFederation:
     """Sites as threads. Each verb returns once all sites have called it with the same key.
 
@@ -110,7 +86,6 @@ class LocalFederation:
         self.deadline = deadline
         self._changed = threading.Condition()
         self._contributions: dict[str, dict[str, Any]] = {}
-        self._inboxes: dict[str, deque[tuple[str, dict[str, Array], dict[str, Any]]]] = {s: deque() for s in sites}
 
     def communicator(self, site: str) -> LocalCommunicator:
         """The seat of one site."""
@@ -141,23 +116,9 @@ class LocalFederation:
                 raise DeadlineError(f"'{key}' still misses {missing} after {self.deadline:g} s.")
             return {name: contributions[name] for name in self.sites}
 
-    def deliver(self, sender: str, peer: str, tensors: Tensors, meta: Mapping[str, Any]) -> None:
-        """Put a copy into a peer's inbox."""
-        if peer not in self._inboxes or peer == sender:
-            raise RefusedError(f"Site '{sender}' cannot push to '{peer}': no such peer.")
-        parcel = {name: np.array(array) for name, array in tensors.items()}
-        self._inboxes[peer].append((sender, parcel, copy.deepcopy(dict(meta))))
-
-    def collect(self, site: str) -> list[tuple[str, dict[str, Array], dict[str, Any]]]:
-        """Empty a site's inbox."""
-        inbox, collected = self._inboxes[site], []
-        while inbox:
-            collected.append(inbox.popleft())
-        return collected
-
 
 class LocalCommunicator:
-    """The four verbs of :class:`nnunet_fed.communicator.Communicator` at one site of a :class:`LocalFederation`."""
+    """The :class:`Collectives` at one site of a :class:`LocalFederation`."""
 
     def __init__(self, federation: LocalFederation, site: str):
         if site not in federation.sites:
@@ -188,11 +149,3 @@ class LocalCommunicator:
         """See :meth:`nnunet_fed.communicator.Collectives.gather`."""
         collected = self._federation.exchange(key, self.site, json.dumps(value, allow_nan=False))
         return {site: json.loads(text) for site, text in collected.items()}
-
-    def push(self, peer: str, tensors: Tensors, meta: Mapping[str, Any]) -> None:
-        """See :meth:`nnunet_fed.communicator.Gossip.push`."""
-        self._federation.deliver(self.site, peer, tensors, meta)
-
-    def inbox(self) -> list[tuple[str, dict[str, Array], dict[str, Any]]]:
-        """See :meth:`nnunet_fed.communicator.Gossip.inbox`."""
-        return self._federation.collect(self.site)

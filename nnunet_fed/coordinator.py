@@ -10,18 +10,18 @@ import logging
 import re
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from nnunet_fed.admission import Admission, QuarantinedError, Verb, check_content, distance
+from nnunet_fed.closing import Closing
 from nnunet_fed.communicator import check_weight
 from nnunet_fed.errors import ConfigurationError, RefusedError
 from nnunet_fed.federation import Federation
 from nnunet_fed.logs import about
-from nnunet_fed.payload import digest_of_file, open_payload
-from nnunet_fed.reduction import write_result
+from nnunet_fed.payload import open_payload
 from nnunet_fed.spool import Spool
+from nnunet_fed.status import Tally, record_of, status_of
 from nnunet_fed.store import Agreed, Collective, Contribution, Store, make_durable, scope_of
 
 logger = logging.getLogger(__name__)
@@ -40,15 +40,6 @@ SPOOL_QUOTA = 100 * 10**9
 
 Verdict = Literal["send", "stands", "differs", "closed"]
 """Answer to an offer: send the payload; these bytes stand; other bytes stand; the round closed without this site."""
-
-
-class Tally(NamedTuple):
-    """Totals of a coordinator."""
-
-    rounds: dict[str, int]
-    """Closed rounds by run."""
-    reductions: int
-    reduction_seconds: float
 
 
 class Coordinator:
@@ -71,13 +62,10 @@ class Coordinator:
         self._store = store
         self._admission = Admission(study, store, spool_quota)
         self._draining = False
-        self._keeper = ThreadPoolExecutor(1, thread_name_prefix="keeper")
         self._changed = threading.Condition()
-        self._reducing: set[tuple[str, str]] = set()
-        self._started = time.time()
+        self.closing = Closing(study, store, self.spool, self._changed)
         self._seen: dict[str, float] = {}
         self._progress: dict[str, dict[str, Any]] = {}
-        self._reductions = (0, 0.0)
         known = store.latest_study()
         if known is not None and Federation.model_validate(known).digest != study.digest:
             raise ConfigurationError(
@@ -92,7 +80,7 @@ class Coordinator:
                 store.set_fact("attempt", (store.fact("attempt") or 0) + 1)
                 store.add_event(None, None, f"attempt {store.fact('attempt')} opened")
         self.attempt: int = store.fact("attempt")
-        self._recover()
+        self.closing.recover()
 
     def drain(self) -> None:
         """Let nobody wait any longer; a call that waits is answered with what is known."""
@@ -103,7 +91,7 @@ class Coordinator:
     def close(self) -> None:
         """Finish what is under way in the background, and close the store."""
         self.drain()
-        self._keeper.shutdown()
+        self.closing.shutdown()
         with self._changed:
             self._store.close()
 
@@ -225,7 +213,7 @@ class Coordinator:
                 self._admission.check_size(run, key, site, verb, size)
                 return "send"
             self._accept(Contribution(run, key, site, 0.0, digest, 0, None, time.time(), 0.0, None), verb, None)
-        self._close_if_due(run, key)
+        self.closing.close_if_due(run, key)
         return "stands"
 
     def _require_joined(self, run: str, site: str) -> None:
@@ -264,7 +252,7 @@ class Coordinator:
         finally:
             if not accepted:
                 payload.unlink(missing_ok=True)
-            self._close_if_due(run, key)  # also after a refusal, which may leave nobody to wait for
+            self.closing.close_if_due(run, key)  # also after a refusal, which may leave nobody to wait for
         return verdict
 
     def _quarantine(self, run: str, site: str, sentence: str) -> None:
@@ -277,25 +265,13 @@ class Coordinator:
         """The collective once it is no longer open, or as it is after so many seconds; ``None``: never heard of."""
         end = time.time() + seconds
         while True:
-            self._close_if_due(run, key)
+            self.closing.close_if_due(run, key)
             with self._changed:
                 collective = self._store.collective(run, key)
                 now = time.time()
                 if collective is None or collective.status != "open" or now >= end or self._draining:
                     return collective
-                self._changed.wait(max(0.01, min(end, self.closes_at(collective)) - now))
-
-    def closes_at(self, collective: Collective) -> float:
-        """Deadline as seconds since the epoch. A restart of the coordinator gives the sites the whole time again."""
-        planning = self._is_planning(collective.run)
-        minutes = self.study.planning_deadline_minutes if planning else self.study.deadline_minutes
-        return max(collective.opened, self._started) + 60 * minutes
-
-    def missing(self, collective: Collective) -> list[str]:
-        """The sites that an open collective waits for."""
-        with self._changed:
-            given = self._store.contributions(collective.run, collective.key)
-            return [site for site in self._expected(collective.run, collective.scope) if site not in given]
+                self._changed.wait(max(0.01, min(end, self.closing.closes_at(collective)) - now))
 
     def doing(self, site: str) -> str:
         """A site's name and what it said last of what it is doing, for those who wait for it."""
@@ -344,70 +320,18 @@ class Coordinator:
             keys = [collective.key for collective in self._store.collectives(run, "open")]
         self.spool.forget_site(run, site)
         for key in keys:
-            self._close_if_due(run, key)
+            self.closing.close_if_due(run, key)
 
     def status(self, record: bool = False) -> dict[str, Any]:
         """What is going on, as JSON; with ``record`` also all that happened, collective by collective."""
         with self._changed:
-            runs = self._store.runs()
-            standing = self._store.standing(next(reversed(runs))) if runs else {}
-            status: dict[str, Any] = {
-                "study": self.study.model_dump(mode="json"),
-                "digest": self.study.digest,
-                "attempt": self.attempt,
-                "now": time.time(),
-                "sites": {
-                    site: {
-                        "last_seen": self._seen.get(site),
-                        "standing": standing.get(site),
-                        "progress": self._progress.get(site),
-                    }
-                    for site in self.study.sites
-                },
-                "open": [
-                    {"run": run, "key": c.key, "missing": self.missing(c), "closes_at": self.closes_at(c)}
-                    for run in runs
-                    for c in self._store.collectives(run, "open")
-                ],
-            }
-            if record:
-                status["runs"] = {run: {**described, **self._record(run)} for run, described in runs.items()}
-                status["events"] = self._store.events()
-            return status
+            now = status_of(self.study, self.attempt, self._store, self.closing, self._seen, self._progress)
+            return {**now, **record_of(self._store)} if record else now
 
     def tally(self) -> Tally:
         """Totals for those who measure; the rounds are the journal's, the reductions those since the start."""
         with self._changed:
-            count, seconds = self._reductions
-            return Tally(self._store.count_rounds(), count, seconds)
-
-    def _record(self, run: str) -> dict[str, Any]:
-        return {
-            "collectives": [
-                {
-                    "key": c.key, "verb": c.verb, "status": c.status, "opened": c.opened, "closed": c.closed,
-                    "seconds": c.closed and c.closed - c.opened, "digest": c.digest, "bytes": c.size, "error": c.error,
-                    "sites": {
-                        site: {
-                            "weight": given.weight, "bytes": given.size, "digest": given.digest, "at": given.at,
-                            "seconds": given.seconds, "norm": given.norm,
-                        }
-                        for site, given in self._store.contributions(run, c.key).items()
-                    },
-                }
-                for c in self._store.collectives(run)
-            ]
-        }  # fmt: skip
-
-    def _is_planning(self, run: str) -> bool:
-        return bool(self._store.runs()[run]["purpose"] == "planning")
-
-    def _expected(self, run: str, scope: str) -> list[str]:
-        participants = self._store.participants(run, scope)
-        if participants is not None:
-            return participants
-        standing = self._store.standing(run)
-        return [site for site in self.study.sites if standing.get(site) not in ("absent", "left")]
+            return Tally(self._store.count_rounds(), self.closing.reductions, self.closing.reduction_seconds)
 
     def _welcome_back(self, run: str, site: str) -> None:
         if self._store.standing(run)[site] == "absent":
@@ -431,102 +355,3 @@ class Coordinator:
         extra = about(contribution.run, contribution.key, contribution.site)
         given = contribution.key, verb, contribution.site, contribution.size
         logger.info("%s: %s from %s (%d bytes)", *given, extra=extra)
-
-    def _close_if_due(self, run: str, key: str) -> None:
-        """Close a collective when all have contributed or its deadline has passed, and reduce it outside the lock."""
-        with self._changed:
-            collective = self._store.collective(run, key)
-            if collective is None or collective.status != "open" or (run, key) in self._reducing:
-                return
-            given = self._store.contributions(run, key)
-            missing = self.missing(collective)
-            planning = self._is_planning(run)
-            # a site that came into the study meanwhile is not in a scope that is under way
-            there = self._store.participants(run, collective.scope) or list(self.study.sites)
-            quorum = len(there) if planning else min(self.study.quorum, len(there))
-            overdue = time.time() >= self.closes_at(collective)
-            if (missing or len(given) < quorum) and not overdue:
-                return
-            if len(given) < quorum or (planning and missing):
-                self._fail(collective, missing or [site for site in self.study.sites if site not in given], quorum)
-                return
-            self._reducing.add((run, key))
-        started = time.monotonic()
-        try:
-            self._reduce(collective, given)
-            with self._changed, self._store.transaction():
-                collective.closed = time.time()
-                count, seconds = self._reductions
-                self._reductions = count + 1, seconds + time.monotonic() - started
-                self._store.put_collective(collective)
-                if self._store.participants(run, collective.scope) is None:
-                    self._store.freeze(run, collective.scope, list(given))
-                for site in missing:
-                    self._store.set_standing(run, site, "absent")
-                    self._store.add_event(run, site, f"absent from {collective.key}")
-        finally:
-            with self._changed:
-                self._reducing.discard((run, key))
-                self._changed.notify_all()
-        logger.info("%s closed over %s", key, ", ".join(given), extra=about(run, key))
-        self._keeper.submit(self._settle, collective)
-
-    def _settle(self, collective: Collective) -> None:
-        """What nobody waits for: have a result on disk for good, then delete what it was made of, and old results."""
-        try:
-            if collective.status == "closed":
-                make_durable(self.result_file(collective))
-            with self._changed, self._store.transaction():
-                files = self._store.release(collective.run, collective.key)
-                files += self._prune(collective.run)
-            for file in files:
-                file.unlink(missing_ok=True)
-            self.spool.forget_collective(collective.run, collective.key)
-        except Exception:  # whatever it is, a restart does this again
-            logger.exception("%s: what it leaves could not be cleared", collective.key)
-
-    def _recover(self) -> None:
-        """After a restart: make results anew that did not reach the disk, and clear what is not needed."""
-        for run, key in dict.fromkeys(self._store.spooled().values()):
-            collective = self._store.collective(run, key)
-            if collective is None or collective.status == "open":
-                continue
-            if collective.status == "closed" and digest_of_file(self.result_file(collective)) != collective.digest:
-                self._reduce(collective, self._store.contributions(run, key))
-            self._settle(collective)
-        self.spool.sweep(set(self._store.spooled()))
-
-    def _fail(self, collective: Collective, missing: list[str], quorum: int) -> None:
-        collective.status = "failed"
-        collective.error = (
-            f"'{collective.key}' reached its deadline without {', '.join(missing)}; it needs {quorum} of "
-            f"{len(self.study.sites)} sites. Start the missing sites, then start the others again"
-            + (" (the same command)." if self._is_planning(collective.run) else " with --c.")
-        )
-        with self._store.transaction():
-            self._store.put_collective(collective)
-            self._store.add_event(collective.run, None, collective.error)
-        logger.error(collective.error, extra=about(collective.run, collective.key))
-        self._changed.notify_all()
-
-    def _reduce(self, collective: Collective, given: dict[str, Contribution]) -> None:
-        """Write the result's file; the collective is changed in memory only."""
-        contributors = {site: c for site, c in given.items() if c.file is not None}
-        if not contributors:
-            collective.status = "empty"
-            return
-        files = {site: self._store.spool / str(c.file) for site, c in contributors.items()}
-        weights = [c.weight for c in contributors.values()]
-        out = self._store.result_path(collective.run, collective.key)
-        collective.digest, collective.size = write_result(collective.verb, files, weights, out)
-        collective.status = "closed"
-
-    def _prune(self, run: str) -> list[Path]:
-        """Journal that old means are not kept; returns their files."""
-        means = [c for c in self._store.collectives(run, "closed") if c.verb == "mean"]
-        kept = list(dict.fromkeys(c.scope for c in means))[-self.study.keep_rounds :]
-        old = [c for c in means if c.scope not in kept]
-        for collective in old:
-            collective.status = "pruned"
-            self._store.put_collective(collective)
-        return [self.result_file(collective) for collective in old]

@@ -281,7 +281,7 @@ def test_uploads_of_one_site_at_a_time_are_few(serve: Serve) -> None:
 
 
 def test_a_full_disk_is_told(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nnunet_fed import coordinator
+    from nnunet_fed import closing
 
     served = serve(make_study("a", deadline_minutes=1 / 60))
     seat = served.seat("a")
@@ -290,7 +290,7 @@ def test_a_full_disk_is_told(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> N
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(coordinator, "write_result", full)
+        patch.setattr(closing, "write_result", full)
         with pytest.raises(UnreachableError, match="coordinator's disk is full"):
             seat.mean("r/model", LARGE, 1)
     assert seat.mean("r/model", LARGE, 1)["w"].tobytes() == LARGE["w"].tobytes()
@@ -485,7 +485,7 @@ def test_a_result_that_did_not_reach_the_disk_is_made_again(
 ) -> None:
     """As after a power failure: the journal says closed, the payloads are there, the result is not whole."""
     first = serve(make_study("ab"))
-    monkeypatch.setattr(first.coordinator, "_settle", lambda collective: None)
+    monkeypatch.setattr(first.coordinator.closing, "_settle", lambda collective: None)
     a, b = first.seat("a"), first.seat("b")
     other = {"w": LARGE["w"] * 2}
     result = together(lambda: a.mean("r/model", LARGE, 1), lambda: b.mean("r/model", other, 3))[0]

@@ -188,14 +188,14 @@ class _Service(CoordinatorServicer):  # type: ignore[misc]
 
     def _header(self, collective: Collective) -> pb.ResultHeader:
         waiting = collective.status == "open"
-        missing = self._coordinator.missing(collective) if waiting else []
+        missing = self._coordinator.closing.missing(collective) if waiting else []
         return pb.ResultHeader(
             status=collective.status,
             digest=collective.digest or "",
             size=collective.size or 0,
             error=collective.error or "",
             missing=[self._coordinator.doing(site) for site in missing],
-            closes_at=self._coordinator.closes_at(collective) if waiting else 0.0,
+            closes_at=self._coordinator.closing.closes_at(collective) if waiting else 0.0,
             weights=self._coordinator.weights(collective),
         )
 

@@ -1,0 +1,169 @@
+"""Closing collectives: when, over whom, and what is done with their contributions. Part of the coordinator.
+
+The rules are those of docs/protocol.md. Source: ours.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from nnunet_fed.federation import Federation
+from nnunet_fed.logs import about
+from nnunet_fed.payload import digest_of_file
+from nnunet_fed.reduction import write_result
+from nnunet_fed.spool import Spool
+from nnunet_fed.store import Collective, Contribution, Store, make_durable
+
+logger = logging.getLogger(__name__)
+
+
+class Closing:
+    """Closes the collectives of a study. Thread-safe.
+
+    Args:
+        study: the study.
+        store: the coordinator's memory.
+        spool: where uploads arrive.
+        changed: guards the store; told when a collective is no longer open.
+    """
+
+    def __init__(self, study: Federation, store: Store, spool: Spool, changed: threading.Condition):
+        self._study = study
+        self._store = store
+        self._spool = spool
+        self._changed = changed
+        self._started = time.time()
+        self._reducing: set[tuple[str, str]] = set()
+        self._keeper = ThreadPoolExecutor(1, thread_name_prefix="keeper")
+        self.reductions, self.reduction_seconds = 0, 0.0
+        """Since the start."""
+
+    def shutdown(self) -> None:
+        """Finish what is under way in the background."""
+        self._keeper.shutdown()
+
+    def closes_at(self, collective: Collective) -> float:
+        """Deadline as seconds since the epoch. A restart of the coordinator gives the sites the whole time again."""
+        planning = self._is_planning(collective.run)
+        minutes = self._study.planning_deadline_minutes if planning else self._study.deadline_minutes
+        return max(collective.opened, self._started) + 60 * minutes
+
+    def missing(self, collective: Collective) -> list[str]:
+        """The sites that an open collective waits for."""
+        with self._changed:
+            given = self._store.contributions(collective.run, collective.key)
+            return [site for site in self._expected(collective.run, collective.scope) if site not in given]
+
+    def close_if_due(self, run: str, key: str) -> None:
+        """Close a collective when all have contributed or its deadline has passed, and reduce it outside the lock."""
+        with self._changed:
+            collective = self._store.collective(run, key)
+            if collective is None or collective.status != "open" or (run, key) in self._reducing:
+                return
+            given = self._store.contributions(run, key)
+            missing = self.missing(collective)
+            planning = self._is_planning(run)
+            # a site that came into the study meanwhile is not in a scope that is under way
+            there = self._store.participants(run, collective.scope) or list(self._study.sites)
+            quorum = len(there) if planning else min(self._study.quorum, len(there))
+            overdue = time.time() >= self.closes_at(collective)
+            if (missing or len(given) < quorum) and not overdue:
+                return
+            if len(given) < quorum or (planning and missing):
+                self._fail(collective, missing or [site for site in self._study.sites if site not in given], quorum)
+                return
+            self._reducing.add((run, key))
+        started = time.monotonic()
+        try:
+            self._reduce(collective, given)
+            with self._changed, self._store.transaction():
+                collective.closed = time.time()
+                self.reductions += 1
+                self.reduction_seconds += time.monotonic() - started
+                self._store.put_collective(collective)
+                if self._store.participants(run, collective.scope) is None:
+                    self._store.freeze(run, collective.scope, list(given))
+                for site in missing:
+                    self._store.set_standing(run, site, "absent")
+                    self._store.add_event(run, site, f"absent from {collective.key}")
+        finally:
+            with self._changed:
+                self._reducing.discard((run, key))
+                self._changed.notify_all()
+        logger.info("%s closed over %s", key, ", ".join(given), extra=about(run, key))
+        self._keeper.submit(self._settle, collective)
+
+    def recover(self) -> None:
+        """After a restart: make results anew that did not reach the disk, and clear what is not needed."""
+        for run, key in dict.fromkeys(self._store.spooled().values()):
+            collective = self._store.collective(run, key)
+            if collective is None or collective.status == "open":
+                continue
+            result = self._store.result_path(run, key)
+            if collective.status == "closed" and digest_of_file(result) != collective.digest:
+                self._reduce(collective, self._store.contributions(run, key))
+            self._settle(collective)
+        self._spool.sweep(set(self._store.spooled()))
+
+    def _is_planning(self, run: str) -> bool:
+        return bool(self._store.runs()[run]["purpose"] == "planning")
+
+    def _expected(self, run: str, scope: str) -> list[str]:
+        participants = self._store.participants(run, scope)
+        if participants is not None:
+            return participants
+        standing = self._store.standing(run)
+        return [site for site in self._study.sites if standing.get(site) not in ("absent", "left")]
+
+    def _fail(self, collective: Collective, missing: list[str], quorum: int) -> None:
+        collective.status = "failed"
+        collective.error = (
+            f"'{collective.key}' reached its deadline without {', '.join(missing)}; it needs {quorum} of "
+            f"{len(self._study.sites)} sites. Start the missing sites, then start the others again"
+            + (" (the same command)." if self._is_planning(collective.run) else " with --c.")
+        )
+        with self._store.transaction():
+            self._store.put_collective(collective)
+            self._store.add_event(collective.run, None, collective.error)
+        logger.error(collective.error, extra=about(collective.run, collective.key))
+        self._changed.notify_all()
+
+    def _reduce(self, collective: Collective, given: dict[str, Contribution]) -> None:
+        """Write the result's file; the collective is changed in memory only."""
+        contributors = {site: c for site, c in given.items() if c.file is not None}
+        if not contributors:
+            collective.status = "empty"
+            return
+        files = {site: self._store.spool / str(c.file) for site, c in contributors.items()}
+        weights = [c.weight for c in contributors.values()]
+        out = self._store.result_path(collective.run, collective.key)
+        collective.digest, collective.size = write_result(collective.verb, files, weights, out)
+        collective.status = "closed"
+
+    def _settle(self, collective: Collective) -> None:
+        """What nobody waits for: have a result on disk for good, then delete what it was made of, and old results."""
+        try:
+            if collective.status == "closed":
+                make_durable(self._store.result_path(collective.run, collective.key))
+            with self._changed, self._store.transaction():
+                files = self._store.release(collective.run, collective.key)
+                files += self._prune(collective.run)
+            for file in files:
+                file.unlink(missing_ok=True)
+            self._spool.forget_collective(collective.run, collective.key)
+        except Exception:  # whatever it is, a restart does this again
+            logger.exception("%s: what it leaves could not be cleared", collective.key)
+
+    def _prune(self, run: str) -> list[Path]:
+        """Journal that old means are not kept; returns their files."""
+        means = [c for c in self._store.collectives(run, "closed") if c.verb == "mean"]
+        kept = list(dict.fromkeys(c.scope for c in means))[-self._study.keep_rounds :]
+        old = [c for c in means if c.scope not in kept]
+        for collective in old:
+            collective.status = "pruned"
+            self._store.put_collective(collective)
+        return [self._store.result_path(collective.run, collective.key) for collective in old]

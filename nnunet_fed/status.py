@@ -1,0 +1,84 @@
+"""What the coordinator tells of itself: what is going on, and all that happened. As JSON. Source: ours."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from nnunet_fed.closing import Closing
+from nnunet_fed.federation import Federation
+from nnunet_fed.store import Store
+
+
+class Tally(NamedTuple):
+    """Totals of a coordinator."""
+
+    rounds: dict[str, int]
+    """Closed rounds by run."""
+    reductions: int
+    reduction_seconds: float
+
+
+def status_of(
+    study: Federation,
+    attempt: int,
+    store: Store,
+    closing: Closing,
+    seen: Mapping[str, float],
+    progress: Mapping[str, dict[str, Any]],
+) -> dict[str, Any]:
+    """What is going on.
+
+    Args:
+        study: the study.
+        attempt: that is open.
+        store: the coordinator's memory.
+        closing: knows for whom open collectives wait.
+        seen: when each site called last, in seconds since the epoch.
+        progress: what each site said last of what it is doing.
+    """
+    runs = store.runs()
+    standing = store.standing(next(reversed(runs))) if runs else {}
+    return {
+        "study": study.model_dump(mode="json"),
+        "digest": study.digest,
+        "attempt": attempt,
+        "now": time.time(),
+        "sites": {
+            site: {"last_seen": seen.get(site), "standing": standing.get(site), "progress": progress.get(site)}
+            for site in study.sites
+        },
+        "open": [
+            {"run": run, "key": c.key, "missing": closing.missing(c), "closes_at": closing.closes_at(c)}
+            for run in runs
+            for c in store.collectives(run, "open")
+        ],
+    }
+
+
+def record_of(store: Store) -> dict[str, Any]:
+    """All that happened: the runs with their collectives, and the events."""
+    return {
+        "runs": {run: {**described, **_collectives(store, run)} for run, described in store.runs().items()},
+        "events": store.events(),
+    }
+
+
+def _collectives(store: Store, run: str) -> dict[str, Any]:
+    return {
+        "collectives": [
+            {
+                "key": c.key, "verb": c.verb, "status": c.status, "opened": c.opened, "closed": c.closed,
+                "seconds": c.closed and c.closed - c.opened, "digest": c.digest, "bytes": c.size, "error": c.error,
+                "sites": {
+                    site: {
+                        "weight": given.weight, "bytes": given.size, "digest": given.digest, "at": given.at,
+                        "seconds": given.seconds, "norm": given.norm,
+                    }
+                    for site, given in store.contributions(run, c.key).items()
+                },
+            }
+            for c in store.collectives(run)
+        ]
+    }  # fmt: skip
