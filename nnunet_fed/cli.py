@@ -20,6 +20,7 @@ from rich.console import Console
 
 from nnunet_fed import __version__, cli_certs
 from nnunet_fed.cli_check import check
+from nnunet_fed.cli_compare import compare
 from nnunet_fed.cli_peer import peer
 from nnunet_fed.cli_predict import predict
 from nnunet_fed.errors import ConfigurationError, DisagreementError, FederationError
@@ -313,6 +314,7 @@ def phantom(
 
 app.command()(check)
 app.command()(predict)
+app.command()(compare)
 app.command()(peer)
 app.add_typer(cli_certs.app)
 
