@@ -20,11 +20,12 @@ from rich.console import Console
 
 from nnunet_fed import __version__, cli_certs
 from nnunet_fed.cli_check import check
+from nnunet_fed.cli_compare import compare
 from nnunet_fed.cli_peer import peer
 from nnunet_fed.cli_predict import predict
 from nnunet_fed.errors import ConfigurationError, DisagreementError, FederationError
 from nnunet_fed.federation import WATCHER, Federation, Site, explain
-from nnunet_fed.options import named_folders, named_labels, named_values, repeat_option, whole_number
+from nnunet_fed.options import named_folders, named_labels, named_values, repeat_option, whole_number, whole_numbers
 
 DEBUG_VARIABLE = "nnUNet_fed_debug"
 
@@ -289,21 +290,31 @@ def split(
 @app.command()
 def phantom(
     out: Annotated[Path, typer.Argument(help="Where the data set goes.")],
-    sites: Annotated[int, typer.Option(help="Number of sites.")] = 3,
-    cases: Annotated[int, typer.Option(help="Training cases a site.")] = 16,
+    sites: Annotated[int | None, typer.Option(help="Number of sites; default: as --cases, or 3.")] = None,
+    cases: Annotated[
+        str, typer.Option(metavar="N[,N...]", help="Training cases a site; several numbers: of each site in turn.")
+    ] = "16",
+    val_cases: Annotated[
+        int, typer.Option(help="Further cases of each site, for validation only; default: nnU-Net's own folds.")
+    ] = 0,
     seed: Annotated[int, typer.Option(help="Another seed, other images.")] = 0,
     organs: Annotated[bool, typer.Option("--organs", help="Another organ at each site, one kind of lesion.")] = False,
 ) -> None:
     """Write the built-in demo data: an organ with lesions, seen by a different scanner at each site."""
     from nnunet_fed.phantom import write_phantom
 
-    for folder in write_phantom(out, sites, cases, seed, organs=organs).values():
+    sizes = whole_numbers("--cases", cases)
+    if sites is None:
+        sites = 3 if len(sizes) == 1 else len(sizes)
+    each = sizes[0] if len(sizes) == 1 else sizes
+    for folder in write_phantom(out, sites, each, seed, organs=organs, val_cases=val_cases).values():
         print(folder)
     print(out / "test")
 
 
 app.command()(check)
 app.command()(predict)
+app.command()(compare)
 app.command()(peer)
 app.add_typer(cli_certs.app)
 

@@ -98,3 +98,11 @@ def whole_number(option: str, text: str) -> int:
         return int(text)
     except ValueError:
         raise ConfigurationError(f"{option} must be a whole number or 'all', not {text!r}.") from None
+
+
+def whole_numbers(option: str, text: str) -> list[int]:
+    """The numbers in an option's text, with commas between them; raises :class:`ConfigurationError`."""
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise ConfigurationError(f"{option} must be whole numbers with commas between them, not {text!r}.") from None

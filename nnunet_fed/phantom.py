@@ -7,6 +7,7 @@ differences in resolution are real and no case is a resampled copy of another. S
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import ascii_lowercase
@@ -113,7 +114,13 @@ _COMMON_MIX = (0.1, 0.5, 0.4)
 
 
 def write_phantom(
-    out: Path, sites: int = 3, cases: int = 16, seed: int = 0, test_cases: int | None = None, organs: bool = False
+    out: Path,
+    sites: int = 3,
+    cases: int | Sequence[int] = 16,
+    seed: int = 0,
+    test_cases: int | None = None,
+    organs: bool = False,
+    val_cases: int = 0,
 ) -> dict[str, Path]:
     """Write ``out/site_a``, ``out/site_b``, ... in nnU-Net's raw layout, and a test set of all scanners ``out/test``.
 
@@ -129,11 +136,13 @@ def write_phantom(
     Args:
         out: new or empty folder.
         sites: number of sites, 1 to 26.
-        cases: training cases of each site, at least 1.
+        cases: training cases of each site, at least 1: one number for all, or one for each in turn.
         seed: of everything drawn at random, at least 0.
         test_cases: cases in ``out/test/imagesTs`` and ``labelsTs``, at least 1, from the sites in turn; ``None``: 6,
             or more if it takes more to have one of every organ.
         organs: every site another organ.
+        val_cases: further cases of each site, kept apart for validation by fold 0 of its ``splits_final.json``: so a
+            site with few training cases is validated on as many as the others. 0: nnU-Net splits the training cases.
 
     Returns:
         Folder of each site by its name.
@@ -145,17 +154,29 @@ def write_phantom(
         test_cases = max(TEST_CASES, sites) if organs else TEST_CASES
     if not 1 <= sites <= len(ascii_lowercase):
         raise ConfigurationError(f"The phantom has 1 to {len(ascii_lowercase)} sites, not {sites}.")
-    for name, value, least in (("cases", cases, 1), ("test_cases", test_cases, 1), ("seed", seed, 0)):
+    sizes = [cases] * sites if isinstance(cases, int) else list(cases)
+    if len(sizes) != sites:
+        raise ConfigurationError(
+            f"The phantom has {sites} sites, but {len(sizes)} numbers of cases: give one for all, or one each."
+        )
+    limits = (("cases", min(sizes), 1), ("test_cases", test_cases, 1), ("seed", seed, 0), ("val_cases", val_cases, 0))
+    for name, value, least in limits:
         if value < least:
             raise ConfigurationError(f"The phantom's {name} is {value}: use at least {least}.")
     new_folder(out)
     profiles = [SiteProfile.of(site, seed, organs) for site in range(sites)]
     names = [f"site_{letter}" for letter in ascii_lowercase[:sites]]
     folders = {name: out / name for name in names}
-    for folder, profile in zip(folders.values(), profiles, strict=True):
-        _write_dataset_json(folder, cases, ["background", profile.organ.name, "lesion"])
+    for name, profile, size in zip(names, profiles, sizes, strict=True):
+        _write_dataset_json(folders[name], size + val_cases, ["background", profile.organ.name, "lesion"])
+        if val_cases:
+            own = [f"{name}_{case:03d}" for case in range(size + val_cases)]
+            splits = json.dumps([{"train": own[:size], "val": own[size:]}], indent=4)
+            (folders[name] / "splits_final.json").write_text(splits + "\n", encoding="utf-8")
     _write_dataset_json(out / "test", 0, ["background", "lesion"] if organs else list(LABELS))
-    training = [(folders[names[site]], site, "Tr", case) for site in range(sites) for case in range(cases)]
+    training = [
+        (folders[names[site]], site, "Tr", case) for site, size in enumerate(sizes) for case in range(size + val_cases)
+    ]
     test = [(out / "test", case % sites, "Ts", case // sites) for case in range(test_cases)]
     for folder, site, subset, case in track(training + test, description="Writing the phantom"):
         name = f"{names[site]}_{'test_' if subset == 'Ts' else ''}{case:03d}"

@@ -72,22 +72,35 @@ def adopt(earlier: Path, folder: Path, study: Federation) -> None:
     Raises:
         ConfigurationError: there is no data set, or no plans in it.
     """
-    preprocessed = earlier / "nnUNet_preprocessed"
-    found = sorted(preprocessed.glob("Dataset*/*Plans.json"))
-    if not found:
-        raise ConfigurationError(f"There are no plans in {preprocessed}: name a simulation that has planned.")
-    source = found[0].parent
+    plans_file = plans_of(earlier)
+    source = plans_file.parent
     target = folder / "nnUNet_preprocessed" / source.name
     target.mkdir(parents=True)
     for entry in source.iterdir():
         if entry.is_dir():
             (target / entry.name).symlink_to(entry.resolve(), target_is_directory=True)
-        elif entry != found[0]:
+        elif entry != plans_file:
             shutil.copy(entry, target)
     mapped, raw = (site / "nnUNet_raw" / source.name for site in (earlier, folder))
     if mapped.is_dir() and not raw.exists():
         raw.symlink_to(mapped.resolve(), target_is_directory=True)
-    plans = json.loads(found[0].read_text(encoding="utf-8"))
+    plans = json.loads(plans_file.read_text(encoding="utf-8"))
     plans["plans_name"] = study.plans_name
     plans[PLANS_KEY].update(name=study.name, digest=study.digest, study=study.model_dump(mode="json"))
     (target / f"{study.plans_name}.json").write_text(json.dumps(plans, indent=4), encoding="utf-8")
+
+
+def plans_of(site: Path) -> Path:
+    """The plans of a site that has planned with one data set; beside them lies what is preprocessed.
+
+    Args:
+        site: its folder.
+
+    Raises:
+        ConfigurationError: there is no data set, or no plans in it.
+    """
+    preprocessed = site / "nnUNet_preprocessed"
+    found = sorted(preprocessed.glob("Dataset*/*Plans.json"))
+    if not found:
+        raise ConfigurationError(f"There are no plans in {preprocessed}: name a simulation that has planned.")
+    return found[0]

@@ -339,4 +339,6 @@ def _patient(poll: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]
 
 
 def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    part.replace(path)

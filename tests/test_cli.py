@@ -308,6 +308,14 @@ def test_one_option_takes_several_values(given: str, expected: str) -> None:
 # ------------------------------------------------------------------------------------------------- split and simulate
 
 
+def test_the_phantoms_sites_have_sizes_of_their_own(command: Command, tmp_path: Path) -> None:
+    status, printed, _ = command("phantom", tmp_path / "out", "--cases", "1,2", "--val-cases", "1")
+    assert status == 0
+    assert printed.split()[-3:] == [str(tmp_path / "out" / name) for name in ("site_a", "site_b", "test")]
+    assert len(list((tmp_path / "out" / "site_b" / "labelsTr").iterdir())) == 3
+    assert "--cases must be whole numbers with commas" in command.fails("phantom", tmp_path / "x", "--cases", "4;8")
+
+
 def test_the_phantom_has_one_organ_or_many(command: Command, tmp_path: Path) -> None:
     for organs, labels in (([], {"organ", "lesion"}), (["--organs"], {"liver", "lesion"})):
         out = tmp_path / f"data{len(organs)}"

@@ -84,6 +84,30 @@ def test_a_case_does_not_depend_on_the_counts(tmp_path: Path) -> None:
     assert small.items() <= large.items()
 
 
+def test_sites_of_unequal_size_with_validation_cases_of_their_own(tmp_path: Path) -> None:
+    sizes = {"site_a": 1, "site_b": 3, "site_c": 2}
+    unequal = write_phantom(tmp_path / "unequal", cases=list(sizes.values()), test_cases=1, val_cases=2)
+    equal = files(write_phantom(tmp_path / "equal", cases=3, test_cases=1)["site_b"].parent)
+    assert list(unequal) == list(sizes)
+    for name, folder in unequal.items():
+        cases = sorted(path.name.removesuffix(".nii.gz") for path in (folder / "labelsTr").iterdir())
+        [fold] = json.loads((folder / "splits_final.json").read_text())
+        assert [*fold["train"], *fold["val"]] == cases
+        assert (len(fold["train"]), len(fold["val"])) == (sizes[name], 2)
+        assert json.loads((folder / "dataset.json").read_text())["numTraining"] == len(cases)
+    written = files(tmp_path / "unequal")
+    assert [name for name in equal if "site_b_002" in name]
+    assert all(written[name] == content for name, content in equal.items() if "site_b" in name), "no other case"
+
+
+def test_as_many_sizes_as_sites(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="has 3 sites, but 2 numbers of cases"):
+        write_phantom(tmp_path / "out", cases=[4, 8])
+    with pytest.raises(ConfigurationError, match="cases is 0: use at least 1"):
+        write_phantom(tmp_path / "out", cases=[4, 0, 8])
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("site", "body", "voxels"),
     [
