@@ -88,7 +88,8 @@ class Target:
         serve(server._Service(self.coordinator), handlers)
         serve_checks(self.coordinator, handlers)
         of_study = self.coordinator.study.digest
-        self.run = [self.coordinator.join(site, "training", of_study, "3d", "T")["run"] for site in "ab"][0]
+        for site in "ab":
+            self.run: str = self.coordinator.join(site, "training", of_study, "3d", "T")["run"]
         digest, size = measure([PAYLOAD])
         for site in "ab":
             path = self.coordinator.spool.folder / site
@@ -108,8 +109,8 @@ class Target:
         serve_peer(peer._Service(site, self.mailbox, reception, contacts, outgoing, stopped), handlers)
         self.names, self._handlers = sorted(handlers.of), handlers.of
         self.words = [
-            "a", "b", "x", "", self.run, RUN, "r/model", "r/x", "r/sum", "mean", "sum", "gather", "training", "planning",
-            "3d", "T", "model", "i", "{}", "[1]", of_study, digest, described(TENSORS)[0], "../a",
+            "a", "b", "x", "", self.run, RUN, "r/model", "r/x", "r/sum", "mean", "sum", "gather", "training",
+            "planning", "3d", "T", "model", "i", "{}", "[1]", of_study, digest, described(TENSORS)[0], "../a",
         ]  # fmt: skip
         self.sizes = [0, 1, 2, size, size + 1, 2**32, 2**53, 2**63, 2**64 - 1]
 

@@ -1,7 +1,7 @@
 """Coverage-guided fuzzing of the short way to read a message that holds data: it must read what protobuf reads.
 
-    python -m pip install atheris
-    python tests/fuzz/frames.py -max_total_time=600
+python -m pip install atheris
+python tests/fuzz/frames.py -max_total_time=600
 """
 
 from __future__ import annotations
