@@ -42,7 +42,7 @@ RENEWED = 1000
 """Inputs after which the state is made anew, so that the journal stays short."""
 RUN = "0123456789abcdef" * 4
 TENSORS = {"w": np.arange(4, dtype=np.float32)}
-PAYLOAD = b"".join(encode(TENSORS))
+PAYLOAD, SUM = b"".join(encode(TENSORS)), b"".join(encode({"value": np.array([1, 2])}))
 REQUESTS = {
     "Join": pb.JoinRequest, "Upload": pb.UploadChunk, "Result": pb.ResultRequest, "Newest": pb.NewestRequest,
     "Report": pb.ReportRequest, "Leave": pb.LeaveRequest, "Status": pb.StatusRequest,
@@ -108,11 +108,28 @@ class Target:
         outgoing = OutgoingLog(folder / "outgoing.jsonl")
         serve_peer(peer._Service(site, self.mailbox, reception, contacts, outgoing, stopped), handlers)
         self.names, self._handlers = sorted(handlers.of), handlers.of
-        self.words = [
-            "a", "b", "x", "", self.run, RUN, "r/model", "r/x", "r/sum", "mean", "sum", "gather", "training",
-            "planning", "3d", "T", "model", "i", "{}", "[1]", of_study, digest, described(TENSORS)[0], "../a",
-        ]  # fmt: skip
-        self.sizes = [0, 1, 2, size, size + 1, 2**32, 2**53, 2**63, 2**64 - 1]
+        of_model, size_of_model = described(TENSORS)
+        self.words = ["a", "b", "x", "", self.run, RUN, "r/model", "mean", "{}", of_study, digest, of_model, "../a"]
+        self.sizes = [1, 2, 3, 0, size, size + 1, 2**32, 2**53, 2**63, 2**64 - 1]
+        both = {"protocol": [server.PROTOCOL], "size": [size], "position": [0, 1, size], "wait_seconds": [0.0]}
+        self._likely: dict[bool, dict[str, list[Any]]] = {
+            False: {
+                "site": ["a", "b"], "run": [self.run], "key": ["r/model", "r/x", "q/model", "q/x", "q/y"],
+                "verb": ["mean", "sum", "gather"], "purpose": ["training", "planning"], "digest": [of_study, digest],
+                "configuration": ["3d"], "trainer": ["T"], "name": ["model"], "weight": [1.0, 2.5, 0.0],
+                "progress": ["", "{}", '{"phase": "x"}'], **both,
+            },
+            True: {
+                "site": ["b"], "run": [RUN], "schema": [of_model], "initial": ["i"], "digest": [digest],
+                "training_cases": [1, 10], "epoch": [1, 2], "counter": [0, 1], **both,
+            },
+        }  # fmt: skip
+        assert size == size_of_model
+
+    def likely(self, field: Any) -> list[Any] | None:
+        """What a field may hold, so that a call gets beyond the first checks."""
+        of_peer = field.containing_type.name in ("PeerInfo", "Model", "PullRequest")
+        return self._likely[of_peer].get(field.name)
 
     def _read_result(self) -> bytes:
         collective = self.coordinator.wait(self.run, "r/model", 0)
@@ -150,13 +167,14 @@ class Target:
 
 
 def message_of(provider: atheris.FuzzedDataProvider, kind: Any, target: Target) -> Any:
-    """A message whose fields mostly hold what a field may hold."""
+    """A message whose fields mostly hold what they may hold."""
     message = kind()
-    for field in kind.DESCRIPTOR.fields:
-        if provider.ConsumeIntInRange(0, 7) == 0:
+    oneofs = [provider.PickValueInList(list(oneof.fields)) for oneof in kind.DESCRIPTOR.oneofs]
+    for field in oneofs or kind.DESCRIPTOR.fields:
+        if provider.ConsumeIntInRange(0, 31) == 31:  # used-up input gives 0
             continue
         if field.message_type is not None and field.message_type.GetOptions().map_entry:
-            key = provider.PickValueInList(target.words)
+            key = provider.PickValueInList(["b", "a", "x"])
             of_text = field.message_type.fields_by_name["value"].type == FieldDescriptor.TYPE_STRING
             value = provider.PickValueInList(target.words if of_text else target.sizes)
             getattr(message, field.name)[key] = value
@@ -168,9 +186,12 @@ def message_of(provider: atheris.FuzzedDataProvider, kind: Any, target: Target) 
 
 
 def value_of(provider: atheris.FuzzedDataProvider, field: Any, target: Target) -> Any:
-    """A value for a field."""
+    """A value for a field, a likely one nearly always."""
+    likely = target.likely(field)
+    if likely is not None and provider.ConsumeIntInRange(0, 15) < 15:
+        return provider.PickValueInList(likely)
     if field.type == FieldDescriptor.TYPE_STRING:
-        known = provider.ConsumeIntInRange(0, 3)
+        known = provider.ConsumeBool()
         return provider.PickValueInList(target.words) if known else provider.ConsumeUnicodeNoSurrogates(12)
     if field.type == FieldDescriptor.TYPE_BYTES:
         return provider.ConsumeBytes(provider.ConsumeIntInRange(0, 40))
@@ -179,20 +200,22 @@ def value_of(provider: atheris.FuzzedDataProvider, field: Any, target: Target) -
     if field.type == FieldDescriptor.TYPE_BOOL:
         return provider.ConsumeBool()
     if field.type == FieldDescriptor.TYPE_UINT32:
-        return provider.PickValueInList([server.PROTOCOL, 0, 1, 2**32 - 1])
+        return provider.PickValueInList([0, 1, 2**32 - 1])
     return provider.PickValueInList(target.sizes)
 
 
 def transfer_of(provider: atheris.FuzzedDataProvider, kind: Any, target: Target) -> list[bytes]:
     """A description and the bytes that it describes, nearly always: an upload or a push."""
-    payload = PAYLOAD if provider.ConsumeBool() else provider.ConsumeBytes(provider.ConsumeIntInRange(0, 120))
-    first = message_of(provider, kind, target)
-    described_by = first.offer if kind is pb.UploadChunk else first.model
-    if provider.ConsumeIntInRange(0, 7):
-        described_by.digest, described_by.size = measure([payload])
-        described_by.position = 0
-    messages, cut = [first.SerializeToString()], provider.ConsumeIntInRange(0, len(payload))
-    return [*messages, *(write(memoryview(piece)) for piece in (payload[:cut], payload[cut:]))]
+    payload = provider.PickValueInList([PAYLOAD, SUM, b"[1]", b""])
+    payload = payload or provider.ConsumeBytes(provider.ConsumeIntInRange(0, 120))
+    upload = kind is pb.UploadChunk
+    about = message_of(provider, pb.OfferRequest if upload else pb.Model, target)
+    if provider.ConsumeIntInRange(0, 7) < 7:
+        about.digest, about.size = measure([payload])
+        about.position = 0
+    first = pb.UploadChunk(offer=about) if upload else pb.ModelChunk(model=about)
+    cut = provider.ConsumeIntInRange(0, len(payload))
+    return [first.SerializeToString(), *(write(memoryview(piece)) for piece in (payload[:cut], payload[cut:]))]
 
 
 class Fuzzer:
@@ -226,9 +249,9 @@ class Fuzzer:
         method = name.rpartition("/")[2]
         offer = pb.Model if ".Peer" in name else pb.OfferRequest
         kind = REQUESTS.get(method, offer)
-        if provider.ConsumeIntInRange(0, 9) == 0:
+        if provider.ConsumeIntInRange(0, 9) == 9:
             return [provider.ConsumeBytes(provider.ConsumeIntInRange(0, 60)) for _ in range(2)]
-        if method in ("Upload", "Push") and provider.ConsumeIntInRange(0, 3):
+        if method in ("Upload", "Push") and provider.ConsumeIntInRange(0, 3) < 3:
             return transfer_of(provider, kind, target)
         return [message_of(provider, kind, target).SerializeToString() for _ in range(2)]
 
