@@ -132,18 +132,16 @@ def test_killed_sites_go_on_bit_identically(planned: Planned, undisturbed: Runni
 def test_a_coordinator_killed_at_random_instants_of_a_training(
     planned: Planned, undisturbed: RunningFederation, tmp_path: Path, repetition: int
 ) -> None:
-    chance, kills = random.Random(repetition), 0
+    chance = random.Random(repetition)
     with federation(planned, tmp_path / "run", {"site_a": "site_a", "site_b": "site_b"}) as running:
         for site in running.sites.values():
             site.start()
         until(lambda: bool(running.happened()["runs"]), "a site has joined")
-        while any(site.process is not None and site.process.poll() is None for site in running.sites.values()):
+        for _ in range(5):
+            time.sleep(chance.uniform(0, 4))
             running.restart()
-            kills += 1
-            time.sleep(chance.uniform(1, 6))
         for site in running.sites.values():
             site.finish()
-    assert kills > 1
     for name, site in running.sites.items():
         assert same_bits(site.checkpoint(), undisturbed.sites[name].checkpoint())
 
