@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import random
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -23,6 +22,7 @@ import atheris
 import numpy as np
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import DecodeError
+from starting import fuzz
 
 with atheris.instrument_imports(include=["nnunet_fed"]):
     from nnunet_fed.coordinator import Coordinator
@@ -255,10 +255,6 @@ class Fuzzer:
             return transfer_of(provider, kind, target)
         return [message_of(provider, kind, target).SerializeToString() for _ in range(2)]
 
-    def close(self) -> None:
-        """Delete what is left."""
-        self._stack.close()
-
 
 def main() -> None:
     """Fuzz until libFuzzer's options say enough, or something is found."""
@@ -266,16 +262,8 @@ def main() -> None:
     server.LONGEST_WAIT = 0.0  # type: ignore[misc]
     shared_memory = Path("/dev/shm")
     with TemporaryDirectory(dir=shared_memory if shared_memory.is_dir() else None, prefix="nnunet_fed_fuzz_") as name:
-        fuzzer, seeds = Fuzzer(Path(name)), Path(name) / "seeds"
-        seeds.mkdir()
-        for number in range(100):  # some hundred bytes make a call
-            (seeds / str(number)).write_bytes(random.Random(number).randbytes(500))
-        folders = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
-        first = folders or [str(Path(name) / "corpus")]  # new inputs go into the first folder
-        Path(first[0]).mkdir(exist_ok=True)
-        options = ["-len_control=0", "-max_len=1000", *(text for text in sys.argv if text.startswith("-"))]
-        atheris.Setup([sys.argv[0], *options, *first, str(seeds)], fuzzer.one_input)
-        atheris.Fuzz()
+        seeds = (random.Random(number).randbytes(500) for number in range(100))  # some hundred bytes make a call
+        fuzz(Fuzzer(Path(name)).one_input, Path(name), seeds, ["-len_control=0", "-max_len=1000"])
 
 
 if __name__ == "__main__":

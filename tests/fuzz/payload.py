@@ -8,12 +8,12 @@ What is let in as a contribution must also be reduced: the mean of a payload wit
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import atheris
 import numpy as np
+from starting import fuzz
 
 with atheris.instrument_imports(include=["nnunet_fed"]):
     from nnunet_fed.admission import check_content
@@ -72,21 +72,12 @@ def main() -> None:
     """Fuzz until libFuzzer's options say enough, or something is found."""
     shared_memory = Path("/dev/shm")
     with TemporaryDirectory(dir=shared_memory if shared_memory.is_dir() else None, prefix="nnunet_fed_fuzz_") as name:
-        seeds = Path(name) / "seeds"
-        seeds.mkdir()
-        for number, tensors in enumerate(SEEDS):
-            written = b"".join(encode(tensors))
-            begin = read_layout(written)[1]
-            (seeds / f"{number}").write_bytes(written)
-            (seeds / f"{number}_header").write_bytes(written[8:begin] + b"\n" + written[begin:])
+        written = [b"".join(encode(tensors)) for tensors in SEEDS]
+        begins = [read_layout(payload)[1] for payload in written]
+        lines = [payload[8:begin] + b"\n" + payload[begin:] for payload, begin in zip(written, begins, strict=True)]
         words = Path(name) / "words"
         words.write_text("".join(f'"\\"{word}\\""\n' for word in WORDS))
-        folders = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
-        first = folders or [str(Path(name) / "corpus")]  # new inputs go into the first folder
-        Path(first[0]).mkdir(exist_ok=True)
-        options = [f"-dict={words}", *(argument for argument in sys.argv if argument.startswith("-"))]
-        atheris.Setup([sys.argv[0], *options, *first, str(seeds)], lambda data: one_input(data, Path(name)))
-        atheris.Fuzz()
+        fuzz(lambda data: one_input(data, Path(name)), Path(name), [*written, *lines], [f"-dict={words}"])
 
 
 if __name__ == "__main__":
