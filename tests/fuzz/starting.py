@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -10,7 +11,7 @@ import atheris
 
 
 def fuzz(one_input: Callable[[bytes], None], folder: Path, seeds: Iterable[bytes], options: Iterable[str]) -> None:
-    """Fuzz until libFuzzer's options say enough, or something is found; does not return.
+    """Fuzz until libFuzzer's options say enough, or something is found; ends the process with libFuzzer's status.
 
     Args:
         one_input: the target.
@@ -28,5 +29,8 @@ def fuzz(one_input: Callable[[bytes], None], folder: Path, seeds: Iterable[bytes
             (corpora[-1] / str(number)).write_bytes(seed)
         given = [str(corpus) for corpus in corpora]
     options = [*options, *(argument for argument in sys.argv[1:] if argument.startswith("-"))]
-    atheris.Setup([sys.argv[0], *options, *given], one_input)
-    atheris.Fuzz()
+    child = os.fork()  # libFuzzer leaves at once, and what must be tidied up is tidied up by the parent
+    if child == 0:
+        atheris.Setup([sys.argv[0], *options, *given], one_input)
+        atheris.Fuzz()
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
