@@ -4,9 +4,11 @@ Real processes on this machine: the coordinator by its command, each site a proc
 names and shapes of the stock 3d_fullres PlainConvUNet (31 million parameters, 108 tensors, 125 MB in float32) and
 random values. A round's seconds run from the first site's start to the last site's end. Beside it, in the same run:
 the same bytes over plain TCP, up at all sites and then down again, which is the limit for any transport that copies
-them once; and the coordinator's reduction alone.
+them once; the coordinator's reduction alone; and other frameworks, if asked, with the Python that each is installed in
+(:mod:`exchange_peers`).
 
-    python benchmarks/exchange.py --sites 2 4 8 --wire-dtypes float32 bfloat16 float16
+    python benchmarks/exchange.py --sites 2 4 8 --wire-dtypes float32 bfloat16 float16 \\
+        --peers flower=PYTHON flower-legacy=PYTHON nvflare=PYTHON
 """
 
 from __future__ import annotations
@@ -14,28 +16,25 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import os
-import socket
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from exchange_limits import reduction, tcp_copy
+from exchange_peers import PEERS, Peer
+from peers.measuring import Memory, random_tensors
 from rich.console import Console
 from rich.table import Table
 
-from nnunet_fed.payload import encode
-from nnunet_fed.reduction import write_result
-from nnunet_fed.wire import WireDtype, narrow
+from nnunet_fed.wire import WireDtype
 
 SPAWN = multiprocessing.get_context("spawn")  # gRPC and fork do not mix
 
@@ -55,12 +54,6 @@ def network_shapes() -> dict[str, tuple[int, ...]]:
             nonlin=torch.nn.LeakyReLU, nonlin_kwargs={"inplace": True}, deep_supervision=True,
         )  # fmt: skip
     return {name: tuple(tensor.shape) for name, tensor in shared_tensors(network).items()}
-
-
-def random_tensors(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, Any]:
-    """Float32 values of the size that trained weights have."""
-    rng = np.random.default_rng(seed)
-    return {name: rng.standard_normal(shape, np.float32) * np.float32(0.02) for name, shape in shapes.items()}
 
 
 @dataclass(frozen=True)
@@ -121,28 +114,6 @@ def site_process(
     results.put((name, spans, moved))
 
 
-class Memory(threading.Thread):
-    """Watch a process's memory: the largest RssAnon seen, every 5 ms, and the kernel's own peak of RSS. MB."""
-
-    def __init__(self, pid: int):
-        super().__init__(daemon=True)
-        self._status = Path(f"/proc/{pid}/status")
-        self._stopped = threading.Event()
-        self.anonymous = self.resident = 0.0
-
-    def run(self) -> None:
-        """Until it is stopped, or the process is gone."""
-        while not self._stopped.wait(0.005):
-            fields = dict(line.split(":", 1) for line in self._status.read_text().splitlines())
-            self.anonymous = max(self.anonymous, int(fields["RssAnon"].split()[0]) / 1e3)
-            self.resident = int(fields["VmHWM"].split()[0]) / 1e3
-
-    def stop(self) -> None:
-        """Stop watching."""
-        self._stopped.set()
-        self.join()
-
-
 @contextmanager
 def coordinator(study: dict[str, Any], folder: Path, options: Sequence[str]) -> Iterator[tuple[str, int]]:
     """The coordinator's command; gives its address and process id."""
@@ -183,7 +154,7 @@ def exchange(
         connection = Connection.mutual_tls(names, folder) if tls else Connection.insecure(names)
         address, pid = stack.enter_context(coordinator(study, folder, connection.options))
         settings = [{"name": name, "coordinator": address, **connection.settings[name]} for name in names]
-        memory = Memory(pid)
+        memory = Memory(lambda: [pid])
         memory.start()
         processes = [
             SPAWN.Process(target=site_process, args=(site, study, shapes, rounds + 1, results)) for site in settings
@@ -193,80 +164,13 @@ def exchange(
         told = [results.get(timeout=600) for _ in processes]
         for process in processes:
             process.join()
-        memory.stop()
+        taken = memory.stop()
     spans = zip(*(spans for _, spans, _ in told), strict=True)
     seconds = [max(end for _, end in span) - min(start for start, _ in span) for span in spans][1:]
     return {
         "transport": "nnunet_fed, mutual TLS" if tls else "nnunet_fed", "sites": sites, "wire_dtype": wire_dtype,
-        "seconds": seconds,
-        "bytes": sum(moved for _, _, moved in told), "rss_anon_mb": memory.anonymous, "rss_mb": memory.resident,
+        "seconds": seconds, "bytes": sum(moved for _, _, moved in told), **taken,
     }  # fmt: skip
-
-
-# ------------------------------------------------------------------------------------------------------------ the limit
-
-
-def tcp_client(port: int, size: int, rounds: int) -> None:
-    """Send so many bytes and take as many back, each round."""
-    outgoing, incoming = bytearray(os.urandom(1 << 20)) * (size >> 20), bytearray((size >> 20) << 20)
-    with socket.create_connection(("127.0.0.1", port)) as connection:
-        for _ in range(rounds):
-            connection.recv(1)
-            connection.sendall(outgoing)
-            _fill(connection, incoming)
-            connection.sendall(b"d")
-
-
-def _fill(connection: socket.socket, buffer: bytearray) -> None:
-    view = memoryview(buffer)
-    while view:
-        view = view[connection.recv_into(view) :]
-
-
-def tcp_copy(sites: int, size: int, rounds: int) -> dict[str, Any]:
-    """The bytes of a collective over plain TCP: all up into memory, then all down."""
-    size = (size >> 20) << 20
-    with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor(sites) as pool:
-        clients = [
-            SPAWN.Process(target=tcp_client, args=(server.getsockname()[1], size, rounds + 1)) for _ in range(sites)
-        ]
-        for client in clients:
-            client.start()
-        connections = [server.accept()[0] for _ in clients]
-        buffers = [bytearray(size) for _ in clients]
-        seconds = []
-        for _ in range(rounds + 1):
-            start = time.monotonic()
-            list(pool.map(lambda c: c.sendall(b"g"), connections))
-            list(pool.map(_fill, connections, buffers))
-            list(pool.map(lambda c: c.sendall(buffers[0]), connections))
-            list(pool.map(lambda c: c.recv(1), connections))
-            seconds.append(time.monotonic() - start)
-        for connection in connections:
-            connection.close()
-        for client in clients:
-            client.join()
-    return {"transport": "plain TCP", "sites": sites, "seconds": seconds[1:], "bytes": 2 * sites * size}
-
-
-def reduction(sites: int, wire_dtype: WireDtype, shapes: dict[str, tuple[int, ...]], rounds: int) -> dict[str, Any]:
-    """Seconds of the coordinator's reduction alone, files in the page cache."""
-    with tempfile.TemporaryDirectory(prefix="nnunet_fed_exchange_") as name:
-        files = {}
-        for number in range(sites):
-            files[str(number)] = Path(name) / str(number)
-            with files[str(number)].open("wb") as file:
-                file.writelines(encode(narrow(random_tensors(shapes, number), wire_dtype)))
-        seconds = []
-        for _ in range(rounds + 1):
-            start = time.monotonic()
-            write_result("mean", files, [1.0 + number for number in range(sites)], Path(name) / "out")
-            seconds.append(time.monotonic() - start)
-            (Path(name) / "out").unlink()  # the coordinator writes new files only
-    return {"transport": "reduction alone", "sites": sites, "wire_dtype": wire_dtype, "seconds": seconds[1:]}
-
-
-# ------------------------------------------------------------------------------------------------------------- printing
 
 
 def show(results: Sequence[dict[str, Any]], console: Console) -> None:
@@ -292,15 +196,21 @@ def main() -> None:
     parser.add_argument("--wire-dtypes", nargs="+", default=["float32", "bfloat16", "float16"])
     parser.add_argument("--rounds", type=int, default=5, help="rounds that count")
     parser.add_argument("--tls", nargs="+", choices=["no", "yes"], default=["no", "yes"])
+    parser.add_argument(
+        "--peers", nargs="+", default=[], type=Peer.parse, metavar="NAME=PYTHON",
+        help=f"other frameworks, of {', '.join(PEERS)}, and the Python that each is installed in (without: this one)",
+    )  # fmt: skip
     parser.add_argument("--json", type=Path, help="write all that was measured to this file")
     arguments = parser.parse_args()
     shapes = network_shapes()
     size = 4 * sum(int(np.prod(shape)) for shape in shapes.values())
     results: list[dict[str, Any]] = []
 
-    def measured(function: Callable[..., Any], *arguments: Any) -> Any:
-        results.append(function(*arguments))
-        show(results[-1:], Console(stderr=True))
+    def measured(function: Callable[..., Any], *arguments: Any) -> None:
+        result = function(*arguments)
+        if result is not None:
+            results.append(result)
+            show(results[-1:], Console(stderr=True))
 
     for sites in arguments.sites:
         measured(tcp_copy, sites, size, arguments.rounds)
@@ -308,6 +218,9 @@ def main() -> None:
             for tls in arguments.tls:
                 measured(exchange, sites, wire_dtype, shapes, arguments.rounds, tls == "yes")
             measured(reduction, sites, wire_dtype, shapes, arguments.rounds)
+        for peer in arguments.peers:
+            for tls in arguments.tls:
+                measured(peer.exchange, sites, shapes, arguments.rounds, tls == "yes")
     show(results, Console())
     if arguments.json:
         arguments.json.write_text(json.dumps({"tensors": len(shapes), "bytes": size, "results": results}, indent=2))

@@ -73,6 +73,13 @@ class Collectives(Protocol):
         ...
 
 
+def check_weight(weight: float) -> float:
+    """The weight; raises :class:`RefusedError` for a negative or non-finite one (rule 4 of the protocol)."""
+    if not (math.isfinite(weight) and weight >= 0):
+        raise RefusedError(f"The weight of a site must be a finite number of at least 0, not {weight}.")
+    return weight
+
+
 class LocalFederation:
     """Sites as threads. Each verb returns once all sites have called it with the same key.
 

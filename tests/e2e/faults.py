@@ -139,12 +139,23 @@ class Link(threading.Thread):
 
 
 class Exchange:
-    """A coordinator and its sites as processes; each site prints a digest of every round's model."""
+    """A coordinator and its sites as processes; each site prints a digest of every round's model.
 
-    def __init__(self, folder: Path, study: dict[str, Any], size: int = 100_000, options: tuple[str, ...] = ()):
+    Args:
+        folder: of all files.
+        study: settings of the study.
+        size: of the model, in parameters.
+        options: of the coordinator's command.
+        disk_mb: the coordinator's state directory is a disk of its own of so many MB, which only it can see and which
+            goes with it; 0: it is an ordinary folder.
+    """
+
+    def __init__(
+        self, folder: Path, study: dict[str, Any], size: int = 100_000, options: tuple[str, ...] = (), disk_mb: int = 0
+    ):
         from nnunet_fed.federation import Federation
 
-        self.folder, self.size, self._options = folder, size, options
+        self.folder, self.size, self._options, self._disk_mb = folder, size, options, disk_mb
         folder.mkdir(parents=True)
         parsed = Federation.model_validate({"name": "faults", "method": {"name": "fedavg"}, **study})
         self.study = parsed
@@ -159,7 +170,8 @@ class Exchange:
         """Start the coordinator."""
         with (self.folder / "coordinator.log").open("ab") as log:
             self.coordinator = subprocess.Popen(
-                [sys.executable, "-m", "nnunet_fed", "coordinator", str(self.folder / "federation.toml"), "--listen",
+                [*(on_small_disk(self.folder / "state", self._disk_mb) if self._disk_mb else ()),
+                 sys.executable, "-m", "nnunet_fed", "coordinator", str(self.folder / "federation.toml"), "--listen",
                  self.address, "--state", str(self.folder / "state"), "--insecure", *self._options],
                 stdout=log, stderr=subprocess.STDOUT,
             )  # fmt: skip
@@ -187,6 +199,12 @@ class Exchange:
             self.sites[name] = subprocess.Popen(
                 [sys.executable, "-c", SITE, json.dumps(settings)], stdout=out, stderr=log
             )
+
+    @property
+    def state(self) -> Path:
+        """The state directory as the coordinator sees it."""
+        assert self.coordinator is not None
+        return Path(f"/proc/{self.coordinator.pid}/root{self.folder / 'state'}")
 
     def results(self, name: str) -> Path:
         """What a site prints."""
@@ -224,10 +242,11 @@ class Exchange:
 
 
 @contextmanager
-def exchange(folder: Path, sites: str = "ab", size: int = 100_000, options: tuple[str, ...] = (), **study: Any
-             ) -> Iterator[Exchange]:  # fmt: skip
+def exchange(
+    folder: Path, sites: str = "ab", size: int = 100_000, options: tuple[str, ...] = (), disk_mb: int = 0, **study: Any
+) -> Iterator[Exchange]:
     """A served exchange of sites of one letter each."""
-    running = Exchange(folder, {"rounds": 3, "sites": tuple(sites), **study}, size, options)
+    running = Exchange(folder, {"rounds": 3, "sites": tuple(sites), **study}, size, options, disk_mb)
     try:
         running.serve()
         yield running
@@ -235,5 +254,23 @@ def exchange(folder: Path, sites: str = "ab", size: int = 100_000, options: tupl
         running.stop()
 
 
+def on_small_disk(folder: Path, megabytes: int) -> list[str]:
+    """Begin of a command that has a disk of its own at ``folder``, in a mount namespace."""
+    folder.mkdir(exist_ok=True)
+    mount = f'mount -t tmpfs -o size={megabytes}m tmpfs "$0" && exec "$@"'
+    return ["unshare", "--map-root-user", "--mount", "sh", "-c", mount, str(folder)]
+
+
+def small_disks_can_be_mounted(folder: Path) -> bool:
+    """Whether this machine lets its users mount within a namespace of theirs."""
+    try:
+        return subprocess.run([*on_small_disk(folder, 1), "true"], capture_output=True).returncode == 0
+    except FileNotFoundError:
+        return False
+
+
 REPETITIONS = int(os.environ.get("FAULT_REPETITIONS", "2"))
-"""Of what happens at random instants; 20 by hand."""
+"""Of what happens at random instants; by hand, half as many of whole trainings:
+
+FAULT_REPETITIONS=20 python -m pytest tests/e2e/test_faults.py tests/e2e/test_training.py -k "random or site_killed"
+"""

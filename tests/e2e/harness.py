@@ -151,6 +151,14 @@ class RunningFederation:
                 stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
 
+    def restart(self) -> None:
+        """Kill the coordinator, and start it again; returns once it answers."""
+        assert self.coordinator is not None
+        os.killpg(self.coordinator.pid, signal.SIGKILL)
+        self.coordinator.wait()
+        self.serve()
+        until(lambda: bool(self.watcher.status()), "the coordinator answers again")
+
     def happened(self) -> dict[str, Any]:
         return self.watcher.status(record=True)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 import time
 from pathlib import Path
 
 import pytest
-from faults import REPETITIONS, Exchange, Link, exchange
+from faults import REPETITIONS, Exchange, Link, exchange, small_disks_can_be_mounted
 from harness import until
 
 from nnunet_fed.federation import Site
@@ -193,6 +194,32 @@ def test_a_spool_without_room_stops_nobody_for_good(undisturbed: dict[int, list[
             until(lambda log=log: told in log.read_text(), f"{name} is told")  # type: ignore[misc]
         assert told in (running.folder / "coordinator.log").read_text()
         (spool / "ballast").unlink()
+        results = running.finish()
+    assert results == {"a": undisturbed[LARGE], "b": undisturbed[LARGE]}
+
+
+@pytest.mark.parametrize("lacking", ["journal", "upload", "result"])
+def test_a_full_disk_stops_nobody_for_good(undisturbed: dict[int, list[str]], tmp_path: Path, lacking: str) -> None:
+    if not small_disks_can_be_mounted(tmp_path / "probe"):
+        pytest.skip("this machine does not let its users mount a small disk (unshare --map-root-user --mount)")
+    room = {"journal": 0, "upload": 10_000_000, "result": 40_000_000}[lacking]
+    with exchange(tmp_path / "run", size=LARGE, disk_mb=200) as running:
+        until(lambda: os.path.ismount(running.state) and (running.state / "spool").exists(), "the coordinator runs")
+        until(lambda: "listening" in (running.folder / "coordinator.log").read_text(), "the coordinator listens")
+        free = os.statvfs(running.state)
+        (running.state / "ballast").write_bytes(bytes(max(0, free.f_bavail * free.f_frsize - room)))
+        running.start("a")
+        running.start("b")
+        told = "The coordinator's disk is full"
+        until(
+            lambda: any(told in (running.folder / f"{name}.log").read_text() for name in "ab"), "a site is told of it"
+        )
+        assert running.coordinator is not None
+        assert running.coordinator.poll() is None
+        log = (running.folder / "coordinator.log").read_text()
+        assert f"refused: {told}" in log
+        assert "Traceback" not in log
+        (running.state / "ballast").unlink()
         results = running.finish()
     assert results == {"a": undisturbed[LARGE], "b": undisturbed[LARGE]}
 

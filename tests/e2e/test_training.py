@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import random
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from faults import REPETITIONS
 from harness import (
     PLANS,
     Planned,
@@ -123,6 +126,24 @@ def test_killed_sites_go_on_bit_identically(planned: Planned, undisturbed: Runni
     assert ("site_a", "continued with --c in epoch 1") in events
     assert ("site_b", "continued with --c in epoch 2") in events
     assert len(a.record()["rounds"]) == 3
+
+
+@pytest.mark.parametrize("repetition", range(REPETITIONS // 2))
+def test_a_coordinator_killed_at_random_instants_of_a_training(
+    planned: Planned, undisturbed: RunningFederation, tmp_path: Path, repetition: int
+) -> None:
+    chance = random.Random(repetition)
+    with federation(planned, tmp_path / "run", {"site_a": "site_a", "site_b": "site_b"}) as running:
+        for site in running.sites.values():
+            site.start()
+        until(lambda: bool(running.happened()["runs"]), "a site has joined")
+        for _ in range(5):
+            time.sleep(chance.uniform(0, 4))
+            running.restart()
+        for site in running.sites.values():
+            site.finish()
+    for name, site in running.sites.items():
+        assert same_bits(site.checkpoint(), undisturbed.sites[name].checkpoint())
 
 
 def test_a_paused_site_catches_up_and_ends_with_the_others(planned: Planned, tmp_path: Path) -> None:
