@@ -8,6 +8,7 @@ The word *communicator* is MPI's: a site's seat in a federation. Source: ours.
 from __future__ import annotations
 
 import json
+import math
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
