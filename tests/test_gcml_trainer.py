@@ -575,13 +575,6 @@ def test_in_lockstep_a_site_waits_for_its_sender_but_not_for_ever(
     assert trainer._standing.members == {"a": 4, "b": 4}
 
 
-def test_in_lockstep_a_model_from_the_future_is_left_for_later(postman: Postman) -> None:
-    arrays = foreign()
-    postman.bring = lambda mailbox, state: deliver(mailbox, state, arrays, 1, 2)
-    trainer = train(study(lockstep=True).model_copy(update={"deadline_minutes": 1 / 60}))
-    assert [phase["began"] for phase in trainer._standing.phases] == [2]
-
-
 # ------------------------------------------------------------------------------------------------------------- options
 
 
