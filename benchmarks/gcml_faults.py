@@ -129,11 +129,11 @@ class Running:
     def kill(self) -> None:
         """Kill the victim and its peer process, which leads a session of its own."""
         mailbox = str(self.places[VICTIM].results(self.study) / "mailbox")
-        self.processes[VICTIM].kill()
         command = ["pgrep", "-f", f"nnunet_fed peer {mailbox}"]
         found = subprocess.run(command, capture_output=True, text=True, check=False)
         for number in found.stdout.split():
             os.kill(int(number), signal.SIGKILL)
+        self.processes[VICTIM].kill()
 
     def kill_in_a_push(self, from_epoch: int) -> None:
         """Wait for a push of the victim, and kill it there."""
