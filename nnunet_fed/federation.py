@@ -201,6 +201,8 @@ class Site(Table):
     """``host:port`` at which this site takes other sites' models (GCML)."""
     peers: dict[str, str] = Field(default_factory=dict)
     """By site, this one included: ``host:port`` at which others reach it. The same at all sites."""
+    peer_megabytes_per_second: float | None = Field(default=None, ge=1)
+    """At most so much leaves for all peers together, and as much comes from them; ``None``: what the line allows."""
     revoked: Path | None = None
     """File of the certificates that are no longer accepted from peers; relative to ``site.toml``'s folder."""
     connect_minutes: float = Field(default=1.0, gt=0, le=LONGEST_MINUTES)

@@ -101,6 +101,8 @@ class State:
     """Decline all offers for now."""
     leaving: bool = False
     """The training is over: decline all offers, and tell the peers."""
+    lockstep: bool = False
+    """Take no model of an epoch that this training has not come to, and try a candidate until it has decided."""
 
 
 def described(tensors: Tensors) -> tuple[str, int]:

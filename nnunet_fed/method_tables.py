@@ -264,8 +264,9 @@ class GCML(MethodTable):
     common_init: bool = True
     """All sites start from the same weights; otherwise each from its own. Without it no models are merged."""
     lockstep: bool = False
-    """For tests and simulations: before a round a site waits for the models that the last one's schedule promises it,
-    up to the study's deadline. Otherwise no site ever waits for another."""
+    """For tests and simulations, to be reproducible: before a round a site waits for the models that the last one's
+    schedule promises it, and for its own last one to arrive, up to the study's deadline. Otherwise no site ever waits
+    for another."""
 
     def warm_up(self, epochs: int) -> int:
         """Epochs of the warm-up in a study of so many."""

@@ -42,6 +42,11 @@ class Process:
                 start_new_session=True,
             )  # fmt: skip
 
+    @property
+    def pid(self) -> int:
+        """Of the command."""
+        return self._process.pid
+
     def exit_status(self) -> int | None:
         """``None`` while it runs; -N if signal N ended it."""
         return self._process.poll()

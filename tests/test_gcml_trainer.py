@@ -338,6 +338,49 @@ def test_17_the_incoming_model_has_the_sites_learning_rate_and_a_fresh_optimizer
     assert all(momenta > 0 for *_, momenta in seen[1:])
 
 
+@PLANS
+def test_17_an_overflow_in_one_model_skips_its_step_and_not_the_others(
+    postman: Postman, monkeypatch: pytest.MonkeyPatch, plan: Plan
+) -> None:
+    scaler, step = torch.amp.GradScaler, nnUNetTrainerGCML.train_step
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device: scaler("cpu", init_scale=64.0))
+    seen: list[tuple[str, dict[str, bool], dict[str, float]]] = []
+
+    def overflowing(trainer: Any, batch: Any) -> Any:
+        if trainer._incoming is None or len(seen) == 3:
+            return step(trainer, batch)
+        networks = {"own": trainer.network, "theirs": trainer._incoming.network}
+        before = {name: copy.deepcopy(network.state_dict()) for name, network in networks.items()}
+        victim = ("nobody", "theirs", "own")[len(seen)]
+        hooks = [
+            next(network.parameters()).register_hook(lambda gradient: gradient * torch.inf)
+            for name, network in networks.items()
+            if name == victim
+        ]
+        result = step(trainer, batch)
+        for hook in hooks:
+            hook.remove()
+        stepped = {
+            name: any(not torch.equal(tensor, before[name][key]) for key, tensor in network.state_dict().items())
+            for name, network in networks.items()
+        }
+        scales = {"own": trainer.grad_scaler.get_scale(), "theirs": trainer._incoming.grad_scaler.get_scale()}
+        seen.append((victim, stepped, scales))
+        return result
+
+    monkeypatch.setattr(nnUNetTrainerGCML, "train_step", overflowing)
+    monkeypatch.setenv(PLAN_VARIABLE, plan)
+    brings(postman, foreign())
+    trainer = make(study(mutual_epochs=2))
+    trainer.grad_scaler = torch.amp.GradScaler("cuda")
+    trainer.run_training()
+    assert seen == [
+        ("nobody", {"own": True, "theirs": True}, {"own": 64.0, "theirs": 64.0}),
+        ("theirs", {"own": True, "theirs": False}, {"own": 64.0, "theirs": 32.0}),
+        ("own", {"own": False, "theirs": True}, {"own": 32.0, "theirs": 32.0}),
+    ]
+
+
 def test_18_nothing_of_a_peer_outlives_its_phase(postman: Postman, monkeypatch: pytest.MonkeyPatch) -> None:
     networks: list[Any] = []
     end = nnUNetTrainerGCML._end_phase
@@ -573,13 +616,6 @@ def test_in_lockstep_a_site_waits_for_its_sender_but_not_for_ever(
     assert "could not get the models of epoch 2 from b, and went on" in texts
     assert not any("epoch 1 from" in text for text in texts)
     assert trainer._standing.members == {"a": 4, "b": 4}
-
-
-def test_in_lockstep_a_model_from_the_future_is_left_for_later(postman: Postman) -> None:
-    arrays = foreign()
-    postman.bring = lambda mailbox, state: deliver(mailbox, state, arrays, 1, 2)
-    trainer = train(study(lockstep=True).model_copy(update={"deadline_minutes": 1 / 60}))
-    assert [phase["began"] for phase in trainer._standing.phases] == [2]
 
 
 # ------------------------------------------------------------------------------------------------------------- options

@@ -23,20 +23,22 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from recording_proxy import RecordingProxy
 
 from nnunet_fed import mailbox as mailbox_module
 from nnunet_fed.authority import Authority
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.federation import Site
 from nnunet_fed.mailbox import Letter, Mailbox, State, described
-from nnunet_fed.methods.gossip import Version
+from nnunet_fed.methods.gossip import Schedule, Version
 from nnunet_fed.payload import CHUNK, Tensors, encode, measure, open_payload
 from nnunet_fed.spool import PARTIAL
 from nnunet_fed.toml import to_toml
-from nnunet_fed.transport import courier, letters, peer
+from nnunet_fed.transport import courier, frames, letters, peer
 from nnunet_fed.transport import federation_pb2 as pb
 from nnunet_fed.transport.frames import PeerStub
 from nnunet_fed.transport.letters import message_of
+from nnunet_fed.transport.pace import Pace
 from nnunet_fed.transport.peer import PeerProcess
 from nnunet_fed.transport.tls import open_channel
 
@@ -97,9 +99,10 @@ class Peers:
     def publish(self, site: str, **changes: Any) -> None:
         self.mailboxes[site].publish_state(self.state(site, **changes))
 
-    def start(self, *sites: str, **options: Any) -> PeerProcess:
+    def start(self, *sites: str, listen: str | None = None, **options: Any) -> PeerProcess:
+        changes = {} if listen is None else {"listen": listen}
         for site in sites:
-            process = PeerProcess(self.settings(site), self.mailboxes[site], **options)
+            process = PeerProcess(self.settings(site, **changes), self.mailboxes[site], **options)
             thread = threading.Thread(target=process.run)
             thread.start()
             self._stack.callback(thread.join)
@@ -385,6 +388,26 @@ def test_a_push_that_does_not_begin_with_a_model(peers: Peers) -> None:
         assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
 
 
+def test_in_lockstep_a_model_from_the_future_and_one_for_a_site_that_is_away_are_tried_until_they_arrive(
+    peers: Peers,
+) -> None:
+    for site in "abc":
+        peers.publish(site, lockstep=True, version=Version(site, {}, 3))
+    peers.start("a", "b", max_tries=1)
+    peers.post("a", 4, "b")
+    until(lambda: [entry for entry in peers.mailboxes["b"].history() if entry.get("verdict") == "early"])
+    assert not peers.is_served("a")
+    assert peers.mailboxes["b"].deliveries() == {}
+    peers.publish("b", lockstep=True, version=Version("b", {}, 4))
+    assert until(peers.mailboxes["b"].deliveries)["a"].version.counter == 4
+    until(lambda: peers.is_served("a"))
+    peers.post("b", 1, "c")
+    until(lambda: peers.mailboxes["b"].contacts().get("c", 0) > 1)
+    assert not peers.is_served("b")
+    peers.start("c")
+    assert until(peers.mailboxes["c"].deliveries).keys() == {"b"}
+
+
 def test_a_site_has_one_model_under_way_and_all_have_two(peers: Peers) -> None:
     """And the same model may go on through another connection."""
     peers.start("b")
@@ -430,6 +453,68 @@ def test_a_broken_push_goes_on_where_it_was(peers: Peers) -> None:
     assert sent["bytes"] == model.size - CHUNK
 
 
+def test_a_broken_pull_goes_on_where_it_was(peers: Peers, monkeypatch: pytest.MonkeyPatch) -> None:
+    pull, broken = peer._Service.Pull, threading.Event()
+
+    def breaking(service: Any, request: pb.PullRequest, context: grpc.ServicerContext) -> Iterator[Any]:
+        for number, message in enumerate(pull(service, request, context)):
+            if number == 2 and not broken.is_set():
+                broken.set()
+                until(lambda: [path for path in peers.files("a") if Path(path).stat().st_size == CHUNK])
+                context.abort(grpc.StatusCode.UNAVAILABLE, "away")
+            yield message
+
+    monkeypatch.setattr(peer._Service, "Pull", breaking)
+    peers.start("a", "b", mode="pull")
+    letter = peers.post("b", 1)
+    peers.post("a", 1, "b")
+    assert until(peers.mailboxes["a"].deliveries) == {"b": letter}
+    (received,) = [entry for entry in peers.mailboxes["a"].history() if entry["event"] == "received"]
+    assert received["bytes"] == letter.size - CHUNK
+    asked = [json.loads(line) for line in (peers.folder / "a" / "outgoing.jsonl").read_text().splitlines()]
+    assert [line.get("from_byte") for line in asked if line["what"] == "ask"] == [None, CHUNK]
+    given = [json.loads(line) for line in (peers.folder / "b" / "outgoing.jsonl").read_text().splitlines()]
+    assert [line.get("from_byte") for line in given if line["what"] == "upload"] == [None, CHUNK]
+
+
+@pytest.mark.parametrize("mode", ["push", "pull"])
+def test_every_byte_of_a_model_counts_for_the_pace_at_both_ends(
+    peers: Peers, monkeypatch: pytest.MonkeyPatch, mode: Any
+) -> None:
+    passed: list[int] = []
+    monkeypatch.setattr(Pace, "passed", lambda pace, number: passed.append(number))
+    peers.start("a", "b", mode=mode)
+    letter = peers.post("b", 1)
+    peers.post("a", 1, "b")
+    until(peers.mailboxes["b" if mode == "push" else "a"].deliveries)
+    until(lambda: sum(passed) == 2 * letter.size)
+    assert max(passed) == CHUNK
+
+
+class Clock(threading.Event):
+    """Whoever waits for it moves it on."""
+
+    now = 100.0
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self.now += timeout or 0
+        return False
+
+
+def test_a_pace_is_kept_in_the_long_run_and_idle_time_is_not_saved_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr("nnunet_fed.transport.pace.time.monotonic", lambda: clock.now)
+    pace = Pace(2.0, clock)
+    for _ in range(10):
+        pace.passed(10**6)
+    assert clock.now == pytest.approx(105)
+    clock.now = 200.0
+    pace.passed(10**6)
+    assert clock.now == pytest.approx(200.5)
+    Pace(None, clock).passed(10**9)
+    assert clock.now == pytest.approx(200.5)
+
+
 def test_a_transfer_that_stalls_is_given_up(
     peers: Peers, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -446,7 +531,8 @@ def test_a_transfer_that_stalls_is_given_up(
             peers.stub("a", "b").Push(stalled())
     finally:
         released.set()
-    until(lambda: "broke off while it sent" in caplog.text)
+    # grpc tells a cancelled stream's reader of an error or of an end, as it comes
+    until(lambda: "broke off while it sent" in caplog.text or "did not arrive as it was offered" in caplog.text)
     assert pushed(peers.stub("a", "b"), letter_to("a", counter=2), bytes_of(TENSORS)).verdict == "accept"
 
 
@@ -553,6 +639,52 @@ def test_24_killed_while_it_sends_it_leaves_a_partial_file_until_the_next_start(
     assert peers.files("b") == []
     again.stop()
     again.run()
+
+
+def test_27_half_a_gigabyte_goes_over_in_messages_below_4_mib(peers: Peers, monkeypatch: pytest.MonkeyPatch) -> None:
+    large = {"w": np.zeros((500, 1 << 18), np.float32), "b": np.ones(5, np.float32)}
+    schema, size = described(large)
+    for site in "ab":
+        peers.publish(site, schema=schema, size=size)
+    lengths: list[int] = []
+    write = frames.write
+
+    def measured(message: Any) -> bytes:
+        serialized = write(message)
+        lengths.append(len(serialized))
+        return serialized
+
+    monkeypatch.setattr(frames, "write", measured)
+    peers.start("a", "b")
+    letter = peers.post("a", 1, "b", tensors=large)
+    assert until(peers.mailboxes["b"].deliveries, 120) == {"a": letter}
+    assert sum(lengths) > size > 500 << 20
+    assert max(lengths) < 4 << 20
+
+
+def test_30_a_ring_moves_half_of_fedavgs_bytes_and_nothing_else(peers: Peers, stack: ExitStack) -> None:
+    large = {"w": np.random.default_rng(0).normal(size=CHUNK).astype(np.float32)}
+    schema, size = described(large)
+    proxies, listen = {}, dict(peers.addresses)
+    for site, address in listen.items():
+        peers.publish(site, schema=schema, size=size)
+        proxies[site] = RecordingProxy(address)
+        stack.callback(proxies[site].close)
+        peers.addresses[site] = proxies[site].address
+    rounds, sites = 3, len(listen)
+    for site in listen:
+        peers.start(site, listen=listen[site])
+    ring = Schedule("ring", 0)
+    for number in range(rounds):
+        for site in listen:
+            peers.post(site, number + 1, *ring.candidates(number, site, dict.fromkeys(listen, 1))[:1], tensors=large)
+        for site in listen:
+            until(lambda site=site: peers.is_served(site))
+    on_the_wire = sum(len(proxy.sent) + len(proxy.received) for proxy in proxies.values())
+    recorded = sum(e["bytes"] for site in listen for e in peers.mailboxes[site].history() if e["event"] == "sent")
+    assert recorded == rounds * sites * size
+    assert on_the_wire == pytest.approx(recorded, rel=0.01)
+    assert on_the_wire / (2 * sites * rounds * size) == pytest.approx(0.5, rel=0.01)
 
 
 def test_the_process_ends_at_a_signal_and_with_its_parent_and_imports_no_torch(peers: Peers) -> None:

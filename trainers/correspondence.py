@@ -104,7 +104,7 @@ class Correspondence:
 
         def missing() -> set[str]:
             letters = [*self.mailbox.deliveries().values(), *(letter for letter, _ in self._taken())]
-            return senders - {letter.version.site for letter in letters if letter.version.epoch >= epoch}
+            return senders - {letter.version.site for letter in letters if letter.version.epoch == epoch}
 
         self._wait(missing, f"get the models of epoch {epoch} from")
 
@@ -116,22 +116,20 @@ class Correspondence:
         if sites:
             self.happened(f"could not {what} {', '.join(sorted(sites))}, and went on")
 
-    def next_letter(self, epoch: int) -> tuple[Letter, Path] | None:
+    def next_letter(self) -> tuple[Letter, Path] | None:
         """The model for the next mutual phase and its payload's file; ``None``: none is at hand.
 
         A training that was killed in a phase takes the same one again.
         """
         for letter, path in self._taken():
-            if self._is_wanted(letter, epoch):
+            if self._is_wanted(letter):
                 return letter, path
-        versions = [letter.version for letter in self.mailbox.deliveries().values() if self._is_wanted(letter, epoch)]
+        versions = [letter.version for letter in self.mailbox.deliveries().values() if self._is_wanted(letter)]
         chosen = next_delivery(versions, self.standing.used)
         return None if chosen is None else self.mailbox.take(chosen.site)
 
-    def _is_wanted(self, letter: Letter, epoch: int) -> bool:
+    def _is_wanted(self, letter: Letter) -> bool:
         """Whether a letter is still what the peer process took it for, and fits the training."""
-        if self.options.lockstep and letter.version.epoch > epoch:  # of a site that is ahead
-            return False
         if self.options.keep == "merge" and letter.initial != self.standing.initial:
             return False
         same = (letter.run, letter.schema) == (self._state.run, self._state.schema)
@@ -163,6 +161,8 @@ class Correspondence:
         number, lockstep = self.standing.version.epoch // self.study.local_epochs - 1, self.options.lockstep
         members = self.standing.members if lockstep else self._members()
         failures = {} if lockstep else self.mailbox.contacts()
+        if lockstep:
+            self._wait(self._not_reached, "give the model before this one to")
         candidates = self._schedule.candidates(number, self.site, members, failures)
         try:
             self.mailbox.post(
@@ -172,6 +172,11 @@ class Correspondence:
             )  # fmt: skip
         except (OSError, RefusedError) as error:
             self.happened(f"the model could not be given to the peer process: {error}")
+
+    def _not_reached(self) -> set[str]:
+        """Who has not taken or declined the last model, whose place the next one would take."""
+        outgoing = self.mailbox.outgoing()
+        return set() if outgoing is None else set(outgoing[2])
 
     def _members(self) -> dict[str, int]:
         known = {site: cases for site, cases in self.mailbox.members().items() if site in self.study.sites}

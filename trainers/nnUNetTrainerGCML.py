@@ -112,7 +112,7 @@ class nnUNetTrainerGCML(MutualTrainer):  # noqa: N801
         state = State(
             run=digest_of(comparable), version=self._standing.version, received={},
             training_cases=self._training_cases, initial=self._standing.initial, schema=schema, size=size,
-            max_epoch_distance=self.options.max_epoch_distance or None,
+            max_epoch_distance=self.options.max_epoch_distance or None, lockstep=self.options.lockstep,
         )  # fmt: skip
         return Correspondence(self.study, self._standing, folder / MAILBOX, record, state, self.start_peer, continues)
 
@@ -170,7 +170,7 @@ class nnUNetTrainerGCML(MutualTrainer):  # noqa: N801
             if self.options.lockstep:
                 self._from_rank_zero(lambda here: here.await_senders(self.current_epoch))
             if self._incoming is None and self.current_epoch + self.options.mutual_epochs <= self.num_epochs:
-                delivery = self._from_rank_zero(lambda here: here.next_letter(self.current_epoch))
+                delivery = self._from_rank_zero(Correspondence.next_letter)
                 if delivery is not None:
                     self._begin_phase(*delivery)
         super().on_epoch_start()

@@ -23,10 +23,12 @@ from nnunet_fed.federation import Site
 from nnunet_fed.mailbox import Letter, Mailbox
 from nnunet_fed.outgoing import Outgoing, tensors_entry
 from nnunet_fed.payload import decode
+from nnunet_fed.spool import InterruptedUploadError
 from nnunet_fed.transport import federation_pb2 as pb
 from nnunet_fed.transport.frames import PeerStub
 from nnunet_fed.transport.letters import Contacts, Reception, given_up_if_stalled, message_of
 from nnunet_fed.transport.options import PROTOCOL
+from nnunet_fed.transport.pace import Pace
 from nnunet_fed.transport.retry import DamagedError
 from nnunet_fed.transport.tls import open_channel
 from nnunet_fed.transport.transfer import Outbound, seconds_allowed
@@ -34,7 +36,8 @@ from nnunet_fed.transport.transfer import Outbound, seconds_allowed
 logger = logging.getLogger(__name__)
 
 Mode = Literal["push", "pull"]
-Outcome = Literal["done", "next", "again"]
+Outcome = Literal["done", "next", "again", "later"]
+"""Of an attempt: over; the next one's turn; go on where it broke; the peer has not decided, or was not reached."""
 
 OFFER_SECONDS = 10.0
 """For an answer of a few hundred bytes (notes' 5.5)."""
@@ -47,6 +50,8 @@ ANSWERS = {
     grpc.StatusCode.ABORTED,
 }
 """Errors that a peer that lives has given."""
+UNDECIDED = ("busy", "early")
+"""Verdicts that may be others soon."""
 BROKEN = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DATA_LOSS}
 """After these, a transfer that had begun goes on where it was."""
 
@@ -60,26 +65,33 @@ class Courier:
         reception: takes what is fetched.
         contacts: hears who answers.
         outgoing: hears of everything that this site sends, before it leaves (:mod:`nnunet_fed.outgoing`).
+        pace: of what leaves.
         mode: ``push``: send the own model; ``pull``: fetch a peer's.
         max_tries: attempts for one letter.
         stopped: once set, what goes on is given up.
     """
 
     def __init__(
-        self, site: Site, mailbox: Mailbox, reception: Reception, contacts: Contacts, outgoing: Outgoing, mode: Mode,
-        max_tries: int, stopped: threading.Event,
+        self, site: Site, mailbox: Mailbox, reception: Reception, contacts: Contacts, outgoing: Outgoing, pace: Pace,
+        mode: Mode, max_tries: int, stopped: threading.Event,
     ):  # fmt: skip
         self._site = site
         self._mailbox = mailbox
         self._reception = reception
         self._contacts = contacts
         self._outgoing = outgoing
+        self._pace = pace
+        self._broken: dict[str, pb.Model] = {}
+        """Of each peer the model of which a part has been pulled."""
         self._attempt = self._push if mode == "push" else self._pull
         self._max_tries = max_tries
         self._stopped = stopped
 
     def serve(self, letter: Letter, path: Path, candidates: Sequence[str]) -> None:
-        """Try the candidates of a letter until one exchange has succeeded, at most ``max_tries`` times."""
+        """Try the candidates of a letter until one exchange has succeeded, at most ``max_tries`` times.
+
+        In lockstep a peer that has not decided is asked again in the next call, and until then is no served candidate.
+        """
         try:
             with path.open("rb") as file:
                 payload = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
@@ -95,6 +107,8 @@ class Courier:
                 break
             if outcome == "again":
                 waiting.appendleft(peer)
+            if outcome in ("again", "later") and self._in_lockstep():
+                return
         if not self._stopped.is_set():
             self._mailbox.served(letter)
 
@@ -139,7 +153,13 @@ class Courier:
             model.position = outbound.reached = min(reply.position, letter.size)
             begun = {"from_byte": model.position} if model.position else {}
             self._sends(peer, "upload", **facts, **begun, **tensors_entry(decode(payload)))
-            messages = chain([pb.ModelChunk(model=model)], outbound.data(model.position))
+
+            def paced() -> Iterator[memoryview]:
+                for data in outbound.data(model.position):
+                    yield data
+                    self._pace.passed(len(data))
+
+            messages = chain([pb.ModelChunk(model=model)], paced())
             call = stub.Push.future(messages, timeout=seconds_allowed(letter.size))
             with given_up_if_stalled(call.cancel, lambda: outbound.reached, self._stopped):
                 reply = call.result()
@@ -156,17 +176,22 @@ class Courier:
             protocol=PROTOCOL, site=self._site.name, run=letter.run, schema=letter.schema,
             counter=self._mailbox.received().get(peer, 0),
         )  # fmt: skip
+        begun: dict[str, object] = {}
+        if (broken := self._broken.get(peer)) is not None:
+            request.digest, request.position = broken.digest, self._reception.position(broken)
+            begun = {"digest": request.digest, "from_byte": request.position}
 
         def exchange(stub: PeerStub) -> pb.PeerReply:
             nonlocal fetched
-            self._sends(peer, "ask", run=letter.run, schema=letter.schema, counter=request.counter)
+            self._sends(peer, "ask", run=letter.run, schema=letter.schema, counter=request.counter, **begun)
             replies = stub.Pull(request, timeout=seconds_allowed(letter.size))
             with given_up_if_stalled(replies.cancel, lambda: 0, self._stopped, OFFER_SECONDS):
                 first = next(replies, pb.ModelChunk(reply=pb.PeerReply(verdict="nothing")))
             if not isinstance(first, pb.ModelChunk) or first.WhichOneof("part") != "model":
                 return first.reply if isinstance(first, pb.ModelChunk) else pb.PeerReply(verdict="nothing")
             model = first.model
-            if model.site != peer or model.position:
+            goes_on = (model.digest, model.position) == (request.digest, request.position)
+            if model.site != peer or (model.position and not goes_on):
                 replies.cancel()
                 raise RefusedError(f"Site '{peer}' gave a model of '{model.site}', which was not asked for.")
             reply = self._reception.reply(model)
@@ -180,7 +205,10 @@ class Courier:
                     fetched += len(message) if isinstance(message, memoryview) else len(message.data)
                     yield message
 
-            return self._reception.take(model, counted(), replies.cancel)
+            self._broken[peer] = model
+            taken = self._reception.take(model, counted(), replies.cancel)
+            del self._broken[peer]
+            return taken
 
         return self._exchange(peer, letter, exchange, lambda: fetched, started, None)
 
@@ -210,8 +238,10 @@ class Courier:
             else:
                 self._contacts.missed(peer)
             record("declined" if code in ANSWERS else "missed", reason=reason)
-            return "again" if code in BROKEN and moved() > 0 else "next"
-        except (FederationError, DamagedError, OSError) as error:
+            if code in BROKEN and moved() > 0:
+                return "again"
+            return "next" if code in ANSWERS else "later"
+        except (FederationError, DamagedError, InterruptedUploadError, OSError) as error:
             logger.warning("no exchange with site '%s': %s", peer, error or "its model was damaged")
             if success is not None:
                 record("missed", reason=str(error))
@@ -222,9 +252,15 @@ class Courier:
                 record(success, verdict=reply.verdict)
                 logger.info("sent %s to site '%s'", letter.name, peer)
             return "done"
+        if reply.verdict in UNDECIDED and self._in_lockstep():
+            return "later"
         logger.info("site '%s' and this site exchange nothing: %s %s", peer, reply.verdict, reply.reason)
         record("declined", verdict=reply.verdict, **({"reason": reply.reason} if reply.reason else {}))
         return "next"
+
+    def _in_lockstep(self) -> bool:
+        state = self._mailbox.state()
+        return state is not None and state.lockstep
 
     def _sends(self, peer: str, what: str, **facts: object) -> None:
         self._outgoing({"to": f"{peer} at {self._site.peers[peer]}", "what": what, **facts})

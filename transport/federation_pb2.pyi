@@ -241,15 +241,19 @@ class ModelChunk(_message.Message):
     def __init__(self, model: _Optional[_Union[Model, _Mapping]] = ..., data: _Optional[bytes] = ..., reply: _Optional[_Union[PeerReply, _Mapping]] = ...) -> None: ...
 
 class PullRequest(_message.Message):
-    __slots__ = ("protocol", "site", "run", "schema", "counter")
+    __slots__ = ("protocol", "site", "run", "schema", "counter", "digest", "position")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     SITE_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
     SCHEMA_FIELD_NUMBER: _ClassVar[int]
     COUNTER_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    POSITION_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     site: str
     run: str
     schema: str
     counter: int
-    def __init__(self, protocol: _Optional[int] = ..., site: _Optional[str] = ..., run: _Optional[str] = ..., schema: _Optional[str] = ..., counter: _Optional[int] = ...) -> None: ...
+    digest: str
+    position: int
+    def __init__(self, protocol: _Optional[int] = ..., site: _Optional[str] = ..., run: _Optional[str] = ..., schema: _Optional[str] = ..., counter: _Optional[int] = ..., digest: _Optional[str] = ..., position: _Optional[int] = ...) -> None: ...

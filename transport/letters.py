@@ -22,6 +22,7 @@ from nnunet_fed.payload import open_payload
 from nnunet_fed.spool import Spool, Upload
 from nnunet_fed.transport import federation_pb2 as pb
 from nnunet_fed.transport.options import PROTOCOL
+from nnunet_fed.transport.pace import Pace
 from nnunet_fed.transport.retry import DamagedError
 from nnunet_fed.transport.transfer import received
 
@@ -136,6 +137,7 @@ class Reception:
         self._site = site
         self._mailbox = mailbox
         self._stopped = stopped
+        self._pace = Pace(site.peer_megabytes_per_second, stopped)
         self._lock = threading.Lock()
         self._arriving: dict[str, Letter] = {}
         self._spool = Spool(mailbox.arriving, quota=0)
@@ -159,11 +161,17 @@ class Reception:
             verdict = "incompatible"
         elif state is not None and state.leaving:
             verdict = "leaving"
+        elif state is not None and state.lockstep and letter.version.epoch > state.version.epoch:
+            verdict = "early"  # it would take the place of the one that this training takes next
         elif state is not None and not state.busy and self._has_room(letter):
             known = self._mailbox.received()
             verdict = judge(letter.version, state.version, known, state.max_epoch_distance)
         position = self._spool.position(_upload(letter)) if verdict == "accept" else 0
         return pb.PeerReply(verdict=verdict, reason=reason, position=position)
+
+    def position(self, model: pb.Model) -> int:
+        """How many bytes of a model's payload have come already."""
+        return self._spool.position(_upload(letter_of(model)))
 
     def refused(self, model: pb.Model, reply: pb.PeerReply) -> None:
         """Record that a model was not wanted."""
@@ -189,6 +197,7 @@ class Reception:
 
         def count(number: int) -> None:
             nonlocal arrived
+            self._pace.passed(number - arrived)
             arrived = number
 
         with self._seat(letter) as free:

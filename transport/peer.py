@@ -36,6 +36,7 @@ from nnunet_fed.transport.letters import (
 )
 from nnunet_fed.transport.listener import AddressError, Listener, Refusals, refuse
 from nnunet_fed.transport.options import PROTOCOL, require_loopback
+from nnunet_fed.transport.pace import Pace
 from nnunet_fed.transport.retry import DamagedError
 from nnunet_fed.transport.tls import KeyFiles, Keys, check_name
 
@@ -80,11 +81,12 @@ class PeerProcess:
         contacts = Contacts(mailbox)
         outgoing = OutgoingLog(mailbox.folder / FILE)
         reception = Reception(site, mailbox, self._stopped)
-        service = _Service(site, mailbox, reception, contacts, outgoing, self._stopped)
+        pace = Pace(site.peer_megabytes_per_second, self._stopped)
+        service = _Service(site, mailbox, reception, contacts, outgoing, pace, self._stopped)
         self._listener = self._listen(site, site.listen, service)
         mailbox.sweep()
         self._contacts = contacts
-        self._courier = Courier(site, mailbox, reception, contacts, outgoing, mode, max_tries, self._stopped)
+        self._courier = Courier(site, mailbox, reception, contacts, outgoing, pace, mode, max_tries, self._stopped)
 
     def _listen(self, site: Site, address: str, service: _Service) -> Listener:
         def check(keys: Keys) -> None:
@@ -153,13 +155,14 @@ class PeerProcess:
 class _Service(PeerServicer):  # type: ignore[misc]
     def __init__(
         self, site: Site, mailbox: Mailbox, reception: Reception, contacts: Contacts, outgoing: OutgoingLog,
-        stopped: threading.Event,
+        pace: Pace, stopped: threading.Event,
     ):  # fmt: skip
         self._site = site
         self._mailbox = mailbox
         self._reception = reception
         self._contacts = contacts
         self._outgoing = outgoing
+        self._pace = pace
         self._stopped = stopped
 
     def Info(self, request: pb.PeerInfo, context: grpc.ServicerContext) -> pb.PeerInfo:  # noqa: N802
@@ -219,19 +222,23 @@ class _Service(PeerServicer):  # type: ignore[misc]
                 yield pb.ModelChunk(reply=pb.PeerReply(verdict="nothing"))
                 return
             started, given = time.monotonic(), 0
-            version = letter.version
+            version, model = letter.version, message_of(letter)
+            if request.digest == letter.digest and request.position <= letter.size:
+                model.position = request.position
+            begun = {"from_byte": model.position} if model.position else {}
             self._outgoing(
                 {
                     "to": request.site, "what": "upload", "run": letter.run, "site": version.site,
                     "vector": dict(version.vector), "epoch": version.epoch, "bytes": letter.size,
-                    "digest": letter.digest, **tensors_entry(decode(payload)),
+                    "digest": letter.digest, **begun, **tensors_entry(decode(payload)),
                 }
             )  # fmt: skip
             with given_up_if_stalled(context.cancel, lambda: given, self._stopped):
-                yield pb.ModelChunk(model=message_of(letter))
-                for chunk in chunks([payload]):
+                yield pb.ModelChunk(model=model)
+                for chunk in chunks([payload[model.position :]]):
                     yield memoryview(chunk)
                     given += len(chunk)
+                    self._pace.passed(len(chunk))
             self._mailbox.record(
                 event="sent", peer=request.site, site=version.site, counter=version.counter, bytes=given,
                 seconds=round(time.monotonic() - started, 3), verdict="pulled",

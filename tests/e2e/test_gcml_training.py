@@ -87,6 +87,30 @@ def test_12_a_peer_that_never_starts_changes_nothing(planned: Planned, tmp_path:
     assert one.record()["mutual_phases"] == []
 
 
+def test_sites_that_pull_at_random_learn_from_each_other(planned: Planned, tmp_path: Path) -> None:
+    data, method = {**SITES, "site_c": "site_a"}, {**GCML, "topology": "bernoulli", "mode": "pull"}
+    with peers(planned, tmp_path / "run", data, method=method, rounds=6) as running:
+        train_all(running)
+    transfers = {name: site.record()["transfers"] for name, site in running.sites.items()}
+    pulled = {
+        (name, entry["peer"], entry["counter"])
+        for name, entries in transfers.items()
+        for entry in entries
+        if entry["event"] == "received"
+    }
+    given = {
+        (entry["peer"], name, entry["counter"])
+        for name, entries in transfers.items()
+        for entry in entries
+        if entry["event"] == "sent" and entry["verdict"] == "pulled"
+    }
+    assert pulled
+    assert pulled == given, "who received asked for it"
+    learnt = {(name, p["from"], p["counter"]) for name, site in running.sites.items() for p in phases(site)}
+    assert learnt
+    assert learnt <= pulled
+
+
 def test_a_peer_process_that_is_killed_is_started_again(planned: Planned, tmp_path: Path) -> None:
     with peers(planned, tmp_path / "run", SITES, method=GCML, rounds=4) as running:
         a, b = running.sites.values()
@@ -107,11 +131,14 @@ def test_a_peer_process_that_is_killed_is_started_again(planned: Planned, tmp_pa
     assert a.checkpoint()["current_epoch"] == 4
 
 
-def test_32_the_final_model_predicts_with_stock_nnunet(calm: RunningFederation, phantom: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kept", ["final", "best"])
+def test_32_the_model_predicts_with_stock_nnunet(
+    calm: RunningFederation, phantom: Path, tmp_path: Path, kept: str
+) -> None:
     site = calm.sites["site_b"]
     stock = {name: value for name, value in site.environment.items() if not name.startswith("nnUNet_ext")}
     words = ["-i", str(phantom / "test" / "imagesTs"), "-m", str(site.results.parent), "-o", str(tmp_path)]
-    words += ["-f", "0", "-device", "cpu", "--disable_tta", "-npp", "1", "-nps", "1"]
+    words += ["-f", "0", "-device", "cpu", "--disable_tta", "-npp", "1", "-nps", "1", "-chk", f"checkpoint_{kept}.pth"]
     subprocess.run([command("nnUNetv2_predict_from_modelfolder"), *words], env=stock, check=True, timeout=200)
     images = {path.name.replace("_0000", "") for path in (phantom / "test" / "imagesTs").iterdir()}
     assert {path.name for path in tmp_path.glob("*.nii.gz")} == images
