@@ -22,6 +22,7 @@ from nnunet_fed import __version__, cli_certs
 from nnunet_fed.cli_check import check
 from nnunet_fed.cli_peer import peer
 from nnunet_fed.cli_predict import predict
+from nnunet_fed.cli_report import report
 from nnunet_fed.errors import ConfigurationError, DisagreementError, FederationError
 from nnunet_fed.federation import WATCHER, Federation, Site, explain
 from nnunet_fed.options import named_folders, named_labels, named_values, repeat_option, whole_number
@@ -304,6 +305,7 @@ def phantom(
 
 app.command()(check)
 app.command()(predict)
+app.command()(report)
 app.command()(peer)
 app.add_typer(cli_certs.app)
 

@@ -20,6 +20,7 @@ from nnunet_fed.errors import ConfigurationError, RefusedError
 from nnunet_fed.federation import Federation
 from nnunet_fed.logs import about
 from nnunet_fed.payload import digest_of_file, open_payload
+from nnunet_fed.record import run_record
 from nnunet_fed.reduction import write_result
 from nnunet_fed.spool import Spool
 from nnunet_fed.store import Agreed, Collective, Contribution, Store, make_durable, scope_of
@@ -371,7 +372,7 @@ class Coordinator:
                 ],
             }
             if record:
-                status["runs"] = {run: {**described, **self._record(run)} for run, described in runs.items()}
+                status["runs"] = {run: {**described, **run_record(self._store, run)} for run, described in runs.items()}
                 status["events"] = self._store.events()
             return status
 
@@ -380,24 +381,6 @@ class Coordinator:
         with self._changed:
             count, seconds = self._reductions
             return Tally(self._store.count_rounds(), count, seconds)
-
-    def _record(self, run: str) -> dict[str, Any]:
-        return {
-            "collectives": [
-                {
-                    "key": c.key, "verb": c.verb, "status": c.status, "opened": c.opened, "closed": c.closed,
-                    "seconds": c.closed and c.closed - c.opened, "digest": c.digest, "bytes": c.size, "error": c.error,
-                    "sites": {
-                        site: {
-                            "weight": given.weight, "bytes": given.size, "digest": given.digest, "at": given.at,
-                            "seconds": given.seconds, "norm": given.norm,
-                        }
-                        for site, given in self._store.contributions(run, c.key).items()
-                    },
-                }
-                for c in self._store.collectives(run)
-            ]
-        }  # fmt: skip
 
     def _is_planning(self, run: str) -> bool:
         return bool(self._store.runs()[run]["purpose"] == "planning")
