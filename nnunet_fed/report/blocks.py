@@ -56,14 +56,18 @@ class Section:
 
 def number(value: float | None, digits: int = 3) -> str:
     """With so many decimals; a dash where there is none."""
-    return (
-        NOTHING if value is None or not math.isfinite(value) else f"{value:.{digits}f}".replace("-", "\N{MINUS SIGN}")
-    )
+    return _signed(value, f".{digits}f")
 
 
 def significant(value: float | None) -> str:
     """With four significant digits."""
-    return NOTHING if value is None or not math.isfinite(value) else f"{value:.4g}".replace("-", "\N{MINUS SIGN}")
+    return _signed(value, ".4g")
+
+
+def _signed(value: float | None, form: str) -> str:
+    if value is None or not math.isfinite(value):
+        return NOTHING
+    return format(value, form).replace("-", "\N{MINUS SIGN}")
 
 
 def count(value: int | None) -> str:
@@ -92,7 +96,7 @@ def duration(seconds: float | None) -> str:
 
 
 def sizes(values: Sequence[float]) -> str:
-    """Along the axes: ``1.5 × 0.8 × 0.8``."""
+    """Along the axes, with times signs between them."""
     return " \N{MULTIPLICATION SIGN} ".join(f"{value:.4g}" for value in values) if len(values) else NOTHING
 
 

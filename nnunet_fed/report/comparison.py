@@ -10,6 +10,8 @@ from nnunet_fed.report.blocks import Figure, Section, Table, duration, interval,
 from nnunet_fed.report.figures import intervals
 from nnunet_fed.report.gather import Comparison
 
+_PAIRED = "Paired over cases; an interval that leaves out 0 tells the two apart."
+
 
 def comparison_section(comparison: Comparison) -> Section:
     """Dice of each method at each site, what the methods cost, and how they differ."""
@@ -63,12 +65,7 @@ def _differences(differences: list[dict[str, Any]]) -> Iterator[Figure | Table]:
         if entry.get("mean") is not None
     ]
     if rows:
-        yield intervals(
-            "difference in Dice",
-            rows,
-            "Paired over cases; an interval that leaves out 0 tells the two apart.",
-            zero=True,
-        )
+        yield intervals("difference in Dice", rows, _PAIRED, zero=True)
         table = [[pair, number(mean), interval(low, high)] for pair, _, mean, low, high in rows]
         yield Table("Differences between methods", ("Pair", "Difference in Dice", "Interval"), table)
 
@@ -85,7 +82,7 @@ def _strata(cases: list[dict[str, str]]) -> Iterator[Table]:
     ]
     if rows:
         note = "Means over cases, sites and seeds, of the cases for which there is a value."
-        yield Table("By class and method", ("Class", "Method", "Cases × seeds", *keys.values()), rows, note, 2)
+        yield Table("By class and method", ("Class", "Method", "Cases, each seed", *keys.values()), rows, note, 2)
 
 
 def _mean(texts: list[str | None]) -> float | None:

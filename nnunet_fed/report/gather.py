@@ -107,8 +107,9 @@ def read_source(path: Path) -> Run | Comparison:
         return _state(path)
     what = "does not exist" if not path.exists() else "holds no run"
     raise ConfigurationError(
-        f"{path} {what}. Name the --out folder of a finished 'nnunet_fed simulate' (it has summary.json) or 'nnunet_fed "
-        "compare' (compare.json), a coordinator's --state folder, or a file with what 'nnunet_fed status --json' prints."
+        f"{path} {what}. Name the --out folder of a finished 'nnunet_fed simulate' (it has summary.json) or "
+        "'nnunet_fed compare' (compare.json), a coordinator's --state folder, or a file with what "
+        "'nnunet_fed status --json' prints."
     )
 
 

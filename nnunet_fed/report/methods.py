@@ -19,10 +19,12 @@ from nnunet_fed.report.blocks import (
 )
 from nnunet_fed.report.figures import bars, graph, intervals, lines, matrix
 from nnunet_fed.report.gather import Run
-from nnunet_fed.report.training import MOST_ROUNDS
 
+MOST_ROWS = 60
+"""Of the table by round and site; of more rounds some are shown."""
 Block = Paragraph | Figure | Table
 
+_NAMES = {"fedavg": "FedAvg", "fedgs": "FedGS", "fedsm": "FedSM", "fedoap": "FedOAP", "gcml": "GCML"}
 _WORDS = {
     "mean_factor": "mean factor by which a step counts more",
     "scaled_share": "share of the steps that count more",
@@ -38,7 +40,7 @@ _WORDS = {
 
 def method_section(run: Run) -> Section:
     """Everything that the method of the run tells of itself."""
-    section = Section("method", f"What {run.method} tells")
+    section = Section("method", f"What {_NAMES.get(run.method, run.method)} tells")
     section.blocks.extend(_diagnostics(run))
     section.blocks.extend(_selector(run))
     section.blocks.extend(_phases(run))
@@ -56,11 +58,13 @@ def _diagnostics(run: Run) -> Iterator[Block]:
                 by_name.setdefault(name, {}).setdefault(site, {})[place] = value
     for name, by_site in by_name.items():
         caption = f"{name}: {_WORDS[name]}." if name in _WORDS else f"{name}, as the method told it."
-        yield lines(name, by_site, "round", caption)
+        told = list(by_site.values())
+        shown = {"all sites": told[0]} if all(values == told[0] for values in told) else by_site
+        yield lines(name, shown, "round", caption)
     places = sorted({place for sites in by_name.values() for values in sites.values() for place in values})
     rows = [
         [str(place), site, *(significant(by_name[name].get(site, {}).get(place)) for name in by_name)]
-        for place in evenly(places, MOST_ROUNDS)
+        for place in evenly(places, max(2, MOST_ROWS // max(1, len(run.sites))))
         for site in run.sites
     ]
     if rows:
@@ -156,7 +160,8 @@ def _exchange(run: Run) -> Iterator[Block]:
     yield Table("Transfers by site", ("Site", *(event.capitalize() for event in events), "Sent"), rows)
     rows = [
         [
-            site, str(phase["from"]), count(phase.get("began")), count(phase.get("ended")), str(phase.get("kept", NOTHING)),
+            site, str(phase["from"]), count(phase.get("began")), count(phase.get("ended")),
+            str(phase.get("kept", NOTHING)),
             ", ".join(f"{name} {number(score)}" for name, score in (phase.get("scores") or {}).items()) or NOTHING,
         ]
         for site, done in phases.items()

@@ -28,8 +28,8 @@ MODEL_NAMES = {
     "federated": "after the rounds", "super": "super model",
 }  # fmt: skip
 _INTERVALS = (
-    f"Intervals are percentiles of a bootstrap over a site's validation cases ({COVERAGE:.0%}). They say how much the mean "
-    "depends on which cases there are, and nothing of other seeds; with few cases they are too narrow."
+    f"Intervals are percentiles of a bootstrap over a site's validation cases ({COVERAGE:.0%}). They say how much the "
+    "mean depends on which cases there are, and nothing of other seeds; with few cases they are too narrow."
 )
 
 

@@ -130,5 +130,5 @@ def _figure(
         canvas.savefig(picture, format="png", dpi=140, metadata={"Software": None})
     source = "data:image/png;base64," + base64.b64encode(picture.getvalue()).decode()
     caption = f"{kind} case: {case} of {site}, Dice {number(dice)}."
-    told = f"Slice {place + 1} of {len(image)} of case {case} of {site}, without and with outlines of reference and prediction."
+    told = f"Slice {place + 1} of {len(image)} of case {case} of {site}, plain and outlined (reference, prediction)."
     return Figure(source, f"{told} Classes: {', '.join(classes)}. Dice {number(dice)}.", caption)

@@ -66,8 +66,8 @@ def comparison_study_section(comparison: Comparison) -> Section:
     section = Section("study", "The study")
     section.blocks.append(
         Paragraph(
-            f"{comparison.name}: {len(methods)} methods on the same sites, splits, plans and initial weights, and with the "
-            f"same budget of steps: {', '.join(methods)}."
+            f"{comparison.name}: {len(methods)} methods on the same sites, splits, plans and initial weights, and with "
+            f"the same budget of steps: {', '.join(methods)}."
         )
     )
     rows = [[name, ", ".join(map(str, seeds)) or NOTHING] for name, seeds in methods.items()]
