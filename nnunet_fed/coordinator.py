@@ -24,6 +24,7 @@ from nnunet_fed.record import run_record
 from nnunet_fed.reduction import write_result
 from nnunet_fed.spool import Spool
 from nnunet_fed.store import Agreed, Collective, Contribution, Store, make_durable, scope_of
+from nnunet_fed.tracking import FederationTracker
 
 logger = logging.getLogger(__name__)
 
@@ -61,15 +62,24 @@ class Coordinator:
         new_attempt: open a new attempt: sites plan and train from the start, what was contributed before is left aside.
         spool_quota: bytes that payloads may take until they are reduced. A site's share of it bounds its first payload
             of a name.
+        tracker: is told of rounds and of what the sites report.
 
     Raises:
         ConfigurationError: the store belongs to a study of other mathematics.
     """
 
-    def __init__(self, study: Federation, store: Store, new_attempt: bool = False, spool_quota: int = SPOOL_QUOTA):
+    def __init__(
+        self,
+        study: Federation,
+        store: Store,
+        new_attempt: bool = False,
+        spool_quota: int = SPOOL_QUOTA,
+        tracker: FederationTracker | None = None,
+    ):
         self.study = study
         self.spool = Spool(store.spool, spool_quota)
         self._store = store
+        self._tracker = tracker
         self._admission = Admission(study, store, spool_quota)
         self._draining = False
         self._keeper = ThreadPoolExecutor(1, thread_name_prefix="keeper")
@@ -107,6 +117,8 @@ class Coordinator:
         self._keeper.shutdown()
         with self._changed:
             self._store.close()
+        if self._tracker is not None:
+            self._tracker.close()
 
     def join(
         self,
@@ -327,6 +339,8 @@ class Coordinator:
             with self._changed:
                 self._seen[site] = time.time()
                 self._progress[site] = progress
+                if self._tracker is not None:
+                    self._tracker.reported(site, progress)
 
     def note(self, run: str, site: str, text: str) -> None:
         """Journal something that happened at a site, for the record and for whoever reads the log."""
@@ -447,6 +461,8 @@ class Coordinator:
                 for site in missing:
                     self._store.set_standing(run, site, "absent")
                     self._store.add_event(run, site, f"absent from {collective.key}")
+                if self._tracker is not None:
+                    self._tracker.closed(self._store, collective)
         finally:
             with self._changed:
                 self._reducing.discard((run, key))

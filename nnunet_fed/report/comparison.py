@@ -6,10 +6,11 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from nnunet_fed.report.blocks import Figure, Section, Table, duration, interval, megabytes, number
+from nnunet_fed.report.blocks import NOTHING, Figure, Section, Table, duration, interval, megabytes, number
 from nnunet_fed.report.figures import intervals
 from nnunet_fed.report.gather import Comparison
 
+_OVERALL = "overall"
 _PAIRED = "Paired over cases; an interval that leaves out 0 tells the two apart."
 
 
@@ -19,10 +20,10 @@ def comparison_section(comparison: Comparison) -> Section:
     methods = comparison.content["methods"]
     sites = list(dict.fromkeys(site for figures in methods.values() for site in figures.get("dice", {})))
     rows, table = [], []
-    for site in sites:
+    for site in [*sites, _OVERALL]:
         for method, figures in methods.items():
-            dice = figures.get("dice", {}).get(site)
-            if dice is not None and dice.get("mean") is not None:
+            dice = (figures.get(_OVERALL) if site == _OVERALL else figures.get("dice", {}).get(site)) or {}
+            if dice.get("mean") is not None:
                 rows.append((site, method, dice["mean"], dice.get("low"), dice.get("high")))
                 spread = number(dice.get("sd_seeds"))
                 table.append([site, method, number(dice["mean"]), interval(dice.get("low"), dice.get("high")), spread])
@@ -38,24 +39,28 @@ def comparison_section(comparison: Comparison) -> Section:
 
 
 def _overview(methods: Mapping[str, Any]) -> Table:
-    rows = [
-        [
-            method, number(_mean_of(figures.get("overall"))), number(_mean_of(figures.get("worst_site"))),
-            number(figures.get("spread")), number(figures.get("gap_closed"), 2), megabytes(figures.get("bytes")),
-            duration(figures.get("seconds")),
-        ]
-        for method, figures in methods.items()
-    ]  # fmt: skip
-    head = ("Method", "Overall", "Worst site", "Spread of sites", "Gap closed", "Traffic", "Time")
+    rows = []
+    for method, figures in methods.items():
+        overall, worst = figures.get(_OVERALL) or {}, figures.get("worst_site") or {}
+        rows.append(
+            [
+                method, str(worst.get("site", NOTHING)), number(overall.get("mean")), number(worst.get("mean")),
+                number(figures.get("spread")), number(figures.get("gap_closed"), 2), megabytes(figures.get("bytes")),
+                duration(figures.get("seconds")),
+            ]
+        )  # fmt: skip
+    head = (
+        "Method",
+        "Worst site",
+        "Dice overall",
+        "at the worst site",
+        "Spread of sites",
+        "Gap closed",
+        "Traffic",
+        "Time",
+    )
     note = "Gap closed: the share of the way from training alone (0) to training on all data together (1)."
-    return Table("Methods", head, rows, note)
-
-
-def _mean_of(figure: Any) -> float | None:
-    """Of a number, or of a block with ``mean`` or ``dice``."""
-    if isinstance(figure, Mapping):
-        figure = figure.get("mean", figure.get("dice"))
-    return None if figure is None else float(figure)
+    return Table("Methods", head, rows, note, 2)
 
 
 def _differences(differences: list[dict[str, Any]]) -> Iterator[Figure | Table]:

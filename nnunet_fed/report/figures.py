@@ -68,7 +68,7 @@ def _legend(axes: Any, entries: int) -> None:
 
 def lines(
     what: str, series: Mapping[str, Line], x_label: str, caption: str, *, local_from: int | None = None,
-    limits: tuple[float, float] | None = None,
+    limits: tuple[float, float | None] | None = None,
 ) -> Figure:  # fmt: skip
     """Values over rounds or epochs, a line for each site.
 
@@ -113,7 +113,8 @@ def intervals(
         caption: below the figure.
         zero: mark where there is no difference.
     """
-    groups, names = (list(dict.fromkeys(row[place] for row in rows)) for place in (0, 1))
+    groups = list(dict.fromkeys(row[0] for row in rows))
+    names = list(dict.fromkeys(row[1] for row in rows))
     with mpl.rc_context(_STYLE):
         canvas, axes = _canvas(1.1 + 0.26 * len(rows) + 0.12 * len(groups) + 0.2 * math.ceil(len(names) / 3))
         places, ticks, place = [], [], 0.0
@@ -129,7 +130,8 @@ def intervals(
                 axes.plot([low, high], [place, place], color=look["color"], linewidth=2, solid_capstyle="butt")
             axes.plot([value], [place], marker=look["marker"], color=look["color"], linestyle="none", markersize=6)
         for index, name in enumerate(names):
-            axes.plot([], [], label=name, **{**_look(index), "linestyle": "none"})
+            look = {**_look(index), "linestyle": "none"}
+            axes.plot([], [], label=name, **look)
         if zero:
             axes.axvline(0, color="#000000", linewidth=1)
         axes.set_yticks(ticks, groups)

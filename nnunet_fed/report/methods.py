@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from nnunet_fed.report.blocks import (
     NOTHING,
@@ -73,7 +73,7 @@ def _diagnostics(run: Run) -> Iterator[Block]:
 
 def _selector(run: Run) -> Iterator[Block]:
     """FedSM: whom the selector takes a case's site for, and which model the super model chose."""
-    found = run.summary.get("selector") or next(
+    found: Mapping[str, Any] = run.summary.get("selector") or next(
         (f.record["selector"] for f in run.sites.values() if f.record.get("selector")), {}
     )
     confusion = found.get("confusion")

@@ -118,8 +118,8 @@ def _site_row(run: Run, name: str) -> list[str]:
         name,
         count(cases),
         count(summary.get("val_cases")),
-        sizes(np.median(local["spacings"], axis=0)) if local.get("spacings") else NOTHING,
-        sizes(np.median(local["shapes_after_crop"], axis=0)) if local.get("shapes_after_crop") else NOTHING,
+        sizes(np.median(local["spacings"], axis=0).tolist()) if local.get("spacings") else NOTHING,
+        sizes(np.median(local["shapes_after_crop"], axis=0).tolist()) if local.get("shapes_after_crop") else NOTHING,
     ]
 
 
@@ -162,7 +162,9 @@ def _lesions(run: Run) -> Iterator[Figure | Table]:
                 volumes.setdefault(label, {}).setdefault(name, []).extend(
                     lesion["volume"] for lesion in result["lesions"] if lesion["volume"] > 0
                 )
-    thresholds = next((found for files in run.sites.values() if (found := files.lesions.get(SMALL_LESIONS))), {})
+    thresholds: dict[str, float | None] = next(
+        (found for files in run.sites.values() if (found := files.lesions.get(SMALL_LESIONS))), {}
+    )
     rows = []
     for label, by_site in volumes.items():
         there = {name: values for name, values in by_site.items() if values}

@@ -113,7 +113,7 @@ def _moved(run: Run) -> dict[str, dict[str, float]]:
     moved = {}
     for name in run.site_names:
         known = [run.summary.get("sites", {}).get(name, {}), run.sites[name].record if name in run.sites else {}]
-        own = next((block for block in known if block.get("bytes_sent") is not None), {})
+        own: Mapping[str, Any] = next((block for block in known if block.get("bytes_sent") is not None), {})
         kinds = {kind: own.get(f"bytes_{kind}") for kind in ("sent", "received")}
         if all(value is None for value in kinds.values()):
             given = [c["sites"][name]["bytes"] for c in run.training if name in c["sites"]]
@@ -138,7 +138,7 @@ def _rounds(run: Run) -> Iterator[Paragraph | Figure | Table]:
     spent = _spent(run)
     waits = {"all collectives of the round": {place + 1: spent[place] for place in sorted(means)}}
     caption = "From a round's first contribution to its last result, as the coordinator saw it."
-    yield lines("seconds", waits, "round", caption)
+    yield lines("seconds", waits, "round", caption, limits=(0.0, None))
     norms = {
         site: {
             place + 1: given["norm"]
