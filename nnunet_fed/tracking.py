@@ -1,6 +1,6 @@
 """Scalars for TensorBoard, at a site and at the coordinator. Written with tensorboardX, which needs no torch.
 
-Source: ours. nnU-Net's own logger hands every value on to those in its ``loggers``; a site's is one of them, as nnU-Net's
+Source: ours. nnU-Net's own logger hands every value on to those in its ``loggers``; a site's is one of them, as the one
 for Weights & Biases is.
 """
 
