@@ -79,13 +79,15 @@ class SiteTracker:
         if isinstance(value, int | float) and key not in self._summaries:
             self._summaries.add(key)
             self._writer.add_scalar(key, float(value), 0)
-            self._writer.flush()
 
     def round_over(self, number: int, figures: Mapping[str, float]) -> None:
         """The method's figures of a round, counted from 1."""
         for name, value in figures.items():
             self._writer.add_scalar(f"federation/{name}", value, number)
-        self._writer.flush()
+
+    def close(self) -> None:
+        """Have everything on disk, after the validation of the model that the site deploys."""
+        self._writer.close()
 
 
 class FederationTracker:

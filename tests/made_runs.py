@@ -121,8 +121,8 @@ def _write_site(place: Path, site: str, number: int, dice: tuple[float, ...]) ->
     write(fold / "validation" / "lesions.json", {"small_lesions": {"lesion": 12.5}, "cases": by_case})
     rounds = [
         {
-            "scope": f"round-{place:04d}", "weights": {site: 11.0}, "bytes_sent": 2_000_000, "bytes_received": 2_000_000,
-            "seconds": 0.5, "at": 1.0, "diagnostics": {},
+            "scope": f"round-{place:04d}", "weights": {site: 11.0}, "bytes_sent": 2_000_000,
+            "bytes_received": 2_000_000, "seconds": 0.5, "at": 1.0, "diagnostics": {},
         }
         for place in range(3)
     ]  # fmt: skip
@@ -148,7 +148,8 @@ def _write_site(place: Path, site: str, number: int, dice: tuple[float, ...]) ->
     write(prepared / "dataset.json", {"labels": {"background": 0, "lesion": 1}})
     configuration = {
         "spacing": [2.5, 1.3, 1.25], "median_image_size_in_voxels": [30, 40, 41], "patch_size": [24, 32, 32],
-        "batch_size": 2, "architecture": {"arch_kwargs": {"n_stages": 5}}, "normalization_schemes": ["ZScoreNormalization"],
+        "batch_size": 2, "architecture": {"arch_kwargs": {"n_stages": 5}},
+        "normalization_schemes": ["ZScoreNormalization"],
     }  # fmt: skip
     plans = {"configurations": {"3d_fullres": configuration}, "federation": {"small_lesions": {"lesion": 12.5}}}
     write(prepared / "nnUNetFedPlans.json", plans)
@@ -168,7 +169,8 @@ def make_comparison(folder: Path) -> Path:
             for number, site in enumerate(SITES)
         }
         methods[method] = {
-            "seeds": [3, 4], "dice": sites, "overall": {"mean": 0.505 + shift, "low": 0.4, "high": 0.6, "sd_seeds": 0.01},
+            "seeds": [3, 4], "dice": sites,
+            "overall": {"mean": 0.505 + shift, "low": 0.4, "high": 0.6, "sd_seeds": 0.01},
             "worst_site": {"site": "site_a", "mean": 0.5 + shift}, "spread": 0.0123, "gap_closed": shift * 8,
             "gap_closed_by_site": {}, "bytes": 12_300_000 if shift else None, "seconds": 600.0,
         }  # fmt: skip

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from made_runs import DICE, SITES, amend, fold_of, make_comparison, make_run, record, study, write, write_images
 from serving import Served, make_study
+from test_transport import together
 
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.report.blocks import Figure, Section, Table, evenly, without_paths
@@ -226,13 +227,13 @@ def test_state_of_a_coordinator(tmp_path: Path) -> None:
         served = Served(make_study(), tmp_path / "state", stack)
         seats = [served.seat(site) for site in ("a", "b")]
         weights = {"w": np.ones(3, np.float32)}
-        for seat in seats:
-            seat._exchange("round-0000/model", "mean", weights, 2.0) if hasattr(seat, "_exchange") else None
+        together(*(lambda seat=seat: seat.mean("round-0000/model", weights, 2.0) for seat in seats))
         with pytest.raises(ConfigurationError, match=r"cannot be opened.*status --json > record.json"):
             read_source(tmp_path / "state")
         live = served.coordinator.status(record=True)
         served.stop()
         stopped = read_source(tmp_path / "state").record  # type: ignore[union-attr]
+    assert stopped["runs"]
     for key in ("study", "digest", "attempt", "runs", "events"):
         assert stopped[key] == json.loads(json.dumps(live[key])), key
 

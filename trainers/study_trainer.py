@@ -244,9 +244,17 @@ class StudyTrainer(nnUNetTrainer):
         """:meth:`validate`, unless it is to be skipped."""
         if self.skips_validation:
             self.print_to_log_file(f"Validation is skipped, since {SKIP_VALIDATION_VARIABLE} is set.")
+            self._stop_tracking()
             return
         with sentences_for_users(), logged_by(self.print_to_log_file):
             self.validate(save_probabilities)
+        self._stop_tracking()
+
+    def _stop_tracking(self) -> None:
+        if self.tracker is not None:
+            self.logger.loggers.remove(self.tracker)
+            self.tracker.close()
+            self.tracker = None
 
     def validate(self, save_probabilities: bool) -> None:
         """nnU-Net's validation of :attr:`network`, then the same by lesion size."""

@@ -28,6 +28,7 @@ LINES = ("-", "--", "-.", ":")
 WIDTH = 4.4
 """Inches; two stand side by side on a desktop, one is as wide as a phone."""
 MOST_MARKS = 20
+LONGEST_LABEL = 18
 _STYLE = {
     "font.family": "DejaVu Sans", "font.size": 10.0, "axes.spines.top": False, "axes.spines.right": False,
     "axes.edgecolor": "#555555", "axes.grid": True, "axes.axisbelow": True, "grid.color": "#DDDDDD",
@@ -46,6 +47,12 @@ def _look(index: int) -> dict[str, Any]:
         "marker": MARKS[index % len(MARKS)],
         "linestyle": LINES[index // len(COLOURS) % len(LINES)],
     }
+
+
+def _short(name: str) -> str:
+    """A name as a label: a long one would leave no room for the figure. Tables and text alternatives have it whole."""
+    half = LONGEST_LABEL // 2
+    return name if len(name) <= LONGEST_LABEL else f"{name[:half]}\N{HORIZONTAL ELLIPSIS}{name[1 - half :]}"
 
 
 def _canvas(height: float) -> tuple[Canvas, Any]:
@@ -86,7 +93,7 @@ def lines(
             x = sorted(values)
             every = max(1, len(x) // MOST_MARKS)
             y = [values[place] for place in x]
-            axes.plot(x, y, label=name, markersize=4, linewidth=1.5, markevery=every, **_look(index))
+            axes.plot(x, y, label=_short(name), markersize=4, linewidth=1.5, markevery=every, **_look(index))
         if local_from is not None:
             last = max(max(values) for values in series.values())
             axes.axvspan(local_from - 0.5, last + 0.5, color="#999999", alpha=0.25, linewidth=0)
@@ -131,10 +138,10 @@ def intervals(
             axes.plot([value], [place], marker=look["marker"], color=look["color"], linestyle="none", markersize=6)
         for index, name in enumerate(names):
             look = {**_look(index), "linestyle": "none"}
-            axes.plot([], [], label=name, **look)
+            axes.plot([], [], label=_short(name), **look)
         if zero:
             axes.axvline(0, color="#000000", linewidth=1)
-        axes.set_yticks(ticks, groups)
+        axes.set_yticks(ticks, list(map(_short, groups)))
         axes.set(xlabel=what, ylim=(max(places) + 0.6, -0.6))
         axes.grid(axis="y", visible=False)
         _legend(axes, len(names))
@@ -165,7 +172,7 @@ def strips(what: str, groups: Mapping[str, Sequence[float]], caption: str, logar
             )
             middle = float(np.median(values))
             axes.plot([middle, middle], [index - 0.34, index + 0.34], color="#000000", linewidth=2)
-        axes.set_yticks(range(len(groups)), list(groups))
+        axes.set_yticks(range(len(groups)), list(map(_short, groups)))
         axes.set(xlabel=what, ylim=(len(groups) - 0.4, -0.6))
         if logarithmic:
             axes.set_xscale("log")
@@ -197,9 +204,15 @@ def bars(what: str, groups: Mapping[str, Mapping[str, float]], caption: str) -> 
             values = [group.get(name, 0.0) for group in groups.values()]
             hatch = ("", "//", "..", "xx")[index % 4]
             axes.barh(
-                places, values, thick, label=name, color=COLOURS[index % len(COLOURS)], hatch=hatch, edgecolor="white"
+                places,
+                values,
+                thick,
+                label=_short(name),
+                color=COLOURS[index % len(COLOURS)],
+                hatch=hatch,
+                edgecolor="white",
             )
-        axes.set_yticks(range(len(groups)), list(groups))
+        axes.set_yticks(range(len(groups)), list(map(_short, groups)))
         axes.set(xlabel=what, ylim=(len(groups) - 0.4, -0.6))
         axes.grid(axis="y", visible=False)
         _legend(axes, len(names))
@@ -236,8 +249,8 @@ def matrix(
             dark = not math.isfinite(value) or shown.norm(value) > 0.55
             axes.text(column, row, number(value, digits), ha="center", va="center", color="black" if dark else "white")
         slanted = {"rotation": 30, "ha": "right"} if max(map(len, columns)) * len(columns) > 40 else {}
-        axes.set_xticks(range(len(columns)), list(columns), **slanted)
-        axes.set_yticks(range(len(rows)), list(rows))
+        axes.set_xticks(range(len(columns)), list(map(_short, columns)), **slanted)
+        axes.set_yticks(range(len(rows)), list(map(_short, rows)))
         axes.set(xlabel=axes_labels[1], ylabel=axes_labels[0], title=what)
         told = "; ".join(
             f"{row}: " + ", ".join(f"{column} {number(v, digits)}" for column, v in zip(columns, line, strict=True))
@@ -278,7 +291,7 @@ def graph(what: str, nodes: Sequence[str], edges: Mapping[tuple[str, str], int],
         for index, name in enumerate(nodes):
             axes.plot(*places[name], marker="o", markersize=22, color=_look(index)["color"], linestyle="none")
             x, y = places[name]
-            axes.text(1.28 * x, 1.28 * y, name, ha="center", va="center", fontweight="bold")
+            axes.text(1.28 * x, 1.28 * y, _short(name), ha="center", va="center", fontweight="bold")
         axes.set(xlim=(-1.7, 1.7), ylim=(-1.5, 1.5), aspect="equal", title=what)
         axes.set_axis_off()
         told = "; ".join(f"{giver} to {taker}: {times}" for (giver, taker), times in edges.items()) or "nothing"

@@ -37,10 +37,11 @@ def write_report(source: Path, out: Path) -> None:
         ConfigurationError: the source is none of these, or the file cannot be written.
     """
     read = read_source(source)
-    page = render(read, sections_of(read, source))
+    sections = sections_of(read, source)
+    page = render(read, sections)
     if len(page.encode()) > MOST_BYTES:
         logger.warning("The images are left out, since the report would be larger than %d MB.", MOST_BYTES // 10**6)
-        page = render(read, [section for section in sections_of(read, source) if not section.id.startswith("images")])
+        page = render(read, [section for section in sections if not section.id.startswith("images")])
     part = out.with_name(out.name + ".part")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
