@@ -70,7 +70,8 @@ def _finish(canvas: Canvas, alternative: str, caption: str) -> Figure:
 
 def _legend(axes: Any, entries: int) -> None:
     if entries > 1:
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=min(3, entries), handlelength=2.4)
+        handles, labels = axes.get_legend_handles_labels()
+        axes.figure.legend(handles, labels, loc="outside lower center", ncols=min(3, entries), handlelength=2.4)
 
 
 def lines(
@@ -139,6 +140,7 @@ def intervals(
         for index, name in enumerate(names):
             look = {**_look(index), "linestyle": "none"}
             axes.plot([], [], label=_short(name), **look)
+        axes.locator_params(axis="x", nbins=5)
         if zero:
             axes.axvline(0, color="#000000", linewidth=1)
         axes.set_yticks(ticks, list(map(_short, groups)))
