@@ -17,7 +17,6 @@ import numpy as np
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure as Canvas
 from matplotlib.patches import FancyArrowPatch
-from matplotlib.ticker import NullFormatter
 
 from nnunet_fed.report.blocks import Figure, number, significant
 
@@ -179,7 +178,7 @@ def strips(what: str, groups: Mapping[str, Sequence[float]], caption: str, logar
         if logarithmic:
             axes.set_xscale("log")
             axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-            axes.xaxis.set_minor_formatter(NullFormatter())
+            axes.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
         axes.grid(axis="y", visible=False)
         told = "; ".join(
             f"{name}: {len(values)} values from {significant(min(values))} to {significant(max(values))}, "
