@@ -23,6 +23,7 @@ from nnunet_fed.cli_check import check
 from nnunet_fed.cli_compare import compare
 from nnunet_fed.cli_peer import peer
 from nnunet_fed.cli_predict import predict
+from nnunet_fed.cli_report import report
 from nnunet_fed.errors import ConfigurationError, DisagreementError, FederationError
 from nnunet_fed.federation import WATCHER, Federation, Site, explain
 from nnunet_fed.options import named_folders, named_labels, named_values, repeat_option, whole_number, whole_numbers
@@ -119,11 +120,15 @@ def coordinator(
         bool, typer.Option("--http-insecure", help="Let --http be an address that other machines reach.")
     ] = False,
     log_json: Annotated[bool, typer.Option("--log-json", help="Log a JSON object a line.")] = False,
+    tensorboard: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write TensorBoard scalars of rounds and sites there.")
+    ] = None,
 ) -> None:
     """Serve a study: all sites reach this one process, which sees weights and numbers but no image."""
     from nnunet_fed.coordinator import Coordinator
     from nnunet_fed.logs import log_as_json
     from nnunet_fed.store import Store
+    from nnunet_fed.tracking import FederationTracker
     from nnunet_fed.transport.http import StatusServer
     from nnunet_fed.transport.server import CoordinatorServer
     from nnunet_fed.transport.tls import KeyFiles
@@ -134,7 +139,8 @@ def coordinator(
         log_as_json()
     keys = KeyFiles.given(cert, key, ca)
     federation = Federation.read(study)
-    coordinator = Coordinator(federation, Store(state), new_attempt, int(spool_quota * 1e9))
+    tracker = FederationTracker(tensorboard) if tensorboard is not None else None
+    coordinator = Coordinator(federation, Store(state), new_attempt, int(spool_quota * 1e9), tracker)
     pages = StatusServer(coordinator, http, http_insecure) if http is not None else None
     server = CoordinatorServer(coordinator, listen, insecure, keys, revoked, pages.meter if pages else None)
     stopped = threading.Event()
@@ -315,6 +321,7 @@ def phantom(
 app.command()(check)
 app.command()(predict)
 app.command()(compare)
+app.command()(report)
 app.command()(peer)
 app.add_typer(cli_certs.app)
 

@@ -17,6 +17,7 @@ from nnunet_fed.payload import digest_of_file
 from nnunet_fed.reduction import write_result
 from nnunet_fed.spool import Spool
 from nnunet_fed.store import Collective, Contribution, Store, make_durable
+from nnunet_fed.tracking import FederationTracker
 
 logger = logging.getLogger(__name__)
 
@@ -29,10 +30,19 @@ class Closing:
         store: the coordinator's memory.
         spool: where uploads arrive.
         changed: guards the store; told when a collective is no longer open.
+        tracker: is told of rounds.
     """
 
-    def __init__(self, study: Federation, store: Store, spool: Spool, changed: threading.Condition):
+    def __init__(
+        self,
+        study: Federation,
+        store: Store,
+        spool: Spool,
+        changed: threading.Condition,
+        tracker: FederationTracker | None = None,
+    ):
         self._study = study
+        self._tracker = tracker
         self._store = store
         self._spool = spool
         self._changed = changed
@@ -90,6 +100,8 @@ class Closing:
                 for site in missing:
                     self._store.set_standing(run, site, "absent")
                     self._store.add_event(run, site, f"absent from {collective.key}")
+                if self._tracker is not None:
+                    self._tracker.closed(self._store, collective)
         finally:
             with self._changed:
                 self._reducing.discard((run, key))

@@ -20,9 +20,11 @@ from nnunet_fed.errors import ConfigurationError, RefusedError
 from nnunet_fed.federation import Federation
 from nnunet_fed.logs import about
 from nnunet_fed.payload import open_payload
+from nnunet_fed.record import happened
 from nnunet_fed.spool import Spool
-from nnunet_fed.status import Tally, record_of, status_of
+from nnunet_fed.status import Tally, status_of
 from nnunet_fed.store import Agreed, Collective, Contribution, Store, make_durable, scope_of
+from nnunet_fed.tracking import FederationTracker
 
 logger = logging.getLogger(__name__)
 
@@ -51,19 +53,28 @@ class Coordinator:
         new_attempt: open a new attempt: sites plan and train from the start, what was contributed before is left aside.
         spool_quota: bytes that payloads may take until they are reduced. A site's share of it bounds its first payload
             of a name.
+        tracker: is told of rounds and of what the sites report.
 
     Raises:
         ConfigurationError: the store belongs to a study of other mathematics.
     """
 
-    def __init__(self, study: Federation, store: Store, new_attempt: bool = False, spool_quota: int = SPOOL_QUOTA):
+    def __init__(
+        self,
+        study: Federation,
+        store: Store,
+        new_attempt: bool = False,
+        spool_quota: int = SPOOL_QUOTA,
+        tracker: FederationTracker | None = None,
+    ):
         self.study = study
         self.spool = Spool(store.spool, spool_quota)
         self._store = store
+        self._tracker = tracker
         self._admission = Admission(study, store, spool_quota)
         self._draining = False
         self._changed = threading.Condition()
-        self.closing = Closing(study, store, self.spool, self._changed)
+        self.closing = Closing(study, store, self.spool, self._changed, tracker)
         self._seen: dict[str, float] = {}
         self._progress: dict[str, dict[str, Any]] = {}
         known = store.latest_study()
@@ -94,6 +105,8 @@ class Coordinator:
         self.closing.shutdown()
         with self._changed:
             self._store.close()
+        if self._tracker is not None:
+            self._tracker.close()
 
     def join(
         self,
@@ -302,6 +315,8 @@ class Coordinator:
             with self._changed:
                 self._seen[site] = time.time()
                 self._progress[site] = progress
+                if self._tracker is not None:
+                    self._tracker.reported(site, progress)
 
     def note(self, run: str, site: str, text: str) -> None:
         """Journal something that happened at a site, for the record and for whoever reads the log."""
@@ -326,7 +341,7 @@ class Coordinator:
         """What is going on, as JSON; with ``record`` also all that happened, collective by collective."""
         with self._changed:
             now = status_of(self.study, self.attempt, self._store, self.closing, self._seen, self._progress)
-            return {**now, **record_of(self._store)} if record else now
+            return {**now, **happened(self._store)} if record else now
 
     def tally(self) -> Tally:
         """Totals for those who measure; the rounds are the journal's, the reductions those since the start."""

@@ -207,6 +207,8 @@ class Site(Table):
     """File of the certificates that are no longer accepted from peers; relative to ``site.toml``'s folder."""
     connect_minutes: float = Field(default=1.0, gt=0, le=LONGEST_MINUTES)
     """How long to wait for a coordinator that does not answer when a command starts."""
+    tensorboard: bool = False
+    """Write TensorBoard scalars beside the checkpoints; needs tensorboardX."""
     mapped_dataset: int | None = Field(default=None, ge=1, le=999)
     """Free number for the data set with the federation's labels, which is built beside this site's own."""
     labels: dict[str, LabelSource] | None = Field(default=None, min_length=1)

@@ -1,4 +1,4 @@
-"""What the coordinator tells of itself: what is going on, and all that happened. As JSON. Source: ours."""
+"""What a running coordinator tells of itself. As JSON. Source: ours."""
 
 from __future__ import annotations
 
@@ -55,30 +55,3 @@ def status_of(
             for c in store.collectives(run, "open")
         ],
     }
-
-
-def record_of(store: Store) -> dict[str, Any]:
-    """All that happened: the runs with their collectives, and the events."""
-    return {
-        "runs": {run: {**described, **_collectives(store, run)} for run, described in store.runs().items()},
-        "events": store.events(),
-    }
-
-
-def _collectives(store: Store, run: str) -> dict[str, Any]:
-    return {
-        "collectives": [
-            {
-                "key": c.key, "verb": c.verb, "status": c.status, "opened": c.opened, "closed": c.closed,
-                "seconds": c.closed and c.closed - c.opened, "digest": c.digest, "bytes": c.size, "error": c.error,
-                "sites": {
-                    site: {
-                        "weight": given.weight, "bytes": given.size, "digest": given.digest, "at": given.at,
-                        "seconds": given.seconds, "norm": given.norm,
-                    }
-                    for site, given in store.contributions(run, c.key).items()
-                },
-            }
-            for c in store.collectives(run)
-        ]
-    }  # fmt: skip

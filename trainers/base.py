@@ -269,6 +269,8 @@ class FederatedTrainer(StudyTrainer):
         if self.diagnostics:
             figures = ", ".join(f"{name} {value:.5g}" for name, value in self.diagnostics.items())
             self.print_to_log_file(f"{self.method} in {scope}: {figures}")
+            if self.tracker is not None:
+                self.tracker.round_over(number + 1, self.diagnostics)
         if self.study.momentum_on_round == "reset":
             for optimizer in self.optimizers:
                 optimizer.state.clear()

@@ -17,6 +17,7 @@ from nnunet_fed.federation import PLANS_KEY, Federation, Site
 from nnunet_fed.methods.fedavg import site_weight
 from nnunet_fed.payload import Array
 from nnunet_fed.tensors import load_arrays, shared_tensors, to_arrays
+from nnunet_fed.tracking import SiteTracker
 from nnunet_fed.trainers import checkpoint
 from nnunet_fed.trainers.record import logged_by
 from nnunet_fed.trainers.strata import evaluate_lesions
@@ -85,6 +86,7 @@ class StudyTrainer(nnUNetTrainer):
         self.save_every = self.study.local_epochs
         if self.device.type == "cpu" and os.environ.get(THREADS_VARIABLE):
             torch.set_num_threads(int(os.environ[THREADS_VARIABLE]))
+        self.tracker: SiteTracker | None = None
         self._training_cases = 0
         self._attempt: int | None = None
         self._resumed: dict[str, Any] | None = None
@@ -168,6 +170,14 @@ class StudyTrainer(nnUNetTrainer):
             group["momentum"] = self.study.momentum
         return optimizer, schedule
 
+    def on_train_start(self) -> None:
+        """nnU-Net's start, then TensorBoard if site.toml asks for it: its thread must not be there at a fork."""
+        super().on_train_start()
+        going_on = self.current_epoch < self.num_epochs  # a finished training needs no site.toml
+        if self.local_rank == 0 and going_on and Site.from_environment().tensorboard:
+            self.tracker = SiteTracker(Path(self.output_folder), self.current_epoch)
+            self.logger.loggers.append(self.tracker)
+
     def get_tr_and_val_datasets(self) -> Any:
         """nnU-Net's data sets; notes the number of training cases.
 
@@ -234,9 +244,17 @@ class StudyTrainer(nnUNetTrainer):
         """:meth:`validate`, unless it is to be skipped."""
         if self.skips_validation:
             self.print_to_log_file(f"Validation is skipped, since {SKIP_VALIDATION_VARIABLE} is set.")
+            self._stop_tracking()
             return
         with sentences_for_users(), logged_by(self.print_to_log_file):
             self.validate(save_probabilities)
+        self._stop_tracking()
+
+    def _stop_tracking(self) -> None:
+        if self.tracker is not None:
+            self.logger.loggers.remove(self.tracker)
+            self.tracker.close()
+            self.tracker = None
 
     def validate(self, save_probabilities: bool) -> None:
         """nnU-Net's validation of :attr:`network`, then the same by lesion size."""
