@@ -28,7 +28,7 @@ PATIENCE = 240.0
 
 
 def environment(**variables: Any) -> dict[str, str]:
-    settings = {"nnUNet_n_proc_DA": 0, "nnUNet_def_n_proc": 2, "nnUNet_fed_threads": 1, "OMP_NUM_THREADS": 1}
+    settings = {"nnUNet_n_proc_DA": 0, "nnUNet_def_n_proc": 1, "nnUNet_fed_threads": 1, "OMP_NUM_THREADS": 1}
     return {**os.environ, **{name: str(value) for name, value in {**settings, **variables}.items()}}
 
 
