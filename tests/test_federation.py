@@ -46,6 +46,7 @@ OTHER_VALUES: dict[str, tuple[Any, bool]] = {
     "planning_deadline_minutes": (1.0, False),
     "keep_rounds": (4, False),
     "max_update_norm": (10.0, False),
+    "cross_site": (True, False),
 }
 FINE_TUNED: dict[str, Any] = {"finetune_epochs": 4, "finetune_lr_factor": 0.5}
 METHODS: dict[str, dict[str, Any]] = {
