@@ -5,7 +5,6 @@ The coordinator knows these keys for its record only: what a site says is read w
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -31,17 +30,17 @@ def matrix(columns: Mapping[str, Any], sites: Iterable[str]) -> Matrix:
     """The matrix, with a row for each model that was evaluated anywhere.
 
     Args:
-        columns: by the site that says so, its :data:`Column`; what is no number counts as ``None``.
+        columns: by the site that says so, its :data:`Column`; what is no Dice counts as ``None``.
         sites: names of the sites whose models count.
     """
     known = {at: column for at, column in sorted(columns.items()) if isinstance(column, Mapping)}
     return {
         model: row
         for model in sorted(sites)
-        if (row := {at: _number(column[model]) for at, column in known.items() if model in column})
+        if (row := {at: _dice(column[model]) for at, column in known.items() if model in column})
     }
 
 
-def _number(value: Any) -> float | None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if is_number else None
+def _dice(value: Any) -> float | None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if is_number and 0 <= value <= 1 else None

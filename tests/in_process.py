@@ -90,6 +90,9 @@ class LocalMembership:
         self.seat, self.study = Seat(rooms, site), study
         self.note_facts = Record(folder / "federation.json", continues).note
 
+    def describe(self, training_cases: int) -> None:
+        self.note_facts(training_cases=training_cases)
+
     @contextmanager
     def exchanging(self, scope: str) -> Iterator[dict[str, float]]:
         yield {}

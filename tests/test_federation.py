@@ -191,6 +191,11 @@ def sentence(model: type[Federation] | type[Site], **changes: Any) -> str:
         ({"method": {"name": "fedsm"}, "sites": ["a", "global"]}, "no site may be called 'global'"),
         ({"method": {"name": "fedsm", "softpull_self_weight": 0.4}}, "with 2 sites it must be at least 1/2"),
         ({"method": {"name": "fedsm", "softpull_self_weight": 1.1}}, "softpull_self_weight: input should be less than"),
+        ({"method": {"name": "gcml"}, "cross_site": True}, "sites that train with GCML do not call it"),
+        (
+            {"method": {"name": "fedoap", "private_stem": True}, "cross_site": True},
+            "cross_site = true does not go with private_stem = true",
+        ),
         ({"method": {"name": "fedgs", "strenght": 1}}, "unknown key 'method.strenght', did you mean 'strength'?"),
         (
             {"method": {"name": "fedgs", "threshold": 0.5}},
