@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from warm import Forked
 
 from nnunet_fed.federation import Federation, Site
 from nnunet_fed.simulate import TRAINERS, free_ports, plugin_folder
@@ -77,7 +78,7 @@ class RunningSite:
     trainer: str
     environment: dict[str, str]
     fold: str = "0"
-    process: subprocess.Popen[bytes] | None = None
+    process: Forked | None = None
     log: Path = field(init=False)
 
     def __post_init__(self) -> None:
@@ -88,12 +89,8 @@ class RunningSite:
         return self.folder / "results" / self.dataset / f"{self.trainer}__{PLANS}__3d_fullres" / f"fold_{self.fold}"
 
     def start(self, *arguments: str) -> None:
-        with self.log.open("ab") as log:
-            train = [command("nnUNetv2_train"), "1", "3d_fullres", self.fold, "-tr", self.trainer, "-p", PLANS]
-            self.process = subprocess.Popen(
-                [*train, "-device", "cpu", *arguments],
-                env=self.environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
+        train = [command("nnUNetv2_train"), "1", "3d_fullres", self.fold, "-tr", self.trainer, "-p", PLANS]
+        self.process = Forked([*train, "-device", "cpu", *arguments], self.environment, str(self.log))
 
     def send(self, number: signal.Signals) -> None:
         assert self.process is not None
