@@ -185,7 +185,9 @@ class SmallTrainer(SimpleNamespace):
 
     def __init__(self, seat: Any, folder: Path, outputs: int = 2):
         torch.manual_seed(ord(seat.site[0]))
-        super().__init__(communicator=seat, output_folder=str(folder), network=torch.nn.Linear(3, outputs), events=[])
+        super().__init__(
+            communicator=seat, output_folder=str(folder), network=torch.nn.Linear(3, outputs), events=[], local_rank=0
+        )
         folder.mkdir()
         self.validated(str(folder))
 

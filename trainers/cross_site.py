@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,6 @@ from nnunet_fed.cross_site import DICE, Column, matrix, model_key
 from nnunet_fed.errors import NoContributionError, RoundClosedError
 from nnunet_fed.tensors import load_arrays, shared_tensors, to_arrays
 from nnunet_fed.trainers.further_validation import mean_dice, validate_below, weights_kept
-from nnunet_fed.trainers.ranks import from_rank_zero
 
 if TYPE_CHECKING:
     from nnunet_fed.trainers.base import FederatedTrainer
@@ -25,7 +23,7 @@ HERE, MATRIX = "evaluated_here", "matrix"
 
 def is_complete(trainer: FederatedTrainer) -> bool:
     """Whether all that there is to be evaluated has been, in this training; the same on every rank."""
-    return from_rank_zero(lambda: MATRIX in _recorded(Path(trainer.output_folder)))
+    return MATRIX in _recorded(Path(trainer.output_folder))
 
 
 def evaluate_across_sites(trainer: FederatedTrainer, save_probabilities: bool, tell: Callable[[str], None]) -> None:
@@ -45,7 +43,11 @@ def evaluate_across_sites(trainer: FederatedTrainer, save_probabilities: bool, t
         DisagreementError: a model has other tensors than this site's network.
     """
     communicator, folder = trainer.communicator, Path(trainer.output_folder)
-    evaluated: Column = from_rank_zero(lambda: _recorded(folder).get(HERE, {}))
+
+    def dice_in(place: Path) -> float | None:
+        return mean_dice(place) if trainer.local_rank == 0 else None  # which writes it, and alone speaks to the others
+
+    evaluated: Column = _recorded(folder).get(HERE, {})
     for site in communicator.sites:
         if site in evaluated:  # before the training was killed
             continue
@@ -62,9 +64,9 @@ def evaluate_across_sites(trainer: FederatedTrainer, save_probabilities: bool, t
             with weights_kept(trainer) as network:
                 load_arrays(shared_tensors(network), received)
                 validate_below(trainer, f"{FOLDER}/{site}", save_probabilities)
-        evaluated[site] = from_rank_zero(partial(mean_dice, folder if mine else folder / FOLDER / site))
+        evaluated[site] = dice_in(folder if mine else folder / FOLDER / site)
         trainer.note_facts(cross_site={HERE: evaluated})
-    evaluated[communicator.site] = from_rank_zero(partial(mean_dice, folder))
+    evaluated[communicator.site] = dice_in(folder)
     try:
         columns = communicator.gather(DICE, evaluated)
     except RoundClosedError:
