@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from in_process import InProcess, Killed, same_arrays, weights
+from in_process import InProcess, Killed, LocalMembership, same_arrays, weights
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from serving import make_study
 from test_transport import Serve, together
@@ -118,6 +118,16 @@ def test_every_model_is_evaluated_everywhere(
         assert same_arrays(sent, weights(one.network)), "all tensors of the deployed model, private ones too"
     personal = method["name"] not in ("fedavg",) or "finetune_epochs" in method
     assert personal == (expected["a"] != expected["b"]), "otherwise there is but one model"
+
+
+def test_nobody_leaves_before_all_is_evaluated(
+    sites: InProcess, validations: Validations, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left: list[int] = []
+    for name in ("leave", "part"):
+        monkeypatch.setattr(LocalMembership, name, lambda *given: left.append(len(validations.done)), raising=False)
+    trained(sites, nnUNetTrainerFedAvg, sites.study(method={"name": "fedavg", "finetune_epochs": 1}, cross_site=True))
+    assert left == [len(validations.done)] * 2
 
 
 def test_what_was_killed_goes_on_and_evaluates_nothing_twice(sites: InProcess, validations: Validations) -> None:
