@@ -29,7 +29,7 @@ def test_from_two_folders_of_images_to_a_report(tmp_path: Path) -> None:
             assert process.wait(300) == 0, log.read_text()[-3000:]
         finally:
             if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
+                os.killpg(process.pid, signal.SIGTERM)  # the simulation ends its sites, which no other signal reaches
                 process.wait()
         said[title.split(":")[0]] = log.read_text()
     assert '"labels"' in said["step 1"]
