@@ -357,6 +357,7 @@ def simulate(
     weighting: Annotated[str, typer.Option(help="cases or uniform.")] = "cases",
     min_sites: Annotated[int | None, typer.Option(help="Least number of sites in a round; default: all.")] = None,
     deadline_minutes: Annotated[float, typer.Option(help="Deadline of a round.")] = 60.0,
+    cross_site: Annotated[bool, typer.Option("--cross-site", help="Evaluate each site's model at each site.")] = False,
     planned: Annotated[
         Path | None, typer.Option(help="Folder of an earlier simulation of these sites: take its plans.")
     ] = None,
@@ -381,7 +382,7 @@ def simulate(
         "configuration": config, "fold": fold if fold == "all" else whole_number("--fold", fold), "rounds": rounds,
         "local_epochs": local_epochs, "iterations_per_epoch": iterations, "val_iterations_per_epoch": val_iterations,
         "initial_lr": lr, "momentum": momentum, "weighting": weighting, "seed": seed, "min_sites": min_sites,
-        "deadline_minutes": deadline_minutes, "planning_deadline_minutes": deadline_minutes,
+        "deadline_minutes": deadline_minutes, "planning_deadline_minutes": deadline_minutes, "cross_site": cross_site,
     }  # fmt: skip
     try:
         study = Federation.model_validate(settings)

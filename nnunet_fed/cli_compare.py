@@ -46,6 +46,9 @@ def compare(
     fold: Annotated[str, typer.Option(help="Cross-validation fold.")] = "0",
     weighting: Annotated[Weighting, typer.Option(help="Weight of a site in a mean.")] = Weighting.cases,
     deadline_minutes: Annotated[float, typer.Option(help="Deadline of a round.")] = 60.0,
+    cross_site: Annotated[
+        bool, typer.Option("--cross-site", help="Evaluate each site's model at each site, too; not with gcml.")
+    ] = False,
     labels: Annotated[
         list[str] | None,
         typer.Option(
@@ -71,6 +74,8 @@ def compare(
         "initial_lr": lr, "momentum": momentum, "weighting": weighting.value, "deadline_minutes": deadline_minutes,
         "planning_deadline_minutes": deadline_minutes,
     }  # fmt: skip
+    if cross_site:  # only then: comparisons made before there was this option go on
+        settings["cross_site"] = True
     names = tuple(name.strip() for name in methods.split(",") if name.strip())
     maps = named_labels(labels or [], folders)
     comparison = Comparison(

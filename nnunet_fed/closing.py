@@ -11,6 +11,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from nnunet_fed.admission import MODEL
 from nnunet_fed.federation import Federation
 from nnunet_fed.logs import about
 from nnunet_fed.payload import digest_of_file
@@ -174,6 +175,7 @@ class Closing:
         """Journal that old means are not kept; returns their files."""
         means = [c for c in self._store.collectives(run, "closed") if c.verb == "mean"]
         kept = list(dict.fromkeys(c.scope for c in means))[-self._study.keep_rounds :]
+        kept += [c.scope for c in means if c.name == MODEL][-1:]  # where a late site goes on, whatever came after it
         old = [c for c in means if c.scope not in kept]
         for collective in old:
             collective.status = "pruned"

@@ -75,7 +75,7 @@ class Comparison:
         table = {"name": "local" if method == pooled.SITE else method, **options}
         settings = {**self.study, "name": f"{method}-{seed}", "sites": tuple(self.sites), "method": table, "seed": seed}
         if method == pooled.SITE:
-            settings |= {"sites": (pooled.SITE,), "min_sites": None}
+            settings |= {"sites": (pooled.SITE,), "min_sites": None, "cross_site": False}
         study = _validated(settings)
         if study.method.own_channels:
             raise ConfigurationError(

@@ -116,6 +116,9 @@ class Federation(Table):
     max_update_norm: float | None = Field(default=None, gt=0, lt=float("inf"))
     """*Operational.* A model whose distance to the last one is above so many times the median of recent rounds' is
     refused, and the round goes on without its site; ``None``: no bound."""
+    cross_site: bool = False
+    """*Operational.* After the training the model that each site deploys is evaluated at every other site. It counts
+    where the plans, with which a site trains, say so too: no site's model leaves it by what is edited later."""
 
     @field_validator("sites")
     @classmethod
@@ -136,6 +139,8 @@ class Federation(Table):
             raise ValueError(f"min_sites is {self.min_sites}, but the study has only {len(self.sites)} sites")
         self.method.check_sites(self.sites)
         self.method.check_epochs(self.epochs)
+        if self.cross_site:
+            self.method.check_cross_site()
         return self
 
     @property
@@ -161,7 +166,7 @@ class Federation(Table):
 
 OPERATIONAL = {
     "name", "sites", "plans_name", "configuration", "min_cases", "min_sites", "deadline_minutes",
-    "planning_deadline_minutes", "keep_rounds", "max_update_norm",
+    "planning_deadline_minutes", "keep_rounds", "max_update_norm", "cross_site",
 }  # fmt: skip
 
 

@@ -33,6 +33,14 @@ class MethodTable(Table):
     def check_epochs(self, epochs: int) -> None:
         """See that the method suits the study's number of epochs; raises :class:`ValueError`."""
 
+    def check_cross_site(self) -> None:
+        """See that a site's model can be evaluated at the others; raises :class:`ValueError`."""
+        if self.own_channels:
+            raise ValueError(
+                f"cross_site = true does not go with {self.own_channels_option} = true: with it each site has input "
+                "channels of its own, and no model takes another site's images. Take one of them out"
+            )
+
 
 class FineTuned(MethodTable):
     """A method after whose rounds a site may train on alone; see :mod:`nnunet_fed.trainers.finetuning`."""
@@ -292,6 +300,13 @@ class GCML(MethodTable):
             raise ValueError("a study of GCML needs at least two sites: models go from one to another")
         if self.expected_senders is not None and self.expected_senders > len(sites):
             raise ValueError(f"expected_senders is {self.expected_senders:g}, but the study has {len(sites)} sites")
+
+    def check_cross_site(self) -> None:
+        """Never: the sites have no coordinator while they train."""
+        raise ValueError(
+            "cross_site = true needs the coordinator after the training, and sites that train with GCML do not call "
+            "it: take cross_site out"
+        )
 
     def check_epochs(self, epochs: int) -> None:
         """A warm-up and a mutual phase fit into them."""

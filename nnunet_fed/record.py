@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
+from nnunet_fed.cross_site import DICE, Matrix, matrix
 from nnunet_fed.federation import Federation
 from nnunet_fed.store import Store
 
@@ -11,9 +13,21 @@ from nnunet_fed.store import Store
 def happened(store: Store) -> dict[str, Any]:
     """All that happened: the runs with their collectives, and the events."""
     return {
-        "runs": {run: {**described, **_collectives(store, run)} for run, described in store.runs().items()},
+        "runs": {
+            run: {**described, **_collectives(store, run), "cross_site": _cross_site(store, run)}
+            for run, described in store.runs().items()
+        },
         "events": store.events(),
     }
+
+
+def _cross_site(store: Store, run: str) -> Matrix | None:
+    """Each site's model at each site, once the sites have gathered that."""
+    collective = store.collective(run, DICE)
+    if collective is None or collective.status != "closed":
+        return None
+    gathered = json.loads(store.result_path(run, DICE).read_bytes())
+    return matrix(gathered, (store.latest_study() or {}).get("sites", gathered))
 
 
 def _collectives(store: Store, run: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from nnunet_fed.cross_site import matrix
 from nnunet_fed.federation import Federation
 from nnunet_fed.lesions import METRICS, SMALL_LESIONS, pool
 
@@ -49,6 +50,7 @@ def site_summary(results: Path, labels: Numbers, fold: int | str) -> dict[str, A
         "val_cases": len(validation["metric_per_case"]) if validation else None,
         "dice": {"final": final, **dice},
         "selector": record.get("selector"),
+        "cross_site": record.get("cross_site", {}).get("evaluated_here"),
         "dice_per_class": {
             names.get(key, key): _finite(metrics["Dice"]) for key, metrics in validation.get("mean", {}).items()
         }
@@ -74,6 +76,7 @@ def summarise(study: Federation, sites: Mapping[str, Numbers], seconds: float) -
         "sites": dict(sites),
         "mean_dice": {model: _mean([site["dice"].get(model) for site in counted]) for model in _models(counted)},
         "selector": next((site["selector"] for site in sites.values() if site["selector"]), None),
+        "cross_site": matrix({name: site["cross_site"] for name, site in sites.items()}, sites) or None,
         # the plans' own, hence the same at all sites
         SMALL_LESIONS: next((site[SMALL_LESIONS] for site in sites.values() if site[SMALL_LESIONS]), None),
         **{key: by_class or None for key, by_class in pooled.items()},

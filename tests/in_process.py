@@ -25,6 +25,7 @@ from nnunet_fed.federation import Federation, Site
 from nnunet_fed.payload import Tensors
 from nnunet_fed.tensors import shared_tensors, to_arrays
 from nnunet_fed.trainers import base, checkpoint
+from nnunet_fed.trainers.record import Record
 from nnunet_fed.trainers.study_trainer import SKIP_VALIDATION_VARIABLE
 
 CASES = {"a": 4, "b": 6}
@@ -85,8 +86,12 @@ class LocalMembership:
 
     attempt = 1
 
-    def __init__(self, rooms: Rooms, site: str, study: Federation):
+    def __init__(self, rooms: Rooms, site: str, study: Federation, folder: Path, continues: bool):
         self.seat, self.study = Seat(rooms, site), study
+        self.note_facts = Record(folder / "federation.json", continues).note
+
+    def describe(self, training_cases: int) -> None:
+        self.note_facts(training_cases=training_cases)
 
     @contextmanager
     def exchanging(self, scope: str) -> Iterator[dict[str, float]]:
@@ -120,9 +125,11 @@ class InProcess:
             monkeypatch.setattr(nnUNetTrainer, name, lambda trainer: None)
         monkeypatch.setattr(LocalLogger, "plot_progress_png", lambda logger, folder: None)
         monkeypatch.setattr(Site, "from_environment", lambda: self._settings())
-        monkeypatch.setattr(
-            base, "Membership", lambda study, *rest, **named: LocalMembership(self.rooms, self._here.site, study)
-        )
+
+        def join(study: Federation, *rest: Any, continues: bool, attempt: int | None) -> LocalMembership:
+            return LocalMembership(self.rooms, self._here.site, study, rest[-1], continues)
+
+        monkeypatch.setattr(base, "Membership", join)
 
     def _settings(self) -> Site:
         return Site(name=self._here.site, coordinator="127.0.0.1:1", insecure=True)
@@ -147,13 +154,15 @@ class InProcess:
         self._patch.setenv("nnUNet_results", str(self._folder / site / f"results_{self._runs}"))
         return trainer(tiny_plans(study), "2d", 0, DESCRIPTION, CPU)
 
-    def run(self, trainers: dict[str, Any]) -> None:
+    def run(self, trainers: dict[str, Any], validate: bool = False) -> None:
         """Train at all sites; raises the first error that does not only follow from another site's."""
 
         def run(site: str) -> None:
             self._here.site = site
             with self.rooms.turn:
                 trainers[site].run_training()
+                if validate:
+                    trainers[site].perform_actual_validation()
 
         with ThreadPoolExecutor(len(trainers)) as pool:
             futures = [pool.submit(run, site) for site in trainers]

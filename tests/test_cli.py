@@ -354,6 +354,7 @@ def test_split_needs_one_way_to_split(command: Command, tmp_path: Path) -> None:
         (("--site", "a=x", "--fold", "-1"), "fold: use a whole number from 0 on, or 'all'"),
         (("--site", "a=x", "--weighting", "size"), "weighting: there is no 'size'; known: 'cases' or 'uniform'"),
         (("--site", "a=x", "--rounds", "0"), "rounds: input should be greater than or equal to 1"),
+        (("--site", "a=x", "--site", "b=x", "--method", "gcml", "--cross-site"), "cross_site = true needs"),
         (("--site", "a=x", "--min-sites", "2"), "min_sites is 2, but the study has only 1 sites"),
         (("--site", "a=x"), "has no dataset.json"),
     ],

@@ -27,6 +27,7 @@ def sites(tmp_path: Path) -> list[str]:
         (["--option", "fedavg.finetune_epochs=x"], "The study of 'fedavg': method.finetune_epochs"),
         (["--option", "strength=2"], "--option strength: name the method too"),
         (["--rounds", "0"], "rounds"),
+        (["--methods", "local,gcml", "--cross-site"], "The study of 'gcml': the file: cross_site = true needs"),
         (["--fold", "first"], "--fold must be a whole number or 'all'"),
         (["--config", "3d_fullres", "--lr", "-1"], "initial_lr"),
     ],
@@ -52,7 +53,7 @@ def test_what_is_said_is_what_is_compared(
     monkeypatch.setattr(comparison_results, "write_results", lambda *given: asked.append(given[1]) or CONTENT)
     status, out, _ = command(
         "compare", *sites, "--out", tmp_path / "out", "--methods", "local, fedgs", "--seeds", "2", "--seed", "5",
-        "--option", "fedgs.strength=1.5", "--rounds", "7", "--nsd-tolerance", "1",
+        "--option", "fedgs.strength=1.5", "--rounds", "7", "--nsd-tolerance", "1", "--cross-site",
     )  # fmt: skip
     assert status == 0
     assert str(tmp_path / "out") in out.replace("\n", "")
@@ -60,7 +61,8 @@ def test_what_is_said_is_what_is_compared(
     assert (given.methods, given.seeds, tolerance) == (("local", "fedgs"), (5, 6), 1.0)
     assert given.options == {"fedgs": {"strength": 1.5}}
     study = given.study_of("fedgs", 6)
-    assert (study.rounds, study.seed, study.method.strength) == (7, 6, 1.5)
+    assert (study.rounds, study.seed, study.method.strength, study.cross_site) == (7, 6, 1.5, True)
+    assert not given.study_of("pooled", 6).cross_site, "there is one site only"
 
 
 CONTENT = {

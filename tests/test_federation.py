@@ -46,6 +46,7 @@ OTHER_VALUES: dict[str, tuple[Any, bool]] = {
     "planning_deadline_minutes": (1.0, False),
     "keep_rounds": (4, False),
     "max_update_norm": (10.0, False),
+    "cross_site": (True, False),
 }
 FINE_TUNED: dict[str, Any] = {"finetune_epochs": 4, "finetune_lr_factor": 0.5}
 METHODS: dict[str, dict[str, Any]] = {
@@ -190,6 +191,11 @@ def sentence(model: type[Federation] | type[Site], **changes: Any) -> str:
         ({"method": {"name": "fedsm"}, "sites": ["a", "global"]}, "no site may be called 'global'"),
         ({"method": {"name": "fedsm", "softpull_self_weight": 0.4}}, "with 2 sites it must be at least 1/2"),
         ({"method": {"name": "fedsm", "softpull_self_weight": 1.1}}, "softpull_self_weight: input should be less than"),
+        ({"method": {"name": "gcml"}, "cross_site": True}, "sites that train with GCML do not call it"),
+        (
+            {"method": {"name": "fedoap", "private_stem": True}, "cross_site": True},
+            "cross_site = true does not go with private_stem = true",
+        ),
         ({"method": {"name": "fedgs", "strenght": 1}}, "unknown key 'method.strenght', did you mean 'strength'?"),
         (
             {"method": {"name": "fedgs", "threshold": 0.5}},

@@ -15,7 +15,7 @@ from in_process import InProcess, same_arrays, same_training, weights
 from torch import nn
 
 from nnunet_fed.methods.proximal import Proximal
-from nnunet_fed.trainers import two_models
+from nnunet_fed.trainers import further_validation
 from nnunet_fed.trainers.nnUNetTrainerDitto import nnUNetTrainerDitto
 from nnunet_fed.trainers.nnUNetTrainerFedAvg import nnUNetTrainerFedAvg
 from nnunet_fed.trainers.nnUNetTrainerFedProx import nnUNetTrainerFedProx
@@ -209,7 +209,7 @@ def test_dittos_files_are_the_personal_model_and_the_global_one(
     def look(one: Any, cases: Any, save_probabilities: bool) -> None:
         validated.append((Path(one.output_folder), one.network))
 
-    monkeypatch.setattr(two_models, "predict_cases", look)
-    monkeypatch.setattr(two_models, "evaluate_lesions", lambda one: None)
+    monkeypatch.setattr(further_validation, "predict_cases", look)
+    monkeypatch.setattr(further_validation, "evaluate_lesions", lambda one: None)
     trainer.validate_global(False)
     assert validated == [(folder / "global", trainer._global_branch["network"])]

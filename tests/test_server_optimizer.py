@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from in_process import InProcess, LocalMembership, Seat, same_arrays, same_training, weights
+from in_process import InProcess, Seat, same_arrays, same_training, weights
 
 from nnunet_fed.communicator import Array, LocalCommunicator, LocalFederation
 from nnunet_fed.errors import DisagreementError, NoContributionError
@@ -153,7 +153,7 @@ def test_a_late_site_has_the_last_step_from_two_closed_models(sites: InProcess) 
     rooms, last = sites.rooms, trained._last_step
     late = sites.make(nnUNetTrainerFedAvgM, trained.study)["b"]
     late.initialize()
-    late.communicator = LocalMembership(rooms, "b", trained.study).seat
+    late.communicator = Seat(rooms, "b")
     for scope in ("round-0001", "round-0000", "start"):
         late.load_shared(rooms.means[f"{scope}/model"])
         late.catch_up(scope)

@@ -290,6 +290,18 @@ def test_what_was_not_done_is_null(tmp_path: Path) -> None:
     assert "mean" in text_of(result_table(summary))
 
 
+def test_the_sites_tell_each_models_dice(tmp_path: Path) -> None:
+    told = {"a": {"a": 0.75, "b": 0.25}, "b": {"b": 0.5}}
+    sites = {
+        name: site_summary(results(tmp_path / name, 0.5, cross_site={"evaluated_here": column}), LABELS, 0)
+        for name, column in told.items()
+    }
+    summary = summarise(make_study(), sites, 1.0)
+    assert summary["cross_site"] == {"a": {"a": 0.75}, "b": {"a": 0.25, "b": 0.5}}
+    without = summarise(make_study(), {"a": site_summary(results(tmp_path / "c", 0.5), LABELS, 0)}, 1.0)
+    assert without["cross_site"] is None
+
+
 def found(small: int, large: int, dice: float) -> dict[str, Any]:
     """``lesions.json`` of a site whose lesions all have one Dice; nobody has an edge."""
     case = {

@@ -20,6 +20,7 @@ from nnunet_fed.federation import Federation, Site
 from nnunet_fed.plans import plans_digest
 from nnunet_fed.tensors import digest_of_tensors
 from nnunet_fed.trainers import checkpoint
+from nnunet_fed.trainers.cross_site import evaluate_across_sites, is_complete
 from nnunet_fed.trainers.membership import Membership
 from nnunet_fed.trainers.ranks import RankZeroSeat, from_rank_zero, patient_group
 from nnunet_fed.trainers.record import logged_by
@@ -85,7 +86,18 @@ class FederatedTrainer(StudyTrainer):
     @property
     def validates_together(self) -> bool:
         """Whether the site needs the others after the validation; otherwise it leaves when the training ends."""
-        return False
+        return self._evaluates_across_sites
+
+    def happened(self, text: str) -> None:
+        """Note an event in the log, in this site's record and at the coordinator."""
+        self.print_to_log_file(text)
+        if self._membership is not None:
+            self._membership.happened(text)
+
+    def note_facts(self, **facts: Any) -> None:
+        """Note facts of the training in this site's record."""
+        if self._membership is not None:
+            self._membership.note_facts(**facts)
 
     # ------------------------------------------------------------------------------------------- nnU-Net's hooks
 
@@ -124,16 +136,11 @@ class FederatedTrainer(StudyTrainer):
             self._restore_random_states()
             return
         super().on_train_start()  # joins in get_dataloaders
-        study = self._study_now
-        seat, site = None, Site.from_environment().name
-        if self._membership is not None:
-            seat = self._membership.seat
-            self._membership.describe(self._training_cases)
-        self.communicator = RankZeroSeat(seat, site, study.sites, patient_group(study.deadline_minutes + 10))
+        self._take_seat()
         if self._resumed is None:
             self._start_together()
         else:
-            self._happened(f"continued with --c in epoch {self.current_epoch}")
+            self.happened(f"continued with --c in epoch {self.current_epoch}")
             self._continue()
             self._restore_random_states()
 
@@ -145,7 +152,7 @@ class FederatedTrainer(StudyTrainer):
                 self._skip_to(self._next_epoch)
         if self.current_epoch >= self.num_epochs:
             raise _TrainingOver
-        if self.current_epoch >= self.study.epochs and self._membership is not None:
+        if self.current_epoch >= self.study.epochs and self._membership is not None and not self.validates_together:
             self._membership.part("finished its rounds")  # what follows needs nobody
         super().on_epoch_start()
         self._report("training")
@@ -198,6 +205,9 @@ class FederatedTrainer(StudyTrainer):
         if not self.skips_validation:
             self._report("validating")
         super().perform_actual_validation(save_probabilities)
+        if self._evaluates_across_sites and not self.skips_validation:
+            with sentences_for_users(), logged_by(self.print_to_log_file):
+                self._evaluate_across_sites(save_probabilities)
         self._report("done", wait=True)
         if self.validates_together:
             self._leave()
@@ -224,6 +234,29 @@ class FederatedTrainer(StudyTrainer):
         )
         self._attempt = self._membership.attempt
         return self._membership.study
+
+    def _take_seat(self) -> None:
+        """Let every rank have the verbs, once rank 0 has joined."""
+        study = self._study_now
+        seat, site = None, Site.from_environment().name
+        if self._membership is not None:
+            seat = self._membership.seat
+            self._membership.describe(self._training_cases)
+        self.communicator = RankZeroSeat(seat, site, study.sites, patient_group(study.deadline_minutes + 10))
+
+    @property
+    def _evaluates_across_sites(self) -> bool:
+        return self.study.cross_site and self._study_now.cross_site
+
+    def _evaluate_across_sites(self, save_probabilities: bool) -> None:
+        """Evaluate across sites; --c after the end joins again for what is missing, and --val needs nobody."""
+        if not self.is_connected:
+            if not self._continues or is_complete(self):
+                return
+            self._study_now = from_rank_zero(self._join)
+            self._take_seat()
+        if self._evaluates_across_sites:
+            evaluate_across_sites(self, save_probabilities, self._report)
 
     def _start_together(self) -> None:
         """Agree on initial weights; a site that comes late starts with the newest model."""
@@ -262,7 +295,7 @@ class FederatedTrainer(StudyTrainer):
             try:
                 self.exchange(scope)
             except RoundClosedError:
-                self._happened(f"{scope} went on without this site")
+                self.happened(f"{scope} went on without this site")
                 self._take_newest(number)
             else:
                 entry.update(self.diagnostics)
@@ -291,7 +324,7 @@ class FederatedTrainer(StudyTrainer):
         self._next_epoch = (round_of(key) + 1) * self.study.local_epochs
 
     def _skip_to(self, epoch: int) -> None:
-        self._happened(f"caught up from epoch {self.current_epoch} to epoch {epoch} with the federation's newest model")
+        self.happened(f"caught up from epoch {self.current_epoch} to epoch {epoch} with the federation's newest model")
         pad_log(self.logger.get_checkpoint(), epoch)
         self.current_epoch = epoch
 
@@ -300,8 +333,3 @@ class FederatedTrainer(StudyTrainer):
             number = min(self.current_epoch // self.study.local_epochs + 1, self.study.rounds)
             progress = {"phase": phase, "round": number, "rounds": self.study.rounds, "epoch": self.current_epoch}
             self._membership.report({**progress, **self._figures}, wait)
-
-    def _happened(self, text: str) -> None:
-        self.print_to_log_file(text)
-        if self._membership is not None:
-            self._membership.happened(text)

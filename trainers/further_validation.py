@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,9 +28,21 @@ def validate_weights(
         name: folder below the fold's.
         save_probabilities: as in nnU-Net.
     """
-    with weights_of(trainer, weights), below(trainer, name):
+    with weights_of(trainer, weights):
+        validate_below(trainer, name, save_probabilities)
+
+
+def validate_below(trainer: StudyTrainer, name: str, save_probabilities: bool) -> None:
+    """The same for the network as it is."""
+    with below(trainer, name):
         predict_cases(trainer, trainer.do_split()[1], save_probabilities)
         evaluate_lesions(trainer)
+
+
+def mean_dice(folder: Path) -> float | None:
+    """nnU-Net's mean foreground Dice in ``validation`` of a folder; ``None`` where there is nothing to compare."""
+    dice = float(json.loads((folder / "validation" / "summary.json").read_text())["foreground_mean"]["Dice"])
+    return dice if math.isfinite(dice) else None
 
 
 def predict_cases(trainer: StudyTrainer, cases: Sequence[str], save_probabilities: bool) -> None:
@@ -55,10 +69,17 @@ def below(trainer: StudyTrainer, name: str) -> Iterator[None]:
 @contextmanager
 def weights_of(trainer: StudyTrainer, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
     """Let the trainer's network have other weights."""
+    with weights_kept(trainer) as network:
+        network.load_state_dict(weights)
+        yield
+
+
+@contextmanager
+def weights_kept(trainer: StudyTrainer) -> Iterator[torch.nn.Module]:
+    """The trainer's network, to be given other weights; it has its own again afterwards."""
     network: torch.nn.Module = trainer.bare(trainer.network)
     own: dict[str, Any] = copy.deepcopy(network.state_dict())
-    network.load_state_dict(weights)
     try:
-        yield
+        yield network
     finally:
         network.load_state_dict(own)

@@ -15,7 +15,7 @@ class nnUNetTrainerDitto(TwoModelTrainer):  # noqa: N801
     """Two models, one step each on every batch (:mod:`nnunet_fed.methods.proximal`).
 
     The global model is that of a run of federated averaging, bit for bit. The personalized one, which is deployed,
-    never leaves the site; its steps are held to the global model of the round's start.
+    is not averaged; its steps are held to the global model of the round's start.
     """
 
     method = "ditto"

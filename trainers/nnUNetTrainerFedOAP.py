@@ -1,4 +1,4 @@
-"""FedOAP inside nnU-Net's training: a shared trunk, private parts that never leave the site, and fine-tuning."""
+"""FedOAP inside nnU-Net's training: a shared trunk, private parts that are not averaged, and fine-tuning."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class nnUNetTrainerFedOAP(nnUNetTrainerFedAvg):  # noqa: N801
             check_pretrained_weights(self.bare(self.network), sys.argv)
 
     def shared(self) -> dict[str, torch.Tensor]:
-        """The tensors that are averaged (gamma); nothing else ever leaves the site."""
+        """The tensors that are averaged (gamma); nothing else leaves the site while it trains."""
         private_stem = self.options.private_stem
         return {name: tensor for name, tensor in super().shared().items() if not is_private(name, private_stem)}
 

@@ -206,14 +206,13 @@ class nnUNetTrainerFedSM(TwoModelTrainer):  # noqa: N801
             "share_routed_to_global": found.share_routed_to_global, "temperature": found.temperature,
             "trusted": found.accuracy >= self.options.selector_min_accuracy,
         }  # fmt: skip
-        if self._membership is not None:
-            self._membership.note_facts(selector=facts)
+        self.note_facts(selector=facts)
         self.print_to_log_file(f"Selector on the validation cases of all sites: {facts}")
 
     @property
     def validates_together(self) -> bool:
         """With the gate the sites compare the validations of their models."""
-        return self.options.best_model_gate
+        return self.options.best_model_gate or super().validates_together
 
     def validate(self, save_probabilities: bool) -> None:
         """nnU-Net's validation of the personalized, the global and the super model."""

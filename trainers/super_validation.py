@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +12,7 @@ from nnunetv2.evaluation.evaluate_predictions import compute_metrics_on_folder
 from nnunet_fed.bundle import FoldBundle, ValidationDice, fold_of, load_tensors
 from nnunet_fed.methods.fedsm import GLOBAL
 from nnunet_fed.routing import Router
-from nnunet_fed.trainers.further_validation import below, predict_cases, weights_of
+from nnunet_fed.trainers.further_validation import below, mean_dice, predict_cases, weights_of
 from nnunet_fed.trainers.strata import evaluate_lesions
 
 if TYPE_CHECKING:
@@ -34,8 +32,8 @@ def validate_global_and_super(trainer: nnUNetTrainerFedSM, save_probabilities: b
     """
     trainer.validate_global(save_probabilities)
     folder = Path(trainer.output_folder)
-    if trainer.validates_together and trainer.is_connected:
-        dice = {"personal": _mean_dice(folder), "common": _mean_dice(folder / GLOBAL)}
+    if trainer.options.best_model_gate and trainer.is_connected:
+        dice = {"personal": mean_dice(folder) or 0.0, "common": mean_dice(folder / GLOBAL) or 0.0}
         gathered = trainer.communicator.gather("validation/dice", dice)
         if trainer.local_rank == 0:
             trainer.write_bundle({site: ValidationDice(**values) for site, values in gathered.items()})
@@ -82,9 +80,3 @@ def _collect(trainer: nnUNetTrainerFedSM, folder: Path, chosen: dict[Path, list[
         chill=True,
         num_processes=default_num_processes,
     )
-
-
-def _mean_dice(folder: Path) -> float:
-    """nnU-Net's mean foreground Dice of a validation; 0 where there is nothing to compare."""
-    dice = float(json.loads((folder / "validation" / "summary.json").read_text())["foreground_mean"]["Dice"])
-    return dice if math.isfinite(dice) else 0.0

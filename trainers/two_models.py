@@ -13,8 +13,7 @@ import torch
 from nnunet_fed.bundle import GLOBAL_CHECKPOINT
 from nnunet_fed.tensors import load_arrays, shared_tensors
 from nnunet_fed.trainers.base import FederatedTrainer
-from nnunet_fed.trainers.further_validation import below, predict_cases
-from nnunet_fed.trainers.strata import evaluate_lesions
+from nnunet_fed.trainers.further_validation import validate_below
 
 GLOBAL = "global"
 """Folder of the global model's validation, below the fold's."""
@@ -97,9 +96,8 @@ class TwoModelTrainer(FederatedTrainer):
 
     def validate_global(self, save_probabilities: bool) -> None:
         """What stands in ``validation`` of the personalized model, in ``global/validation`` of the global one."""
-        with self.global_branch(), below(self, GLOBAL):
-            predict_cases(self, self.do_split()[1], save_probabilities)
-            evaluate_lesions(self)
+        with self.global_branch():
+            validate_below(self, GLOBAL, save_probabilities)
 
     def method_state(self) -> dict[str, Any]:
         """The global branch."""

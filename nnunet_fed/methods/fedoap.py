@@ -256,7 +256,7 @@ def _query_branch(encoder: Any, kind: QueryBranch) -> nn.Module:
 
 
 def is_private(name: str, private_stem: bool = False) -> bool:
-    """Whether a tensor never leaves the site.
+    """Whether a tensor is not averaged, and stays at the site while it trains.
 
     Args:
         name: as :func:`nnunet_fed.tensors.shared_tensors` of the bare network gives it.

@@ -66,6 +66,12 @@ class Run:
         return str(self.summary.get("method") or self.study.get("method", {}).get("name", "unknown method"))
 
     @property
+    def cross_site(self) -> Content | None:
+        """Dice of each site's model at each site, from the summary, else from the coordinator's record."""
+        runs = [run for run in self.record.get("runs", {}).values() if run.get("purpose") == "training"]
+        return self.summary.get("cross_site") or (runs[-1].get("cross_site") if runs else None)
+
+    @property
     def site_names(self) -> list[str]:
         """All sites of which anything is known."""
         return list(dict.fromkeys([*self.summary.get("sites", {}), *self.record.get("sites", {}), *self.sites]))

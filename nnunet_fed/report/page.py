@@ -68,7 +68,7 @@ def _of_run(run: Run, folder: Path) -> list[Section]:
         data_section(run),
         dice_section(run),
         curves_section(run),
-        cross_site_section(run.name, run.summary.get("cross_site")),
+        cross_site_section(run.name, run.cross_site),
         method_section(run),
         traffic_section(run),
         slices_section(run, folder),
@@ -91,7 +91,7 @@ def _of_comparison(comparison: Comparison, folder: Path) -> list[Section]:
     for run in comparison.runs:
         parts = [
             curves_section(run),
-            cross_site_section(run.name, run.summary.get("cross_site")),
+            cross_site_section(run.name, run.cross_site),
             method_section(run),
             traffic_section(run),
             slices_section(run, folder / "runs" / run.name),

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from documents import blocks, shell
 from harness import environment, until
 
 from nnunet_fed.federation import Site
@@ -18,7 +18,6 @@ from nnunet_fed.transport.client import GrpcCommunicator
 
 pytestmark = pytest.mark.e2e
 
-README = Path(__file__).parents[2] / "README.md"
 PREDICT_WITHOUT_US = """
 import sys
 sys.modules["nnunet_fed"] = None
@@ -28,24 +27,13 @@ if __name__ == "__main__":
 """
 
 
-def blocks() -> dict[str, str]:
-    """The README's shell blocks by their first line, such as ``# terminal 1: the coordinator``."""
-    found = re.findall(r"```bash\n# (terminal [^:\n]*: [^\n]*)\n(.*?)```", README.read_text(), re.DOTALL)
-    return dict(found)
-
-
 def test_three_terminals_and_prediction(tmp_path: Path) -> None:
-    scripts = blocks()
+    scripts = blocks("README.md", "terminal")
     titles = list(scripts)
     assert [title.split(":")[0] for title in titles] == ["terminal 1", "terminal 2", "terminal 3", "terminal 2"]
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
     def terminal(script: str, name: str) -> subprocess.Popen[bytes]:
-        with (tmp_path / name).open("wb") as log:
-            return subprocess.Popen(
-                ["bash", "-e", "-c", script], cwd=tmp_path, env=environment(PATH=path), stdout=log,
-                stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
+        return shell(script, tmp_path, tmp_path / name)
 
     coordinator = terminal(scripts[titles[0]], "terminal-1")
     processes = [coordinator]

@@ -22,7 +22,8 @@ def test_a_round_with_forked_augmentation_workers_and_a_site_too_small_for_folds
     sites = ["--site", f"large={phantom / 'site_a'}", "--site", f"small={small / 'site_1'}"]
     run = subprocess.run(
         [sys.executable, "-m", "nnunet_fed", "simulate", *sites, "--method", "fedavg", "--rounds", "1", "--iterations",
-         "3", "--val-iterations", "1", "--lr", "0.05", "--momentum", "0.9", "--out", str(out)],
+         "3", "--val-iterations", "1", "--lr", "0.05", "--momentum", "0.9", "--cross-site", "--out",
+         str(out)],
         env=environment(nnUNet_n_proc_DA=2), check=True, timeout=400, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     summary = json.loads((out / "summary.json").read_text())
@@ -35,10 +36,13 @@ def test_a_round_with_forked_augmentation_workers_and_a_site_too_small_for_folds
     assert summary["mean_dice"] == large["dice"], "who validates on training cases is left out of the mean"
     assert large["bytes_sent"] > 700_000
     results_by_lesion_size(out, summary, run.stdout)
+    dice = {name: site["dice"]["final"] for name, site in summary["sites"].items()}
+    assert summary["cross_site"] == {"large": dice, "small": dice}, "the common model, validated by both ways"
     record = json.loads((out / "record.json").read_text())
     (run,) = [run for run in record["runs"].values() if run["purpose"] == "training"]
     (model,) = [collective for collective in run["collectives"] if collective["key"] == "round-0000/model"]
     assert {site: entry["weight"] for site, entry in model["sites"].items()} == {"large": 4.0, "small": 2.0}
+    assert run["cross_site"] == summary["cross_site"]
     assert model["sites"]["large"]["bytes"] == large["bytes_sent"]
 
 
