@@ -37,6 +37,7 @@ with atheris.instrument_imports(include=["nnunet_fed"]):
     from nnunet_fed.transport.check_service import serve_checks
     from nnunet_fed.transport.frames import serve, serve_peer, write
     from nnunet_fed.transport.letters import Contacts, Reception
+    from nnunet_fed.transport.pace import Pace
 
 RENEWED = 1000
 """Inputs after which the state is made anew, so that the journal stays short."""
@@ -105,8 +106,8 @@ class Target:
         self.mailbox.publish_state(State(RUN, Version("a", {"a": 1}, 1), {}, 10, "i", *described(TENSORS)))
         stopped = threading.Event()
         contacts, reception = Contacts(self.mailbox), Reception(site, self.mailbox, stopped)
-        outgoing = OutgoingLog(folder / "outgoing.jsonl")
-        serve_peer(peer._Service(site, self.mailbox, reception, contacts, outgoing, stopped), handlers)
+        outgoing, pace = OutgoingLog(folder / "outgoing.jsonl"), Pace(None, stopped)
+        serve_peer(peer._Service(site, self.mailbox, reception, contacts, outgoing, pace, stopped), handlers)
         self.names, self._handlers = sorted(handlers.of), handlers.of
         of_model, size_of_model = described(TENSORS)
         self.words = ["a", "b", "x", "", self.run, RUN, "r/model", "mean", "{}", of_study, digest, of_model, "../a"]
