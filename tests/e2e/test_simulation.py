@@ -55,7 +55,7 @@ def results_by_lesion_size(out: Path, summary: dict[str, Any], shown: str) -> No
     assert thresholds == plans[1]["federation"]["small_lesions"] == summary["small_lesions"]
     assert 0 < thresholds["lesion"] < thresholds["organ"]
     for site, cases in (("large", 1), ("small", 2)):
-        (path,) = out.glob(f"sites/{site}/nnUNet_results/**/validation/lesions.json")
+        (path,) = out.glob(f"sites/{site}/nnUNet_results/*/*/fold_*/validation/lesions.json")
         content = json.loads(path.read_text())
         assert len(content.pop("cases")) == cases
         assert {name: summary["sites"][site][name] for name in content} == content
