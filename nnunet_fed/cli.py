@@ -12,13 +12,13 @@ from enum import Enum
 from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from pydantic import ValidationError
 from rich.console import Console
 
-from nnunet_fed import __version__, cli_certs
+from nnunet_fed import __version__, cli_certs, cli_study
 from nnunet_fed.cli_check import check
 from nnunet_fed.cli_compare import compare
 from nnunet_fed.cli_peer import peer
@@ -26,7 +26,7 @@ from nnunet_fed.cli_predict import predict
 from nnunet_fed.cli_report import report
 from nnunet_fed.errors import ConfigurationError, DisagreementError, FederationError
 from nnunet_fed.federation import WATCHER, Federation, Site, explain
-from nnunet_fed.options import named_folders, named_labels, named_values, repeat_option, whole_number, whole_numbers
+from nnunet_fed.options import named_folders, named_labels, named_values, repeat_option, whole_numbers
 
 DEBUG_VARIABLE = "nnUNet_fed_debug"
 
@@ -338,51 +338,47 @@ class Until(str, Enum):
 
 @app.command()
 def simulate(
-    sites: Annotated[list[str], typer.Option("--site", metavar="NAME=FOLDER", help="A site and its raw data.")],
+    sites: cli_study.Sites,
     out: Annotated[Path, typer.Option(help="A new folder for everything that the simulation writes.")],
     method: Annotated[str, typer.Option(help="Federated method.")] = "fedavg",
     option: Annotated[
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="An option of the method; repeat for more.")
     ] = None,
-    rounds: Annotated[int, typer.Option(help="Exchanges in all.")] = 10,
-    local_epochs: Annotated[int, typer.Option(help="nnU-Net epochs between two exchanges.")] = 1,
-    iterations: Annotated[int, typer.Option(help="Steps of an epoch.")] = 250,
-    val_iterations: Annotated[int, typer.Option(help="Steps of an epoch's online validation.")] = 10,
-    config: Annotated[str, typer.Option(help="nnU-Net configuration.")] = "3d_fullres",
-    planner: Annotated[str, typer.Option(help="Planner; the small one suits a CPU.")] = "nnUNetPlannerFedSmall",
-    lr: Annotated[float, typer.Option(help="Initial learning rate.")] = 0.01,
-    momentum: Annotated[float, typer.Option(help="Momentum.")] = 0.99,
+    rounds: cli_study.Rounds = 10,
+    local_epochs: cli_study.LocalEpochs = 1,
+    iterations: cli_study.Iterations = 250,
+    val_iterations: cli_study.ValIterations = 10,
+    config: cli_study.Configuration = "3d_fullres",
+    planner: cli_study.Planner = "nnUNetPlannerFedSmall",
+    lr: cli_study.LearningRate = 0.01,
+    momentum: cli_study.Momentum = 0.99,
     seed: Annotated[int, typer.Option(help="Seed of the study.")] = 0,
     fold: Annotated[str, typer.Option(help="Cross-validation fold, or all.")] = "0",
-    weighting: Annotated[str, typer.Option(help="cases or uniform.")] = "cases",
+    weighting: cli_study.Weighting = "cases",
     min_sites: Annotated[int | None, typer.Option(help="Least number of sites in a round; default: all.")] = None,
-    deadline_minutes: Annotated[float, typer.Option(help="Deadline of a round.")] = 60.0,
+    deadline_minutes: cli_study.Deadline = 60.0,
     cross_site: Annotated[bool, typer.Option("--cross-site", help="Evaluate each site's model at each site.")] = False,
     planned: Annotated[
         Path | None, typer.Option(help="Folder of an earlier simulation of these sites: take its plans.")
     ] = None,
-    labels: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="[SITE:]LABEL=OWN,...", help="Which labels of the sites, or of one, become LABEL; repeat for more."
-        ),
-    ] = None,
+    labels: cli_study.Labels = None,
     until: Annotated[Until, typer.Option(help="Where to stop.")] = Until.validate,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    threads: Annotated[int | None, typer.Option(help="Threads of each site; default: its share of the cores.")] = None,
+    device: cli_study.Device = "cpu",
+    threads: cli_study.Threads = None,
 ) -> None:
     """Run a whole federation on this machine: real processes, the real network, nnU-Net's own commands."""
     from nnunet_fed.simulate import Simulation, lesion_table, result_table
     from nnunet_fed.simulate import simulate as run
 
     folders = named_folders(sites)
-    settings: dict[str, Any] = {
-        "name": out.resolve().name, "sites": tuple(folders), "planner": planner,
-        "method": {"name": method, **named_values(option or [])},
-        "configuration": config, "fold": fold if fold == "all" else whole_number("--fold", fold), "rounds": rounds,
-        "local_epochs": local_epochs, "iterations_per_epoch": iterations, "val_iterations_per_epoch": val_iterations,
-        "initial_lr": lr, "momentum": momentum, "weighting": weighting, "seed": seed, "min_sites": min_sites,
-        "deadline_minutes": deadline_minutes, "planning_deadline_minutes": deadline_minutes, "cross_site": cross_site,
+    settings = cli_study.study_settings(
+        config=config, planner=planner, fold=fold, rounds=rounds, local_epochs=local_epochs, iterations=iterations,
+        val_iterations=val_iterations, lr=lr, momentum=momentum, weighting=weighting,
+        deadline_minutes=deadline_minutes, cross_site=cross_site,
+    )  # fmt: skip
+    settings |= {
+        "name": out.resolve().name, "sites": tuple(folders), "method": {"name": method, **named_values(option or [])},
+        "seed": seed, "min_sites": min_sites,
     }  # fmt: skip
     try:
         study = Federation.model_validate(settings)

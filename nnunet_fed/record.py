@@ -52,8 +52,7 @@ def _collectives(store: Store, run: str) -> dict[str, Any]:
 def record_of(store: Store) -> dict[str, Any]:
     """The whole record of a coordinator that does not run; what it knew of the sites' progress is not kept."""
     study = store.latest_study() or {}
-    runs = store.runs()
-    standing = store.standing(next(reversed(runs))) if runs else {}
+    standing = store.latest_standing()
     return {
         "study": study,
         "digest": Federation.model_validate(study).digest if study else None,

@@ -38,8 +38,7 @@ def status_of(
         seen: when each site called last, in seconds since the epoch.
         progress: what each site said last of what it is doing.
     """
-    runs = store.runs()
-    standing = store.standing(next(reversed(runs))) if runs else {}
+    standing = store.latest_standing()
     return {
         "study": study.model_dump(mode="json"),
         "digest": study.digest,
@@ -51,7 +50,7 @@ def status_of(
         },
         "open": [
             {"run": run, "key": c.key, "missing": closing.missing(c), "closes_at": closing.closes_at(c)}
-            for run in runs
+            for run in store.runs()
             for c in store.collectives(run, "open")
         ],
     }

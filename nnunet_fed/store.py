@@ -228,6 +228,11 @@ class Store:
         """``active``, ``absent`` or ``left``, by site; a site that never came is not in it."""
         return dict(self._journal.execute("SELECT site, state FROM standing WHERE run = ?", (run,)).fetchall())
 
+    def latest_standing(self) -> dict[str, str]:
+        """That of the newest run."""
+        runs = self.runs()
+        return self.standing(next(reversed(runs))) if runs else {}
+
     def set_standing(self, run: str, site: str, state: str) -> None:
         """Note a site's standing in a run."""
         self._journal.execute("INSERT OR REPLACE INTO standing VALUES (?, ?, ?, ?)", (run, site, state, time.time()))
