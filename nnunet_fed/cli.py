@@ -307,6 +307,9 @@ def phantom(
     ] = 0,
     seed: Annotated[int, typer.Option(help="Another seed, other images.")] = 0,
     organs: Annotated[bool, typer.Option("--organs", help="Another organ at each site, one kind of lesion.")] = False,
+    phases: Annotated[
+        int, typer.Option(help="Phases of a contrast agent, 1 to 4: each case is in one, and looks different in each.")
+    ] = 1,
 ) -> None:
     """Write the built-in demo data: an organ with lesions, seen by a different scanner at each site."""
     from nnunet_fed.phantom import write_phantom
@@ -315,7 +318,8 @@ def phantom(
     if sites is None:
         sites = 3 if len(sizes) == 1 else len(sizes)
     each = sizes[0] if len(sizes) == 1 else sizes
-    for folder in write_phantom(out, sites, each, seed, organs=organs, val_cases=val_cases).values():
+    written = write_phantom(out, sites, each, seed, organs=organs, val_cases=val_cases, phases=phases)
+    for folder in written.values():
         print(folder)
     print(out / "test")
 

@@ -20,13 +20,19 @@ def compare(
     sites: cli_study.Sites,
     out: Annotated[Path, typer.Option(help="A new folder, or that of an earlier call, which goes on there.")],
     methods: Annotated[
-        str, typer.Option(metavar="NAME[,NAME...]", help="Methods; 'pooled': plain nnU-Net on all data together.")
+        str,
+        typer.Option(
+            metavar="NAME[,NAME...]",
+            help="Methods; 'pooled': plain nnU-Net on all data together; VARIANT=NAME: a method again, for --option.",
+        ),
     ] = "local,pooled,fedavg",
     seeds: Annotated[int, typer.Option(min=1, help="Seeds of each method.")] = 3,
     seed: Annotated[int, typer.Option(help="The first seed.")] = 0,
     option: Annotated[
         list[str] | None,
-        typer.Option(metavar="METHOD.NAME=VALUE", help="An option of a method; repeat for more. The tables tell it."),
+        typer.Option(
+            metavar="METHOD.NAME=VALUE", help="An option of a method or variant; repeat for more. The tables tell it."
+        ),
     ] = None,
     rounds: cli_study.Rounds = 10,
     local_epochs: cli_study.LocalEpochs = 1,
@@ -60,11 +66,12 @@ def compare(
         val_iterations=val_iterations, lr=lr, momentum=momentum, weighting=weighting,
         deadline_minutes=deadline_minutes, cross_site=cross_site,
     )  # fmt: skip
-    names = tuple(name.strip() for name in methods.split(",") if name.strip())
+    names, variants = _methods(methods)
     maps = named_labels(labels or [], folders)
     comparison = Comparison(
-        folders, out, names, tuple(range(seed, seed + seeds)), settings, _by_method(option or []), maps, device, threads
-    )
+        folders, out, names, tuple(range(seed, seed + seeds)), settings, _by_method(option or []), variants, maps,
+        device, threads,
+    )  # fmt: skip
     require_monai()
     console = Console(stderr=True)
     left_out = run(comparison, console)
@@ -72,6 +79,13 @@ def compare(
     for table in tables(content):
         Console().print(table.rich())
     typer.echo(f"All figures stand in {out}: compare.json, compare.csv and compare.md.")
+
+
+def _methods(text: str) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Names of all that is compared, and the method of those that are variants, out of ``NAME,VARIANT=NAME``."""
+    given = [part.partition("=") for part in text.split(",") if part.strip()]
+    variants = {name.strip(): method.strip() for name, separator, method in given if separator}
+    return tuple(name.strip() for name, _, _ in given), variants
 
 
 def _by_method(options: list[str]) -> dict[str, dict[str, Any]]:

@@ -53,12 +53,14 @@ class Comparison:
     out: Path
     """A new folder, or that of an earlier comparison with the same settings, whose finished arms are kept."""
     methods: tuple[str, ...]
-    """Names of methods, and ``pooled``."""
+    """Names of methods, ``pooled``, and names of :attr:`variants`."""
     seeds: tuple[int, ...]
     study: Mapping[str, Any]
     """Settings of :class:`Federation` that all arms share: all but name, sites, method and seed."""
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """By method: options of its table that are not the defaults."""
+    """By method or variant: options of its table that are not the defaults."""
+    variants: Mapping[str, str] = field(default_factory=dict)
+    """Methods by further names under which they take part, too, with other options."""
     labels: Mapping[str, Sources] = field(default_factory=dict)
     """As for a :class:`Simulation`."""
     device: str = "cpu"
@@ -66,13 +68,18 @@ class Comparison:
 
     def study_of(self, method: str, seed: int) -> Federation:
         """The study of an arm; raises :class:`ConfigurationError` if there is none with this budget."""
-        known = (*METHOD_TABLES, pooled.SITE)
-        if method not in known:
-            raise ConfigurationError(f"--methods: there is no {method!r}; known: {', '.join(known)}.")
+        kind, known = self.variants.get(method, method), (*METHOD_TABLES, pooled.SITE)
+        if kind not in known:
+            raise ConfigurationError(f"--methods: there is no {kind!r}; known: {', '.join(known)}.")
+        if method in self.variants and (method in known or kind == pooled.SITE):
+            raise ConfigurationError(
+                f"--methods {method}={kind}: a variant has a name that is no method's, and is of any method but "
+                f"'{pooled.SITE}', as in fedgs_strong=fedgs."
+            )
         options = dict(self.options.get(method, {}))
         if method == pooled.SITE and options:
             raise ConfigurationError(f"--option {pooled.SITE}.{next(iter(options))}: 'pooled' has no options.")
-        table = {"name": "local" if method == pooled.SITE else method, **options}
+        table = {"name": "local" if method == pooled.SITE else kind, **options}
         settings = {**self.study, "name": f"{method}-{seed}", "sites": tuple(self.sites), "method": table, "seed": seed}
         if method == pooled.SITE:
             settings |= {"sites": (pooled.SITE,), "min_sites": None, "cross_site": False}
@@ -111,6 +118,7 @@ class Comparison:
             "labels": {site: dict(sources) for site, sources in self.labels.items()},
             "versions": {package: version(package) for package in PACKAGES},
             "options": {method: dict(self.options.get(method, {})) for method in self.methods},
+            "variants": dict(self.variants),
         }  # fmt: skip
 
 
@@ -157,12 +165,13 @@ def remember(comparison: Comparison) -> None:
     settings: dict[str, Any] = tomllib.loads(to_toml(comparison.settings))
     if path.is_file():
         before = tomllib.loads(path.read_text(encoding="utf-8"))
-        options = {**before.get("options", {}), **settings["options"]}
-        for method in set(before["options"]) & set(settings["options"]):
-            _require_same(path, f"options.{method}", before["options"][method], settings["options"][method])
+        for table in ("options", "variants"):
+            earlier = before.get(table, {})
+            for method in set(earlier) & set(settings[table]):
+                _require_same(path, f"{table}.{method}", earlier[method], settings[table][method])
+            settings[table] = {**earlier, **settings[table]}
         for key in ("device", "sites", "study", "labels", "versions"):
             _require_same(path, key, before.get(key), settings.get(key))
-        settings["options"] = options
     else:
         new_folder(comparison.out)
     part = path.with_name(f"{path.name}.part")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from string import ascii_lowercase
 
@@ -89,6 +89,12 @@ class SiteProfile:
         profile = _PROFILES[site] if site < len(_PROFILES) else cls._drawn(site, seed)
         return cls(profile.scanner, _COMMON_MIX, Organ.of(site, seed)) if organs else profile
 
+    def in_phase(self, phase: int) -> SiteProfile:
+        """The same in one of :data:`PHASES`."""
+        background, intensity, sign = PHASES[phase]
+        contrast = sign * abs(self.organ.contrast)
+        return replace(self, organ=replace(self.organ, contrast=contrast, intensity=intensity, background=background))
+
     @classmethod
     def _drawn(cls, site: int, seed: int) -> SiteProfile:
         rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(site,)))
@@ -111,6 +117,8 @@ _PROFILES = (
 )
 _COMMON_MIX = (0.1, 0.5, 0.4)
 """Of lesions that are of one kind in all organs."""
+PHASES = ((0.3, 0.6, 1), (0.3, 0.9, -1), (1.1, 0.6, -1), (1.1, 0.8, 1))
+"""Of a contrast agent: intensity of the background, that of the organ, and the sign of a lesion's contrast."""
 
 
 def write_phantom(
@@ -121,6 +129,7 @@ def write_phantom(
     test_cases: int | None = None,
     organs: bool = False,
     val_cases: int = 0,
+    phases: int = 1,
 ) -> dict[str, Path]:
     """Write ``out/site_a``, ``out/site_b``, ... in nnU-Net's raw layout, and a test set of all scanners ``out/test``.
 
@@ -143,6 +152,9 @@ def write_phantom(
         organs: every site another organ.
         val_cases: further cases of each site, kept apart for validation by fold 0 of its ``splits_final.json``: so a
             site with few training cases is validated on as many as the others. 0: nnU-Net splits the training cases.
+        phases: of a contrast agent, 1 to 4, in one of which each case is imaged, drawn evenly: in each the organ is
+            darker or brighter than what is around it, and lesions are darker or brighter than the organ. So what a
+            site with few cases sees is not all that there is. Not with ``organs``, which differ in just that.
 
     Returns:
         Folder of each site by its name.
@@ -163,6 +175,10 @@ def write_phantom(
     for name, value, least in limits:
         if value < least:
             raise ConfigurationError(f"The phantom's {name} is {value}: use at least {least}.")
+    if not 1 <= phases <= len(PHASES):
+        raise ConfigurationError(f"The phantom's phases are {phases}: use 1 to {len(PHASES)}.")
+    if organs and phases > 1:
+        raise ConfigurationError("The phantom has several phases, or an organ of each site, not both.")
     new_folder(out)
     profiles = [SiteProfile.of(site, seed, organs) for site in range(sites)]
     names = [f"site_{letter}" for letter in ascii_lowercase[:sites]]
@@ -181,13 +197,18 @@ def write_phantom(
     for folder, site, subset, case in track(training + test, description="Writing the phantom"):
         name = f"{names[site]}_{'test_' if subset == 'Ts' else ''}{case:03d}"
         lesions_only = organs and subset == "Ts"
-        _write_case(folder, subset, name, profiles[site], _rng(seed, site, subset, case), lesions_only)
+        profile, (body, phase) = profiles[site], _streams(seed, site, subset, case)
+        if phases > 1:
+            profile = profile.in_phase(int(phase.integers(phases)))
+        _write_case(folder, subset, name, profile, body, lesions_only)
     return folders
 
 
-def _rng(seed: int, site: int, subset: str, case: int) -> np.random.Generator:
+def _streams(seed: int, site: int, subset: str, case: int) -> tuple[np.random.Generator, np.random.Generator]:
+    """Random numbers of a case for its body, and for its phase."""
     key = (site, ("Tr", "Ts").index(subset), case)
-    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
+    body, phase = (np.random.SeedSequence(seed, spawn_key=one) for one in (key, (*key, 0)))
+    return np.random.default_rng(body), np.random.default_rng(phase)
 
 
 def _write_dataset_json(folder: Path, cases: int, names: list[str]) -> None:

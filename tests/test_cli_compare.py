@@ -23,6 +23,8 @@ def sites(tmp_path: Path) -> list[str]:
     ("options", "told"),
     [
         (["--methods", "local,fedprocks"], "there is no 'fedprocks'; known: local"),
+        (["--methods", "mild=fedprocks"], "there is no 'fedprocks'; known: local"),
+        (["--methods", "fedgs=fedavg"], "a variant has a name that is no method's"),
         (["--methods", ""], "--methods: give at least one"),
         (["--option", "fedavg.finetune_epochs=x"], "The study of 'fedavg': method.finetune_epochs"),
         (["--option", "strength=2"], "--option strength: name the method too"),
@@ -52,14 +54,16 @@ def test_what_is_said_is_what_is_compared(
     monkeypatch.setattr(comparison, "compare", lambda given, console: asked.append(given) or {})
     monkeypatch.setattr(comparison_results, "write_results", lambda *given: asked.append(given[1]) or CONTENT)
     status, out, _ = command(
-        "compare", *sites, "--out", tmp_path / "out", "--methods", "local, fedgs", "--seeds", "2", "--seed", "5",
+        "compare", *sites, "--out", tmp_path / "out", "--methods", "local, fedgs, mild = fedgs",
+        "--option", "mild.strength=0.5", "--seeds", "2", "--seed", "5",
         "--option", "fedgs.strength=1.5", "--rounds", "7", "--nsd-tolerance", "1", "--cross-site",
     )  # fmt: skip
     assert status == 0
     assert str(tmp_path / "out") in out.replace("\n", "")
     given, tolerance = asked
-    assert (given.methods, given.seeds, tolerance) == (("local", "fedgs"), (5, 6), 1.0)
-    assert given.options == {"fedgs": {"strength": 1.5}}
+    assert (given.methods, given.seeds, tolerance) == (("local", "fedgs", "mild"), (5, 6), 1.0)
+    assert given.options == {"fedgs": {"strength": 1.5}, "mild": {"strength": 0.5}}
+    assert given.variants == {"mild": "fedgs"}
     study = given.study_of("fedgs", 6)
     assert (study.rounds, study.seed, study.method.strength, study.cross_site) == (7, 6, 1.5, True)
     assert not given.study_of("pooled", 6).cross_site, "there is one site only"

@@ -121,6 +121,31 @@ def test_methods_and_seeds_may_be_added(given: Comparison, trained: Trained) -> 
     remember(given)
 
 
+def test_a_method_takes_part_again_with_other_options(given: Comparison, trained: Trained) -> None:
+    strong = replace(
+        given,
+        methods=("fedgs", "strong"),
+        seeds=(0,),
+        options={"strong": {"strength": 3.0}},
+        variants={"strong": "fedgs"},
+    )
+    compare(strong, quiet())
+    assert trained.names == ["fedgs-0", "strong-0"]
+    usual, other = (simulation.study.method for _, simulation in trained.asked[1:])
+    assert (usual.name, other.name, other.strength) == ("fedgs", "fedgs", 3.0)
+    assert usual.strength != 3.0
+    remember(replace(strong, methods=("fedgs",), options={}, variants={}))
+    with pytest.raises(ConfigurationError, match=r'variants\.strong = "fedgs", but now it is "gcml"'):
+        remember(replace(strong, options={"strong": {"strength": 3.0}}, variants={"strong": "gcml"}))
+
+
+@pytest.mark.parametrize("variants", [{"fedavg": "fedgs"}, {"pooled": "fedavg"}, {"other": "pooled"}])
+def test_a_variant_takes_no_methods_name_and_is_not_of_pooled(given: Comparison, variants: dict[str, str]) -> None:
+    with pytest.raises(ConfigurationError, match="a variant has a name that is no method's"):
+        compare(replace(given, methods=tuple(variants), variants=variants), quiet())
+    assert not given.out.exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [

@@ -100,6 +100,30 @@ def test_sites_of_unequal_size_with_validation_cases_of_their_own(tmp_path: Path
     assert all(written[name] == content for name, content in equal.items() if "site_b" in name), "no other case"
 
 
+def test_in_each_phase_organ_and_lesion_look_different_and_the_body_is_the_same(tmp_path: Path) -> None:
+    one = write_phantom(tmp_path / "one", sites=2, cases=9, test_cases=1)
+    four = write_phantom(tmp_path / "four", sites=2, cases=9, test_cases=1, phases=4)
+    seen = set()
+    for name, folder in four.items():
+        for (_, alone), (image, label) in zip(volumes(one[name]), volumes(folder), strict=True):
+            tissues, intensity = sitk.GetArrayFromImage(label), sitk.GetArrayFromImage(image)
+            assert (tissues == sitk.GetArrayFromImage(alone)).all()
+            background, organ, lesion = (np.median(intensity[tissues == value]) for value in LABELS.values())
+            seen.add((bool(organ > background), bool(lesion > organ)))
+    assert len(seen) == 4
+    again = write_phantom(tmp_path / "again", sites=1, cases=2, test_cases=1, phases=4)
+    assert files(again["site_a"]).items() <= files(four["site_a"]).items(), "whatever the counts"
+
+
+def test_phases_are_one_to_four_and_not_of_several_organs(tmp_path: Path) -> None:
+    for wrong in (0, 5):
+        with pytest.raises(ConfigurationError, match=f"phases are {wrong}: use 1 to 4"):
+            write_phantom(tmp_path / "out", phases=wrong)
+    with pytest.raises(ConfigurationError, match="not both"):
+        write_phantom(tmp_path / "out", phases=2, organs=True)
+    assert not (tmp_path / "out").exists()
+
+
 def test_as_many_sizes_as_sites(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="has 3 sites, but 2 numbers of cases"):
         write_phantom(tmp_path / "out", cases=[4, 8])
