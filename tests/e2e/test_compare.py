@@ -15,7 +15,7 @@ import pytest
 from harness import PATIENCE, environment, until
 
 pytestmark = pytest.mark.e2e
-METHODS = ("local", "pooled", "fedavg")
+METHODS = ("pooled", "fedavg")
 
 
 def start(phantom: Path, out: Path) -> subprocess.Popen[str]:
@@ -49,7 +49,7 @@ def test_a_killed_comparison_goes_on_with_the_arm_that_it_was_at(phantom: Path, 
     killed = start(phantom, out)
     try:
         until(
-            lambda: any(out.glob("unfinished/pooled-0-*/sites/pooled/train.log")),
+            lambda: any(out.glob("unfinished/fedavg-0-*/sites/site_a/train.log")),
             "the second arm has started",
             2 * PATIENCE,
         )
@@ -57,15 +57,15 @@ def test_a_killed_comparison_goes_on_with_the_arm_that_it_was_at(phantom: Path, 
         killed.wait()
     finally:
         end_what_is_left(out)
-    assert [path.name for path in (out / "runs").iterdir()] == ["local-0"]
-    finished = (out / "runs" / "local-0" / "summary.json").stat()
+    assert [path.name for path in (out / "runs").iterdir()] == ["pooled-0"]
+    finished = (out / "runs" / "pooled-0" / "summary.json").stat()
 
     again = start(phantom, out)
     printed, errors = again.communicate(timeout=4 * PATIENCE)
     assert again.returncode == 0, errors
-    assert "local, seed 0, is there already" in errors
-    assert (out / "runs" / "local-0" / "summary.json").stat().st_mtime_ns == finished.st_mtime_ns
-    assert sorted(path.name for path in (out / "runs").iterdir()) == ["fedavg-0", "local-0", "pooled-0"]
+    assert "pooled, seed 0, is there already" in errors
+    assert (out / "runs" / "pooled-0" / "summary.json").stat().st_mtime_ns == finished.st_mtime_ns
+    assert sorted(path.name for path in (out / "runs").iterdir()) == ["fedavg-0", "pooled-0"]
     assert "Differences in Dice" in printed
     content = json.loads((out / "compare.json").read_text())
     rows = list(csv.DictReader((out / "compare.csv").open()))
@@ -79,13 +79,12 @@ def same_cases_and_figures(out: Path, content: dict[str, Any], rows: list[dict[s
     scored = {
         name: [(row["site"], row["case"], row["class"]) for row in rows if row["method"] == name] for name in METHODS
     }
-    assert scored["local"] == scored["pooled"] == scored["fedavg"]
-    assert {site for site, _, _ in scored["local"]} == {"site_a", "site_b"}
-    for method in ("local", "fedavg"):
-        sites = json.loads((out / "runs" / f"{method}-0" / "summary.json").read_text())["sites"]
-        for site, summary in sites.items():
-            dice = content["methods"][method]["dice"][site]["mean"]
-            assert dice == pytest.approx(summary["dice"]["final"]), "that of nnU-Net's own validation"
+    assert scored["pooled"] == scored["fedavg"]
+    assert {site for site, _, _ in scored["pooled"]} == {"site_a", "site_b"}
+    sites = json.loads((out / "runs" / "fedavg-0" / "summary.json").read_text())["sites"]
+    for site, summary in sites.items():
+        dice = content["methods"]["fedavg"]["dice"][site]["mean"]
+        assert dice == pytest.approx(summary["dice"]["final"]), "that of nnU-Net's own validation"
     pooled = json.loads((out / "runs" / "pooled-0" / "summary.json").read_text())["sites"]["pooled"]
     assert (pooled["train_cases"], pooled["val_cases"]) == (8, 2)
     assert content["methods"]["fedavg"]["bytes"] > 1e6
