@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 import sys
 from collections.abc import Callable, Mapping
@@ -40,6 +41,8 @@ else:
 logger = logging.getLogger(__name__)
 SETTINGS, PLANNED, POOLED, RUNS, UNFINISHED = "compare.toml", "planned", "pooled", "runs", "unfinished"
 """In the folder of a comparison. What is being made is in the last one, and moves when it is complete."""
+VARIANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+"""A name of a variant: it becomes part of a folder's, and options follow it after a dot."""
 PACKAGES = ("nnunet-fed", "nnunetv2", "torch")
 """Whose versions must be the same in all arms."""
 
@@ -71,10 +74,11 @@ class Comparison:
         kind, known = self.variants.get(method, method), (*METHOD_TABLES, pooled.SITE)
         if kind not in known:
             raise ConfigurationError(f"--methods: there is no {kind!r}; known: {', '.join(known)}.")
-        if method in self.variants and (method in known or kind == pooled.SITE):
+        named_well = VARIANT.fullmatch(method) and method not in known
+        if method in self.variants and (not named_well or kind == pooled.SITE):
             raise ConfigurationError(
-                f"--methods {method}={kind}: a variant has a name that is no method's, and is of any method but "
-                f"'{pooled.SITE}', as in fedgs_strong=fedgs."
+                f"--methods {method}={kind}: a variant has a name that is no method's, of letters, digits, - and _, and "
+                f"is of any method but '{pooled.SITE}', as in fedgs_strong=fedgs."
             )
         options = dict(self.options.get(method, {}))
         if method == pooled.SITE and options:

@@ -139,6 +139,13 @@ def test_a_method_takes_part_again_with_other_options(given: Comparison, trained
         remember(replace(strong, options={"strong": {"strength": 3.0}}, variants={"strong": "gcml"}))
 
 
+@pytest.mark.parametrize("name", ["", "a/b", "..", "a.b", "ä"])
+def test_a_variants_name_makes_a_folder_and_has_options(given: Comparison, name: str) -> None:
+    with pytest.raises(ConfigurationError, match="of letters, digits, - and _"):
+        compare(replace(given, methods=(name,), variants={name: "fedgs"}), quiet())
+    assert not given.out.exists()
+
+
 @pytest.mark.parametrize("variants", [{"fedavg": "fedgs"}, {"pooled": "fedavg"}, {"other": "pooled"}])
 def test_a_variant_takes_no_methods_name_and_is_not_of_pooled(given: Comparison, variants: dict[str, str]) -> None:
     with pytest.raises(ConfigurationError, match="a variant has a name that is no method's"):
