@@ -77,8 +77,8 @@ class Comparison:
         named_well = VARIANT.fullmatch(method) and method not in known
         if method in self.variants and (not named_well or kind == pooled.SITE):
             raise ConfigurationError(
-                f"--methods {method}={kind}: a variant has a name that is no method's, of letters, digits, - and _, and "
-                f"is of any method but '{pooled.SITE}', as in fedgs_strong=fedgs."
+                f"--methods {method}={kind}: a variant has a name that is no method's, of letters, digits, - and _, "
+                f"and is of any method but '{pooled.SITE}', as in fedgs_strong=fedgs."
             )
         options = dict(self.options.get(method, {}))
         if method == pooled.SITE and options:
