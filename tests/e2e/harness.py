@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +34,12 @@ def environment(**variables: Any) -> dict[str, str]:
 
 def command(name: str) -> str:
     return str(Path(sys.executable).parent / name)
+
+
+def run(words: Sequence[Any], environment: dict[str, str], log: Path) -> None:
+    """A command to its end, in a process that need not import PyTorch first."""
+    process = Forked([str(word) for word in words], environment, str(log))
+    assert process.wait(PATIENCE) == 0, log.read_text()[-3000:]
 
 
 def until(happened: Callable[[], bool], what: str, seconds: float = PATIENCE) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from harness import (
     command,
     environment,
     federation,
+    run,
     same_bits,
     train_all,
     until,
@@ -261,23 +261,11 @@ def test_22_the_stock_command_rebuilds_the_network(
         name: tmp_path / name.partition("_")[2] for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
     }
     arguments = ["-d", "Dataset001_Tiny", "-c", f"{axes}d", "-f", "0", "-tr", trainer, "-p", "nnUNetPlans"]
-    predict = [
-        command("nnUNetv2_predict"),
-        "-i",
-        images,
-        "-o",
-        out,
-        *arguments,
-        "-device",
-        "cpu",
-        "-npp",
-        "1",
-        "-nps",
-        "1",
-    ]
-    subprocess.run(
-        [*map(str, predict), "--save_probabilities"],
-        env=environment(nnUNet_extTrainer=plugin_folder(), **paths), check=True, timeout=300, capture_output=True,
+    in_one_process = ["-npp", "0", "-nps", "0"]
+    run(
+        [command("nnUNetv2_predict"), "-i", images, "-o", out, *arguments, "-device", "cpu", *in_one_process,
+         "--save_probabilities"],
+        environment(nnUNet_extTrainer=plugin_folder(), **paths), tmp_path / "predict.log",
     )  # fmt: skip
     monkeypatch.setenv("nnUNet_extTrainer", str(plugin_folder()))
     predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from harness import Planned, RunningFederation, command, federation, kill_in_exchange, same_bits, train_all
+from harness import Planned, RunningFederation, command, federation, kill_in_exchange, run, same_bits, train_all
 
 pytestmark = pytest.mark.e2e
 
@@ -112,7 +111,7 @@ def test_the_super_model_predicts_as_stock_nnunet_does_with_the_chosen_checkpoin
 
     def predict(name: str, *arguments: str, environment: dict[str, str] = site.environment) -> None:
         words = [command(name), *(["predict"] if name == "nnunet_fed" else []), *common, *arguments]
-        subprocess.run(words, env=environment, check=True, timeout=200)
+        run(words, environment, tmp_path / "predict.log")
 
     predict("nnunet_fed", "-o", str(tmp_path / "super"), "-npp", "0", "-nps", "0")
     # where nnunet_fed is not installed

@@ -9,7 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import Planned, RunningFederation, RunningSite, command, federation, peers, same_bits, train_all, until
+from harness import (
+    Planned,
+    RunningFederation,
+    RunningSite,
+    command,
+    federation,
+    peers,
+    run,
+    same_bits,
+    train_all,
+    until,
+)
 
 pytestmark = pytest.mark.e2e
 
@@ -137,9 +148,9 @@ def test_32_the_model_predicts_with_stock_nnunet(
 ) -> None:
     site = calm.sites["site_b"]
     stock = {name: value for name, value in site.environment.items() if not name.startswith("nnUNet_ext")}
-    words = ["-i", str(phantom / "test" / "imagesTs"), "-m", str(site.results.parent), "-o", str(tmp_path)]
+    words = ["-i", phantom / "test" / "imagesTs", "-m", site.results.parent, "-o", tmp_path]
     words += ["-f", "0", "-device", "cpu", "--disable_tta", "-npp", "1", "-nps", "1", "-chk", f"checkpoint_{kept}.pth"]
-    subprocess.run([command("nnUNetv2_predict_from_modelfolder"), *words], env=stock, check=True, timeout=200)
+    run([command("nnUNetv2_predict_from_modelfolder"), *words], stock, tmp_path / "predict.log")
     images = {path.name.replace("_0000", "") for path in (phantom / "test" / "imagesTs").iterdir()}
     assert {path.name for path in tmp_path.glob("*.nii.gz")} == images
     final, best = (site.checkpoint(f"checkpoint_{name}.pth") for name in ("final", "best"))

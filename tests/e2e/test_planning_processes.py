@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import PATIENCE, PLANS, environment, until
+from harness import PATIENCE, PLANS, command, environment, until
+from warm import Forked
 
 from nnunet_fed.federation import Federation, Site
 from nnunet_fed.toml import to_toml
@@ -32,7 +33,7 @@ class PlanningFederation:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.address = f"127.0.0.1:{free.getsockname()[1]}"
-        self._running: list[subprocess.Popen[bytes]] = []
+        self._running: list[subprocess.Popen[bytes] | Forked] = []
         for name, raw in data.items():
             for part in ("raw", "preprocessed", "results"):
                 (folder / name / part).mkdir(parents=True)
@@ -48,17 +49,26 @@ class PlanningFederation:
         study = Federation.model_validate(settings)
         (self.folder / "federation.toml").write_text(to_toml(study.model_dump(mode="json")))
         address = ["--listen", self.address, "--state", str(self.folder / "state"), "--insecure"]
-        command = ["coordinator", str(self.folder / "federation.toml"), *address]
-        process = self._start(command, self.folder / "coordinator.log")
+        words = [sys.executable, "-m", "nnunet_fed", "coordinator", str(self.folder / "federation.toml"), *address]
+        with (self.folder / "coordinator.log").open("ab") as log:
+            process = subprocess.Popen(
+                words, env=environment(), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        self._running.append(process)
         until(lambda: tuple(self.status()["study"]["sites"]) == sites, "the coordinator answers")
         return process
 
-    def plan(self, site: str, *options: str) -> subprocess.Popen[bytes]:
-        return self._start(["plan_and_preprocess", "-d", "1", "-np", "1", *options], self.log(site), site)
+    def plan(self, site: str, *options: str) -> Forked:
+        here = self.folder / site
+        paths = {f"nnUNet_{part}": here / part for part in ("raw", "preprocessed", "results")}
+        variables = environment(**paths, nnUNet_fed_site=here / "site.toml", COLUMNS=200)
+        words = [command("nnunet_fed"), "plan_and_preprocess", "-d", "1", "-np", "1", *options]
+        process = Forked(words, variables, str(self.log(site)))
+        self._running.append(process)
+        return process
 
-    def finish(self, site: str, process: subprocess.Popen[bytes]) -> str:
-        until(lambda: process.poll() is not None, f"{site} ends")
-        assert process.returncode == 0, self.log(site).read_text()[-3000:]
+    def finish(self, site: str, process: Forked) -> str:
+        assert process.wait(PATIENCE) == 0, self.log(site).read_text()[-3000:]
         return self.log(site).read_text()
 
     def log(self, site: str) -> Path:
@@ -74,7 +84,7 @@ class PlanningFederation:
     def status(self) -> dict[str, Any]:
         return self._watcher.status(record=True)
 
-    def kill(self, process: subprocess.Popen[bytes], number: signal.Signals = signal.SIGKILL) -> None:
+    def kill(self, process: subprocess.Popen[bytes] | Forked, number: signal.Signals = signal.SIGKILL) -> None:
         os.killpg(process.pid, number)
         process.wait(PATIENCE)
 
@@ -83,18 +93,6 @@ class PlanningFederation:
         for process in self._running:
             if process.poll() is None:
                 self.kill(process)
-
-    def _start(self, command: list[str], log: Path, site: str | None = None) -> subprocess.Popen[bytes]:
-        here = self.folder / str(site)
-        paths = {f"nnUNet_{part}": here / part for part in ("raw", "preprocessed", "results")}
-        variables = environment(**paths, nnUNet_fed_site=here / "site.toml", COLUMNS=200) if site else environment()
-        with log.open("ab") as output:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "nnunet_fed", *command],
-                env=variables, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
-        self._running.append(process)
-        return process
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from harness import (
     environment,
     federation,
     kill_in_exchange,
+    run,
     same_bits,
     train_all,
     until,
@@ -67,8 +66,9 @@ def test_one_site_is_plain_nnunet_and_equal_sites_are_one_site(planned: Planned,
 
     paths = {f"nnUNet_{what}": tmp_path / "plain" / what for what in ("raw", "preprocessed", "results")}
     planned.restudy("site_a", planned.study, paths["nnUNet_preprocessed"])
-    script = PLAIN_TRAINING.format(plans=PLANS, epochs=2)
-    subprocess.run([sys.executable, "-c", script], env=environment(**paths), check=True, timeout=300)
+    script = tmp_path / "plain.py"
+    script.write_text(PLAIN_TRAINING.format(plans=PLANS, epochs=2))
+    run([script], environment(**paths), tmp_path / "plain.log")
     (final,) = paths["nnUNet_results"].rglob("checkpoint_final.pth")
     plain = torch.load(final, map_location="cpu", weights_only=False)
 
