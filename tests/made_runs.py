@@ -175,7 +175,10 @@ def make_comparison(folder: Path) -> Path:
             "gap_closed_by_site": {}, "bytes": 12_300_000 if shift else None, "seconds": 600.0,
         }  # fmt: skip
     difference = {"a": "local", "b": "fedavg", "mean": -0.1021, "low": -0.1511, "high": -0.0531}
-    settings = {"rounds": 3, "sites": {"site_a": "/home/someone/secret/site_a"}}
+    settings = {
+        "rounds": 3, "sites": {"site_a": "/home/someone/secret/site_a"}, "labels": [],
+        "options": {"local": {}, "fedavg": {"finetune_epochs": 1}},
+    }  # fmt: skip
     content = {"settings": settings, "versions": {"torch": "9.8.7"}, "methods": methods, "differences": [difference]}
     write(folder / "compare.json", content)
     rows = ["method,seed,site,case,class,dice,hd95,nsd,small_dice,large_dice"]

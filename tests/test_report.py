@@ -203,6 +203,22 @@ def test_a_comparison(tmp_path: Path) -> None:
     assert table(dice, "By class")[1][2:] == ["2", "0.611", "4.250", "0.722", "\N{EN DASH}", "0.633"]
     assert {"training-local-3", "training-fedavg-3", "traffic-fedavg-3"} <= set(found)
     assert ["torch", "9.8.7"] in table(found["study"], "Versions")
+    settings = dict(table(found["study"], "Settings")[1:])
+    assert settings["options"] == "fedavg: finetune_epochs: 1"
+    assert "labels" not in settings, "it was not set"
+
+
+def test_a_run_without_exchanges_has_no_figure_of_its_traffic(tmp_path: Path) -> None:
+    def captions(folder: Path) -> list[str]:
+        return [figure.caption for figure in figures(sections(folder)["traffic"])]
+
+    folder, shown = make_run(tmp_path / "run"), "What each site sent and received in the training."
+    assert shown in captions(folder)
+    summary = json.loads((folder / "summary.json").read_text())
+    for site in summary["sites"].values():
+        site.update(bytes_sent=0, bytes_received=0)
+    write(folder / "summary.json", summary)
+    assert shown not in captions(folder)
 
 
 def test_a_comparison_without_its_runs_warns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -85,7 +85,7 @@ def traffic_section(run: Run) -> Section:
     """Bytes and seconds, and the rounds with who took part."""
     section = Section("traffic", "Traffic and time")
     moved = _moved(run)
-    if moved:
+    if any(any(kinds.values()) for kinds in moved.values()):
         groups = {name: {kind: value / 1e6 for kind, value in kinds.items()} for name, kinds in moved.items()}
         section.blocks.append(bars("MB", groups, "What each site sent and received in the training."))
     rows = []
