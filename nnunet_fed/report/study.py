@@ -73,8 +73,7 @@ def comparison_study_section(comparison: Comparison) -> Section:
     rows = [[name, ", ".join(map(str, seeds)) or NOTHING] for name, seeds in methods.items()]
     section.blocks.append(Table("Methods and seeds", ("Method", "Seeds"), rows, texts=2))
     for key, caption in (("settings", "Settings"), ("versions", "Versions")):
-        values = {str(name): _value(value) for name, value in content.get(key, {}).items()}
-        rows = [[name, value] for name, value in values.items() if value]
+        rows = [[str(name), text] for name, value in content.get(key, {}).items() if (text := _value(value))]
         if rows:
             section.blocks.append(Table(caption, ("Name", "Value"), rows, texts=2))
     return section
@@ -86,7 +85,7 @@ def _value(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, dict):
-        return ", ".join(f"{name}: {_value(entry)}" for name, entry in value.items() if entry not in ({}, [], ()))
+        return ", ".join(f"{name}: {text}" for name, entry in value.items() if (text := _value(entry)))
     if isinstance(value, list | tuple):
         return ", ".join(map(_value, value))
     return significant(value) if isinstance(value, float) else without_paths(str(value))
