@@ -52,17 +52,19 @@ def insist(
 
     Args:
         function: the call.
-        patience: seconds.
+        patience: seconds from the first failure, or from the last that had brought a transfer further. A call may take
+            longer than that, or wake in a process that was suspended: it is tried again nevertheless.
         address: the coordinator's, for what the user reads.
         jitter: source of the pauses' jitter.
-        reached: how far a transfer has come. A try that brought it further is not a failure: the pauses begin anew.
+        reached: how far a transfer has come. A try that brought it further is not a failure: patience and pauses begin
+            anew.
         diagnose: asked for a reason that lasts (:func:`nnunet_fed.transport.tls.diagnose`) when nobody answers.
 
     Raises:
         RefusedError: the coordinator refuses; its text says why.
         UnreachableError: no answer within the patience, or none to be expected.
     """
-    end = time.monotonic() + patience
+    end: float | None = None
     pause, before, told = PAUSES[0], reached(), ""
     reasons: deque[str | None] = deque(maxlen=SURE)
     while True:
@@ -76,6 +78,9 @@ def insist(
             reasons.append(diagnose() if code == grpc.StatusCode.UNAVAILABLE else None)
             full = code == grpc.StatusCode.RESOURCE_EXHAUSTED
             trouble = f"takes nothing more at present: {details}" if full else f"does not answer ({details})"
+            now = reached()
+            if end is None or now != before:
+                end, pause, before = time.monotonic() + patience, PAUSES[0], now
             remaining = end - time.monotonic()
             if reasons[-1] is not None and (remaining <= 0 or reasons.count(reasons[-1]) == SURE):
                 raise UnreachableError(reasons[-1]) from None
@@ -84,8 +89,6 @@ def insist(
                     f"The coordinator at {address} {trouble}; gave up after {patience / 60:g} minutes. "
                     + ("" if full else "Is it running, and is the address in site.toml right?")
                 ) from None
-            if (now := reached()) != before:
-                pause, before = PAUSES[0], now
             if str(code) != told:
                 told = str(code)
                 until = datetime.fromtimestamp(time.time() + remaining).strftime("%Y-%m-%d %H:%M:%S")

@@ -164,7 +164,7 @@ def test_a_paused_site_catches_up_and_ends_with_the_others(planned: Planned, tmp
     events = [event["text"] for event in status["events"] if event["site"] == "site_b"]
     assert "absent from round-0001/factor" in events
     assert "came back" in events
-    assert any(text.startswith("caught up from epoch 2 to epoch") for text in events)
+    assert any(text.startswith("caught up from epoch") for text in events)
     final = {name: site.checkpoint() for name, site in running.sites.items()}
     assert final["site_b"]["current_epoch"] == final["site_a"]["current_epoch"] == 8
     assert len(final["site_b"]["logging"]["train_losses"]) == 8
