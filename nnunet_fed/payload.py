@@ -35,7 +35,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 CHUNK = 1 << 20
-"""Bytes of one message on the wire."""
+"""Largest message on the wire, in bytes."""
 LONGEST_HEADER = 1 << 24
 """Bytes; a stock network's header has 10 kB."""
 BLOCK = 1 << 17
@@ -103,12 +103,12 @@ def bytes_of(contiguous: Array) -> memoryview:
     return contiguous.reshape(-1).view(np.uint8).data
 
 
-def chunks(pieces: Iterable[bytes | memoryview]) -> Iterator[bytes | memoryview]:
-    """Cut pieces into messages of at most :data:`CHUNK` bytes."""
+def chunks(pieces: Iterable[bytes | memoryview], size: int = CHUNK) -> Iterator[bytes | memoryview]:
+    """Cut pieces into messages of at most ``size`` bytes."""
     for piece in pieces:
         view = memoryview(piece)
-        for start in range(0, len(view), CHUNK):
-            yield view[start : start + CHUNK]
+        for start in range(0, len(view), size):
+            yield view[start : start + size]
 
 
 def measure(pieces: Iterable[bytes | memoryview]) -> tuple[str, int]:

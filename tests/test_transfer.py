@@ -26,6 +26,7 @@ from nnunet_fed.store import Store
 from nnunet_fed.transport import federation_pb2 as pb
 from nnunet_fed.transport.client import GrpcCommunicator
 from nnunet_fed.transport.frames import reader, write
+from nnunet_fed.transport.options import SMALLEST_MESSAGE, UNDER_WAY, message_bytes
 from nnunet_fed.transport.transfer import Outbound
 
 Serve = Callable[..., Served]
@@ -69,6 +70,36 @@ def spooled(served: Served) -> list[Path]:
 def state_of(served: Served) -> Any:
     record = served.coordinator.status(record=True)
     return [run["collectives"] for run in record["runs"].values()], record["events"]
+
+
+# ------------------------------------------------------------------------------------------------------------- messages
+
+
+@given(st.integers(1, 200))
+def test_messages_of_all_sites_together_do_not_grow_with_the_sites(sites: int) -> None:
+    size = message_bytes(sites)
+    assert SMALLEST_MESSAGE <= size <= CHUNK
+    assert sites * size <= UNDER_WAY or size == SMALLEST_MESSAGE
+
+
+def test_uploads_and_downloads_keep_to_a_site_s_share(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = "abcdefgh"
+    served = serve(make_study(names, min_sites=1, deadline_minutes=0.001))
+    seat, sent = served.seat("a"), list[int]()
+    upload = seat._stub.Upload
+
+    def seen(messages: Iterator[Any]) -> Iterator[Any]:
+        for message in messages:
+            if isinstance(message, memoryview):
+                sent.append(len(message))
+            yield message
+
+    monkeypatch.setattr(seat._stub, "Upload", lambda messages, timeout: upload(seen(messages), timeout=timeout))
+    assert seat.mean("r/model", LARGE, 1)["w"].tobytes() == LARGE["w"].tobytes()
+    request = pb.ResultRequest(run=seat.run, key="r/model", site="a", wait_seconds=5)
+    came = [len(message) for message in seat._stub.Result(request) if isinstance(message, memoryview)]
+    assert max(sent) == max(came) == message_bytes(len(names)) == CHUNK // 4
+    assert sum(sent) == sum(came) > 2 * CHUNK
 
 
 # --------------------------------------------------------------------------------------------------------------- resume

@@ -20,7 +20,7 @@ from nnunet_fed.outgoing import Outgoing, array_entry, tensors_entry, value_entr
 from nnunet_fed.payload import Array, Tensors, decode, encode
 from nnunet_fed.transport import federation_pb2 as pb
 from nnunet_fed.transport.frames import Stub
-from nnunet_fed.transport.options import PROTOCOL
+from nnunet_fed.transport.options import PROTOCOL, message_bytes
 from nnunet_fed.transport.retry import DamagedError, insist
 from nnunet_fed.transport.tls import check_name, check_security, diagnose, open_channel
 from nnunet_fed.transport.transfer import Inbound, Outbound, seconds_allowed
@@ -226,8 +226,9 @@ class GrpcCommunicator:
         if verdict == "send":
             offer.position = reply.position
             self._sends("upload", **_facts(offer), **content())
+            size = message_bytes(len(self.study.sites))
             try:
-                upload = self._stub.Upload(outbound.messages(offer), timeout=seconds_allowed(offer.size))
+                upload = self._stub.Upload(outbound.messages(offer, size), timeout=seconds_allowed(offer.size))
                 verdict = upload.verdict
             finally:
                 self.bytes_sent += max(0, outbound.reached - offer.position)

@@ -13,10 +13,11 @@ from typing import Any, NoReturn
 import grpc
 
 from nnunet_fed.errors import ConfigurationError, FederationError, NoRoomError
+from nnunet_fed.payload import CHUNK
 from nnunet_fed.revocation import DenyList
 from nnunet_fed.spool import InterruptedUploadError
 from nnunet_fed.transport.identity import IdentityInterceptor
-from nnunet_fed.transport.options import SERVER_OPTIONS, require_loopback
+from nnunet_fed.transport.options import require_loopback, server_options
 from nnunet_fed.transport.tls import KeyFiles, Keys, server_credentials
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ class Listener:
         check: raises :class:`ConfigurationError` if the server's certificate is not the right one.
         revoked: file of the certificates that are no longer accepted (:mod:`nnunet_fed.revocation`).
         meter: sees all calls, refused ones too.
+        window: bytes that may arrive on a connection before they are read.
 
     Raises:
         ConfigurationError: the address is in use, or not allowed without TLS; a file for it is missing or wrong.
@@ -54,6 +56,7 @@ class Listener:
         check: Callable[[Keys], None],
         revoked: Path | None,
         meter: grpc.ServerInterceptor | None = None,
+        window: int = CHUNK,
     ):
         if keys is None:
             require_loopback(address)
@@ -68,7 +71,9 @@ class Listener:
         if keys is not None:
             guards.append(IdentityInterceptor(sites, stranger, denied))
         credentials = None if keys is None else server_credentials(keys, check)
-        self._server = grpc.server(workers, options=SERVER_OPTIONS, interceptors=guards, maximum_concurrent_rpcs=calls)
+        self._server = grpc.server(
+            workers, options=server_options(window), interceptors=guards, maximum_concurrent_rpcs=calls
+        )
         register(self._server)
         try:
             port = (

@@ -20,9 +20,10 @@ LARGEST_REPLY = 1 << 26
 """Bytes of a message to a site: the record of a long study."""
 STREAMS = 16
 """Calls that one connection may have under way."""
-WINDOW = 1 << 20
-"""Bytes that may arrive before they are read. gRPC by itself lets this grow with the speed of a line, hence what a
-coordinator holds with the number of sites; so much still fills 160 Mbit/s at a round trip of 50 ms."""
+UNDER_WAY = 2 * CHUNK
+"""Bytes of the messages that a coordinator has under way with all sites together, as far as their size decides it."""
+SMALLEST_MESSAGE = 1 << 16
+"""Bytes: smaller ones cost more time than they spare memory."""
 
 
 def _options(**settings: int) -> tuple[tuple[str, int], ...]:
@@ -36,17 +37,32 @@ def _options(**settings: int) -> tuple[tuple[str, int], ...]:
     return tuple((f"grpc.{name}", value) for name, value in {**keepalive, **settings}.items())
 
 
+def message_bytes(sites: int) -> int:
+    """Largest message between the coordinator and one of so many sites, in bytes; also a connection's window.
+
+    What a coordinator holds of a transfer is a few messages, and what may arrive before it is read (the window, which
+    gRPC by itself lets grow with the speed of a line). All sites transfer at the same time: so that the coordinator
+    needs no more memory with more sites, each gets its share. Two sites fill 160 Mbit/s each at a round trip of 50 ms,
+    eight 40 Mbit/s each.
+    """
+    return min(CHUNK, max(SMALLEST_MESSAGE, UNDER_WAY // sites))
+
+
 CHANNEL_OPTIONS = _options(max_receive_message_length=LARGEST_REPLY)
-SERVER_OPTIONS = _options(
-    max_receive_message_length=LARGEST_REQUEST,
-    max_concurrent_streams=STREAMS,
-    **{
-        "http2.min_ping_interval_without_data_ms": 5_000,
-        "http2.bdp_probe": 0,
-        "http2.lookahead_bytes": WINDOW,
-    },
-    so_reuseport=0,  # or a second coordinator on the same port would start without a word
-)
+
+
+def server_options(window: int) -> tuple[tuple[str, int], ...]:
+    """Options of a server on whose connections ``window`` bytes may arrive before they are read."""
+    return _options(
+        max_receive_message_length=LARGEST_REQUEST,
+        max_concurrent_streams=STREAMS,
+        **{
+            "http2.min_ping_interval_without_data_ms": 5_000,
+            "http2.bdp_probe": 0,
+            "http2.lookahead_bytes": window,
+        },
+        so_reuseport=0,  # or a second coordinator on the same port would start without a word
+    )
 
 
 def is_loopback(address: str) -> bool:

@@ -25,7 +25,7 @@ from nnunet_fed.transport.frames import serve
 from nnunet_fed.transport.health import serve_health
 from nnunet_fed.transport.listener import Listener, Refusals, refuse
 from nnunet_fed.transport.metrics import Meter
-from nnunet_fed.transport.options import PROTOCOL
+from nnunet_fed.transport.options import PROTOCOL, message_bytes
 from nnunet_fed.transport.tls import KeyFiles, Keys
 from nnunet_fed.transport.transfer import received
 
@@ -81,6 +81,7 @@ class CoordinatorServer:
             lambda own: _check_certificate(own, sites),
             revoked,
             meter,
+            message_bytes(len(sites)),
         )
         self.address = self._listener.address
 
@@ -104,6 +105,7 @@ def _check_certificate(keys: Keys, sites: Sequence[str]) -> None:
 class _Service(CoordinatorServicer):  # type: ignore[misc]
     def __init__(self, coordinator: Coordinator):
         self._coordinator = coordinator
+        self._message_bytes = message_bytes(len(coordinator.study.sites))
 
     def Join(self, request: pb.JoinRequest, context: grpc.ServicerContext) -> pb.JoinReply:  # noqa: N802
         if request.protocol != PROTOCOL:
@@ -183,7 +185,7 @@ class _Service(CoordinatorServicer):  # type: ignore[misc]
                 if request.digest == collective.digest and request.position <= len(result):
                     header.position = request.position
             yield pb.ResultChunk(header=header)
-            for chunk in chunks([result[header.position :]]):
+            for chunk in chunks([result[header.position :]], self._message_bytes):
                 yield memoryview(chunk)
 
     def _header(self, collective: Collective) -> pb.ResultHeader:

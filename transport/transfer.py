@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from nnunet_fed.payload import chunks, measure
+from nnunet_fed.payload import CHUNK, chunks, measure
 from nnunet_fed.spool import Spool, Upload
 from nnunet_fed.transport import federation_pb2 as pb
 
@@ -25,15 +25,15 @@ class Outbound:
         self.digest, self.size = measure(self._pieces)
         self.reached = 0
 
-    def messages(self, offer: pb.OfferRequest) -> Iterator[pb.UploadChunk | memoryview]:
+    def messages(self, offer: pb.OfferRequest, size: int = CHUNK) -> Iterator[pb.UploadChunk | memoryview]:
         """The messages of an upload: the offer, then what follows its position."""
         yield pb.UploadChunk(offer=offer)
-        yield from self.data(offer.position)
+        yield from self.data(offer.position, size)
 
-    def data(self, position: int = 0) -> Iterator[memoryview]:
-        """The payload from a position on, in messages of at most 1 MiB."""
+    def data(self, position: int = 0, size: int = CHUNK) -> Iterator[memoryview]:
+        """The payload from a position on, in messages of at most ``size`` bytes."""
         self.reached = position
-        for chunk in chunks(self._from(position)):
+        for chunk in chunks(self._from(position), size):
             yield memoryview(chunk)
             self.reached += len(chunk)
 
