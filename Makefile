@@ -16,10 +16,11 @@ $(VENV)/.installed: pyproject.toml
 demo: $(VENV)/.installed
 	$(BIN)/python benchmarks/demo.py --out demo $(if $(DATA),--data "$(DATA)")
 
-# What is made of threads and functions first, a test on each core; then what is made of processes, which take all cores.
+# What is made of threads and functions first, then what is made of processes: mostly waiting for one of them, hence two
+# files of tests at a time.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore tests/e2e --numprocesses auto --dist worksteal
-	$(BIN)/python -m pytest tests/e2e
+	$(BIN)/python -m pytest tests/e2e --numprocesses 2 --dist loadfile
 
 # mypy does not see through an editable install of mapped packages: it checks an ordinary one, from another folder.
 lint: $(VENV)/.installed

@@ -5,10 +5,18 @@ import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from harness import Planned, RunningFederation, environment, federation, train_all
 
 from nnunet_fed.federation import Federation
 from nnunet_fed.phantom import write_phantom
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """A folder that all of pytest's processes have."""
+    own = tmp_path_factory.getbasetemp()
+    return own if worker_id == "master" else own.parent
 
 
 @pytest.fixture(scope="session")
@@ -20,15 +28,17 @@ def phantom(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def planned(phantom: Path, tmp_path_factory: pytest.TempPathFactory) -> Planned:
+def planned(phantom: Path, shared: Path) -> Planned:
     """The two sites, planned and preprocessed together by the real commands."""
-    out = tmp_path_factory.mktemp("planned") / "out"
+    out = shared / "planned"
     sites = [argument for site in ("site_a", "site_b") for argument in ("--site", f"{site}={phantom / site}")]
-    subprocess.run(
-        [sys.executable, "-m", "nnunet_fed", "simulate", *sites, "--out", str(out), "--until", "plan", "--rounds", "3",
-         "--iterations", "4", "--val-iterations", "1", "--lr", "0.05", "--momentum", "0.9"],
-        env=environment(), check=True, timeout=300,
-    )  # fmt: skip
+    with FileLock(shared / "planned.lock"):
+        if not (out / "summary.json").is_file():
+            subprocess.run(
+                [sys.executable, "-m", "nnunet_fed", "simulate", *sites, "--out", str(out), "--until", "plan",
+                 "--rounds", "3", "--iterations", "4", "--val-iterations", "1", "--lr", "0.05", "--momentum", "0.9"],
+                env=environment(), check=True, timeout=300,
+            )  # fmt: skip
     return Planned(out, Federation.read(out / "federation.toml"))
 
 

@@ -157,7 +157,7 @@ def test_a_link_that_swallows_everything_is_given_up(undisturbed: dict[int, list
 
 
 def test_a_site_gone_for_good(tmp_path: Path) -> None:
-    with exchange(tmp_path / "run", "abc", min_sites=2, deadline_minutes=0.1) as running:
+    with exchange(tmp_path / "run", "abc", min_sites=2, deadline_minutes=0.2) as running:
         for name in "ab":
             running.start(name)
         running.start("c", stop_after=0)
