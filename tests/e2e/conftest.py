@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
-from harness import Planned, RunningFederation, environment, federation, train_all
+from harness import PATIENCE, Planned, RunningFederation, environment, federation, train_all
 
 from nnunet_fed.federation import Federation
 from nnunet_fed.phantom import write_phantom
@@ -37,7 +37,7 @@ def planned(phantom: Path, shared: Path) -> Planned:
             subprocess.run(
                 [sys.executable, "-m", "nnunet_fed", "simulate", *sites, "--out", str(out), "--until", "plan",
                  "--rounds", "3", "--iterations", "4", "--val-iterations", "1", "--lr", "0.05", "--momentum", "0.9"],
-                env=environment(), check=True, timeout=300,
+                env=environment(), check=True, timeout=PATIENCE,
             )  # fmt: skip
     return Planned(out, Federation.read(out / "federation.toml"))
 

@@ -24,7 +24,8 @@ from nnunet_fed.toml import to_toml
 from nnunet_fed.transport.client import GrpcCommunicator
 
 PLANS = "nnUNetFedSmallPlans"
-PATIENCE = 240.0
+PATIENCE = 480.0
+"""Seconds for whatever may take long on a slow machine that has other work as well."""
 
 
 def environment(**variables: Any) -> dict[str, str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import Planned, RunningFederation, federation, kill_in_exchange, same_bits, train_all
+from harness import PATIENCE, Planned, RunningFederation, federation, kill_in_exchange, same_bits, train_all
 
 pytestmark = pytest.mark.e2e
 
@@ -88,6 +88,6 @@ def test_a_study_without_any_lesion_ends_in_a_sentence(planned: Planned, tmp_pat
             site.start()
         for site in running.sites.values():
             assert site.process is not None
-            assert site.process.wait(120) == 1
+            assert site.process.wait(PATIENCE) == 1
             last = site.log.read_text().splitlines()[-1]
             assert last.startswith("Error: No patch of any site holds a whole lesion of the classes ghost")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from documents import blocks, shell
-from harness import environment, until
+from harness import PATIENCE, environment, until
 
 from nnunet_fed.federation import Site
 from nnunet_fed.transport.client import GrpcCommunicator
@@ -44,7 +44,7 @@ def test_three_terminals_and_prediction(tmp_path: Path) -> None:
         sites = [terminal(scripts[title], title.split(":")[0].replace(" ", "-")) for title in titles[1:3]]
         processes += sites
         for site, log in zip(sites, ("terminal-2", "terminal-3"), strict=True):
-            assert site.wait(400) == 0, (tmp_path / log).read_text()[-3000:]
+            assert site.wait(PATIENCE) == 0, (tmp_path / log).read_text()[-3000:]
         watcher = GrpcCommunicator(Site(name="watcher", coordinator="127.0.0.1:7464", insecure=True))
         phases = {name: site["progress"]["phase"] for name, site in watcher.status()["sites"].items()}
         watcher.close()
@@ -64,7 +64,7 @@ def test_three_terminals_and_prediction(tmp_path: Path) -> None:
     # the walk-through's own prediction needs the exports of its terminal 2
     exports = "\n".join(line for line in scripts[titles[1]].splitlines() if line.startswith("export "))
     predict = terminal(f"{exports}\n{scripts[titles[3]]}", "prediction")
-    assert predict.wait(300) == 0, (tmp_path / "prediction").read_text()[-3000:]
+    assert predict.wait(PATIENCE) == 0, (tmp_path / "prediction").read_text()[-3000:]
     expected = {path.name for path in (tmp_path / "data" / "test" / "labelsTs").iterdir()}
     assert expected <= {path.name for path in (tmp_path / "predictions").iterdir()}
 
@@ -79,6 +79,6 @@ def test_three_terminals_and_prediction(tmp_path: Path) -> None:
         arguments = ["-i", str(images), "-o", str(out), "-m", str(model), "-f", "0", "-chk", checkpoint]
         subprocess.run(
             [sys.executable, str(script), *arguments, "-device", "cpu", "-npp", "1", "-nps", "1", "--disable_tta"],
-            env=environment(), check=True, timeout=200,
+            env=environment(), check=True, timeout=PATIENCE,
         )  # fmt: skip
         assert (out / f"{first}.nii.gz").is_file()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import environment
+from harness import PATIENCE, environment
 
 pytestmark = pytest.mark.e2e
 
@@ -24,7 +24,7 @@ def test_a_round_with_forked_augmentation_workers_and_a_site_too_small_for_folds
         [sys.executable, "-m", "nnunet_fed", "simulate", *sites, "--method", "fedavg", "--rounds", "1", "--iterations",
          "3", "--val-iterations", "1", "--lr", "0.05", "--momentum", "0.9", "--cross-site", "--out",
          str(out)],
-        env=environment(nnUNet_n_proc_DA=2), check=True, timeout=400, stdout=subprocess.PIPE, text=True,
+        env=environment(nnUNet_n_proc_DA=2), check=True, timeout=PATIENCE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     summary = json.loads((out / "summary.json").read_text())
     assert summary["method"] == "fedavg"
@@ -76,7 +76,7 @@ def test_a_failing_site_ends_the_run_with_its_own_words(phantom: Path, tmp_path:
     sites = ["--site", f"a={phantom / 'site_a'}", "--site", f"b={other / 'site_1'}"]
     run = subprocess.run(
         [sys.executable, "-m", "nnunet_fed", "simulate", *sites, "--rounds", "1", "--out", str(tmp_path / "out")],
-        env=environment(), timeout=200, capture_output=True, text=True, check=False,
+        env=environment(), timeout=PATIENCE, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert run.returncode == 2
     assert "Traceback" not in run.stderr

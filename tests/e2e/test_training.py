@@ -12,6 +12,7 @@ import pytest
 import torch
 from faults import REPETITIONS
 from harness import (
+    PATIENCE,
     PLANS,
     Planned,
     RunningFederation,
@@ -114,7 +115,7 @@ def test_killed_sites_go_on_bit_identically(planned: Planned, undisturbed: Runni
 
         a.start()
         assert a.process is not None
-        assert a.process.wait(120) != 0
+        assert a.process.wait(PATIENCE) != 0
         refusal = a.log.read_text().splitlines()[-1]
         assert refusal.startswith("Error: Site 'site_a' has already contributed")
         assert "--c" in refusal

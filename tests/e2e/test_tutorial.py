@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from documents import ROOT, blocks, shell
+from harness import PATIENCE
 
 pytestmark = pytest.mark.e2e
 
@@ -26,7 +27,7 @@ def test_from_two_folders_of_images_to_a_report(tmp_path: Path) -> None:
         log = tmp_path / title.split(":")[0]
         process = shell(script, folder, log)
         try:
-            assert process.wait(300) == 0, log.read_text()[-3000:]
+            assert process.wait(PATIENCE) == 0, log.read_text()[-3000:]
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGTERM)  # the simulation ends its sites, which no other signal reaches
