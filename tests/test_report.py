@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -206,6 +207,22 @@ def test_a_comparison(tmp_path: Path) -> None:
     settings = dict(table(found["study"], "Settings")[1:])
     assert settings["options"] == "fedavg: finetune_epochs: 1"
     assert "labels" not in settings, "it was not set"
+
+
+def test_a_comparison_that_begins_with_pooled_training_tells_each_site_s_cases(tmp_path: Path) -> None:
+    folder = make_comparison(tmp_path / "compared")
+    pooled, planned = folder / "runs" / "local-3", folder / "planned"
+    shutil.copytree(folder / "runs" / "fedavg-3", planned)
+    sites = json.loads((planned / "summary.json").read_text())["sites"]
+    amend(pooled / "summary.json", sites={"pooled": sites["site_a"]})
+    amend(
+        planned / "summary.json",
+        sites={site: {**figures, "train_cases": None, "val_cases": None} for site, figures in sites.items()},
+    )
+    shutil.rmtree(pooled / "sites" / "site_b")
+    (pooled / "sites" / "site_a").rename(pooled / "sites" / "pooled")
+    rows = table(sections(folder)["data"], "Sites")[1:]
+    assert [row[:3] for row in rows] == [["site_a", "11", "3"], ["site_b", "12", "3"]]
 
 
 def test_a_run_without_exchanges_has_no_figure_of_its_traffic(tmp_path: Path) -> None:

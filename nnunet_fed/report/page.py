@@ -85,8 +85,9 @@ def _of_comparison(comparison: Comparison, folder: Path) -> list[Section]:
     )
     sections = [comparison_study_section(comparison)]
     if data is not None:
-        with_lesions = next((run for run in comparison.runs if any(f.lesions for f in run.sites.values())), data)
-        sections.append(data_section(with_lesions if len(with_lesions.sites) >= len(data.sites) else data))
+        alike = [run for run in comparison.runs if len(run.sites) >= len(data.sites)]  # pooled training is one site
+        with_lesions = next((run for run in alike if any(files.lesions for files in run.sites.values())), data)
+        sections.append(data_section(with_lesions))
     sections.append(comparison_section(comparison))
     for run in comparison.runs:
         parts = [
