@@ -43,7 +43,7 @@ def message_bytes(sites: int) -> int:
     What a coordinator holds of a transfer is a few messages, and what may arrive before it is read (the window, which
     gRPC by itself lets grow with the speed of a line). All sites transfer at the same time: so that the coordinator
     needs no more memory with more sites, each gets its share. Two sites fill 160 Mbit/s each at a round trip of 50 ms,
-    eight 40 Mbit/s each.
+    eight 40 Mbit/s each, thirty-two or more 10 Mbit/s each.
     """
     return min(CHUNK, max(SMALLEST_MESSAGE, UNDER_WAY // sites))
 

@@ -52,12 +52,12 @@ def insist(
 
     Args:
         function: the call.
-        patience: seconds from the first failure, or from the last that had brought a transfer further. A call may take
-            longer than that, or wake in a process that was suspended: it is tried again nevertheless.
+        patience: seconds from the first failure, or from the last that had brought a transfer further than any before.
+            A call may take longer than that, or wake in a process that was suspended: it is tried again nevertheless.
         address: the coordinator's, for what the user reads.
         jitter: source of the pauses' jitter.
-        reached: how far a transfer has come. A try that brought it further is not a failure: patience and pauses begin
-            anew.
+        reached: how far a transfer has come. It may fall back, to where the bytes arrived. A try that brought it
+            further than any before is not a failure: patience and pauses begin anew.
         diagnose: asked for a reason that lasts (:func:`nnunet_fed.transport.tls.diagnose`) when nobody answers.
 
     Raises:
@@ -65,7 +65,7 @@ def insist(
         UnreachableError: no answer within the patience, or none to be expected.
     """
     end: float | None = None
-    pause, before, told = PAUSES[0], reached(), ""
+    pause, furthest, told = PAUSES[0], reached(), ""
     reasons: deque[str | None] = deque(maxlen=SURE)
     while True:
         try:
@@ -79,8 +79,8 @@ def insist(
             full = code == grpc.StatusCode.RESOURCE_EXHAUSTED
             trouble = f"takes nothing more at present: {details}" if full else f"does not answer ({details})"
             now = reached()
-            if end is None or now != before:
-                end, pause, before = time.monotonic() + patience, PAUSES[0], now
+            if end is None or now > furthest:
+                end, pause, furthest = time.monotonic() + patience, PAUSES[0], max(now, furthest)
             remaining = end - time.monotonic()
             if reasons[-1] is not None and (remaining <= 0 or reasons.count(reasons[-1]) == SURE):
                 raise UnreachableError(reasons[-1]) from None
