@@ -8,7 +8,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from nnunet_fed.admission import MODEL
@@ -50,6 +51,7 @@ class Closing:
         self._started = time.time()
         self._reducing: set[tuple[str, str]] = set()
         self._keeper = ThreadPoolExecutor(1, thread_name_prefix="keeper")
+        self._saving: dict[tuple[str, str], Future[None]] = {}
         self.reductions, self.reduction_seconds = 0, 0.0
         """Since the start."""
 
@@ -91,36 +93,73 @@ class Closing:
         started = time.monotonic()
         try:
             self._reduce(collective, given)
-            with self._changed, self._store.transaction():
-                collective.closed = time.time()
-                self.reductions += 1
-                self.reduction_seconds += time.monotonic() - started
-                self._store.put_collective(collective)
-                if self._store.participants(run, collective.scope) is None:
-                    self._store.freeze(run, collective.scope, list(given))
-                for site in missing:
-                    self._store.set_standing(run, site, "absent")
-                    self._store.add_event(run, site, f"absent from {collective.key}")
-                if self._tracker is not None:
-                    self._tracker.closed(self._store, collective)
+            with self._changed:
+                with self._store.transaction():
+                    collective.closed = time.time()
+                    self.reductions += 1
+                    self.reduction_seconds += time.monotonic() - started
+                    self._store.put_collective(collective)
+                    if self._store.participants(run, collective.scope) is None:
+                        self._store.freeze(run, collective.scope, list(given))
+                    for site in missing:
+                        self._store.set_standing(run, site, "absent")
+                        self._store.add_event(run, site, f"absent from {collective.key}")
+                    if self._tracker is not None:
+                        self._tracker.closed(self._store, collective)
+                self._keep(collective)
         finally:
             with self._changed:
                 self._reducing.discard((run, key))
                 self._changed.notify_all()
         logger.info("%s closed over %s", key, ", ".join(given), extra=about(run, key))
-        self._keeper.submit(self._settle, collective)
+
+    def wait_until_saved(self, collective: Collective) -> None:
+        """Return once a closed collective's result is on disk for good: no site may go on with it before.
+
+        Raises:
+            OSError: the disk is full, or broken. The next call tries again.
+        """
+        with self._changed:
+            saving = self._saving.get((collective.run, collective.key))
+            if saving is not None and saving.done() and saving.exception() is not None:
+                saving = self._keep(collective)
+        if saving is not None:
+            saving.result()
 
     def recover(self) -> None:
-        """After a restart: make results anew that did not reach the disk, and clear what is not needed."""
+        """After a restart: look what has reached the disk, and clear what is not needed.
+
+        A process that was killed leaves everything behind, a machine that stopped may not. A result that is not whole
+        is made anew of the contributions. If these are not whole either, no site has the result
+        (:meth:`wait_until_saved`): the collective is open again, and the sites contribute what was lost once more.
+        """
         for run, key in dict.fromkeys(self._store.spooled().values()):
             collective = self._store.collective(run, key)
-            if collective is None or collective.status == "open":
+            if collective is None:
                 continue
-            result = self._store.result_path(run, key)
-            if collective.status == "closed" and digest_of_file(result) != collective.digest:
-                self._reduce(collective, self._store.contributions(run, key))
-            self._settle(collective)
+            closed = collective.status == "closed"
+            if closed and digest_of_file(self._store.result_path(run, key)) == collective.digest:
+                self._settle(collective, lambda kept=collective: self._save(kept))
+                continue
+            given = self._store.contributions(run, key)
+            lost = [c for c in given.values() if c.file and digest_of_file(self._store.spool / c.file) != c.digest]
+            if lost:
+                self._withdraw(collective, lost)
+            elif closed:
+                self._reduce(collective, given)
+                self._settle(collective, lambda kept=collective: self._save(kept))
         self._spool.sweep(set(self._store.spooled()))
+
+    def _withdraw(self, collective: Collective, lost: list[Contribution]) -> None:
+        with self._store.transaction():
+            for contribution in lost:
+                self._store.withdraw(contribution)
+                text = f"what it gave to {collective.key} was lost when the coordinator's machine stopped"
+                self._store.add_event(collective.run, contribution.site, text)
+                logger.warning("%s: %s", contribution.site, text, extra=about(collective.run, collective.key))
+            if collective.status == "closed":
+                collective.status, collective.closed, collective.digest, collective.size = "open", None, None, None
+                self._store.put_collective(collective)
 
     def _is_planning(self, run: str) -> bool:
         return bool(self._store.runs()[run]["purpose"] == "planning")
@@ -157,14 +196,25 @@ class Closing:
         collective.digest, collective.size = write_result(collective.verb, files, weights, out)
         collective.status = "closed"
 
-    def _settle(self, collective: Collective) -> None:
-        """What nobody waits for: have a result on disk for good, then delete what it was made of, and old results."""
+    def _keep(self, collective: Collective) -> Future[None]:
+        """In the background, have a result on disk for good, and then clear what nobody needs any more."""
+        saving = self._keeper.submit(self._save, collective)
+        self._saving[collective.run, collective.key] = saving
+        self._keeper.submit(self._settle, collective, saving.result)
+        return saving
+
+    def _save(self, collective: Collective) -> None:
+        if collective.status == "closed":
+            make_durable(self._store.result_path(collective.run, collective.key))
+
+    def _settle(self, collective: Collective, save: Callable[[], None]) -> None:
+        """Once a result is on disk for good, delete what it was made of, and old results."""
         try:
-            if collective.status == "closed":
-                make_durable(self._store.result_path(collective.run, collective.key))
+            save()
             with self._changed, self._store.transaction():
                 files = self._store.release(collective.run, collective.key)
                 files += self._prune(collective.run)
+                self._saving.pop((collective.run, collective.key), None)
             for file in files:
                 file.unlink(missing_ok=True)
             self._spool.forget_collective(collective.run, collective.key)

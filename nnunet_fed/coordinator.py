@@ -23,7 +23,7 @@ from nnunet_fed.payload import open_payload
 from nnunet_fed.record import happened
 from nnunet_fed.spool import Spool
 from nnunet_fed.status import Tally, status_of
-from nnunet_fed.store import Agreed, Collective, Contribution, Store, make_durable, scope_of
+from nnunet_fed.store import Agreed, Collective, Contribution, Store, scope_of
 from nnunet_fed.tracking import FederationTracker
 
 logger = logging.getLogger(__name__)
@@ -249,7 +249,6 @@ class Coordinator:
                 last = self._admission.last_model(run, key, verb, schema)
             norm = None if last is None else distance(open_payload(payload), open_payload(last))
             size = payload.stat().st_size
-            make_durable(payload)
             with self._changed:
                 verdict = self.offer(run, key, site, verb, weight, digest, size)
                 if verdict == "send":

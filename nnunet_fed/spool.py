@@ -8,7 +8,6 @@ Thread-safe. Source: ours.
 
 from __future__ import annotations
 
-import os
 import secrets
 import threading
 import time
@@ -29,9 +28,6 @@ UPLOADS = 2
 """That one site may have under way at a time."""
 READ = 1 << 24
 """Bytes of a partial file digested at a time when an upload goes on."""
-DURABLE = 1 << 25
-"""Bytes after which what has arrived is brought to the disk, while the network and the other sites go on: at the end of
-an upload little is left to wait for."""
 
 
 class InterruptedUploadError(Exception):
@@ -74,7 +70,7 @@ class Receiver:
     def __init__(self, upload: Upload, path: Path):
         self.upload = upload
         self.path = path
-        self.written = self._durable = 0
+        self.written = 0
         self._digest = xxhash.xxh3_128()
         self._file: BinaryIO | None = None
         self._stopped = False
@@ -98,7 +94,8 @@ class Receiver:
                 self.written += len(read)
             if self.written < position:
                 raise InterruptedUploadError
-            self._file.truncate()
+            if position:  # truncated to nothing, ext4 would write the whole file to the disk when it is closed
+                self._file.truncate()
 
     def write(self, data: bytes | memoryview) -> None:
         """Append.
@@ -115,9 +112,6 @@ class Receiver:
                 rest = rest[self._file.write(rest) :]
             self._digest.update(data)
             self.written += len(data)
-            if self.written - self._durable >= DURABLE:
-                os.fdatasync(self._file.fileno())
-                self._durable = self.written
 
     def is_whole(self) -> bool:
         """Whether what has arrived is what was offered."""

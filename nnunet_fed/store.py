@@ -219,6 +219,13 @@ class Store:
         values = tuple(vars(contribution).values())
         self._journal.execute(f"INSERT INTO contribution VALUES ({','.join('?' * len(values))})", values)
 
+    def withdraw(self, contribution: Contribution) -> None:
+        """Journal that a contribution is no longer there."""
+        self._journal.execute(
+            "DELETE FROM contribution WHERE run = ? AND key = ? AND site = ?",
+            (contribution.run, contribution.key, contribution.site),
+        )
+
     def has_contributed(self, run: str, site: str) -> bool:
         """Whether a site has given anything to a run."""
         row = self._journal.execute("SELECT 1 FROM contribution WHERE run = ? AND site = ?", (run, site)).fetchone()

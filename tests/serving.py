@@ -21,11 +21,14 @@ def make_study(sites: Sequence[str] = ("a", "b"), **settings: Any) -> Federation
 class Served:
     """A coordinator on loopback, and seats in it; with TLS if it gets ``keys``."""
 
-    def __init__(self, study: Federation, folder: Path, stack: ExitStack, spool_quota: int = SPOOL_QUOTA, **tls: Any):
+    def __init__(
+        self, study: Federation, folder: Path, stack: ExitStack, spool_quota: int = SPOOL_QUOTA,
+        address: str = "127.0.0.1:0", **tls: Any,
+    ):  # fmt: skip
         self.study = study
         self.coordinator = Coordinator(study, Store(folder), spool_quota=spool_quota)
         stack.callback(self.coordinator.close)
-        self.server = CoordinatorServer(self.coordinator, "127.0.0.1:0", insecure=not tls, **tls)
+        self.server = CoordinatorServer(self.coordinator, address, insecure=not tls, **tls)
         self.server.start()
         stack.callback(self.server.stop, 0)
         self._stack = stack

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,13 @@ from hypothesis import strategies as st
 from serving import Served, make_study
 from test_transport import together
 
-from nnunet_fed import admission
+from nnunet_fed import admission, closing
 from nnunet_fed.coordinator import Coordinator
-from nnunet_fed.errors import ConfigurationError, RefusedError, UnreachableError
+from nnunet_fed.errors import ConfigurationError, DeadlineError, RefusedError, UnreachableError
 from nnunet_fed.payload import CHUNK, Tensors, encode, measure
 from nnunet_fed.spool import OLDEST, PARTIAL, InterruptedUploadError, Upload
 from nnunet_fed.store import Store
+from nnunet_fed.transport import client
 from nnunet_fed.transport import federation_pb2 as pb
 from nnunet_fed.transport.client import GrpcCommunicator
 from nnunet_fed.transport.frames import reader, write
@@ -32,6 +35,7 @@ from nnunet_fed.transport.transfer import Outbound
 Serve = Callable[..., Served]
 
 LARGE = {"w": np.random.default_rng(0).normal(size=3 * CHUNK // 4).astype(np.float32)}
+ZERO = {"w": np.zeros_like(LARGE["w"])}
 
 
 def offer_of(seat: GrpcCommunicator, tensors: Tensors, key: str = "r/model") -> tuple[pb.OfferRequest, Outbound]:
@@ -312,8 +316,6 @@ def test_uploads_of_one_site_at_a_time_are_few(serve: Serve) -> None:
 
 
 def test_a_full_disk_is_told(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nnunet_fed import closing
-
     served = serve(make_study("a", deadline_minutes=1 / 60))
     seat = served.seat("a")
 
@@ -514,18 +516,105 @@ def test_a_message_that_is_too_long_is_refused(serve: Serve) -> None:
 def test_a_result_that_did_not_reach_the_disk_is_made_again(
     serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: bytes | None
 ) -> None:
-    """As after a power failure: the journal says closed, the payloads are there, the result is not whole."""
+    """As after a machine stopped: the journal says closed, the payloads are there, the result is not whole."""
     first = serve(make_study("ab"))
-    monkeypatch.setattr(first.coordinator.closing, "_settle", lambda collective: None)
+    monkeypatch.setattr(first.coordinator.closing, "_settle", lambda collective, save: None)
     a, b = first.seat("a"), first.seat("b")
     other = {"w": LARGE["w"] * 2}
     result = together(lambda: a.mean("r/model", LARGE, 1), lambda: b.mean("r/model", other, 3))[0]
     first.stop()
     (file,) = (tmp_path / "state" / "results").iterdir()
-    file.write_bytes(damage) if damage is not None else file.unlink()
+    damaged(file, damage)
     second = serve(make_study("ab"))
     assert second.seat("a").fetch("r/model")["w"].tobytes() == result["w"].tobytes()  # type: ignore[index]
     assert spooled(second) == [], "once it is on disk, what it was made of is gone"
+
+
+def damaged(path: Path, damage: bytes | None) -> None:
+    path.write_bytes(damage) if damage is not None else path.unlink()
+
+
+@pytest.mark.parametrize("damage", [b"", b"a part", None], ids=["empty", "partial", "missing"])
+def test_a_contribution_that_did_not_reach_the_disk_is_sent_again(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, damage: bytes | None
+) -> None:
+    """As after a machine stopped: the journal has the contribution, and its bytes were in memory only."""
+    monkeypatch.setattr(client, "LONG_POLL", 0.5)
+    first = serve(make_study("ab"))
+    a = first.seat("a")
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(a.mean, "r/model", LARGE, 1)
+        while not (files := [path for path in spooled(first) if path.suffix != PARTIAL]):
+            time.sleep(0.01)
+        first.stop()
+        damaged(files[0], damage)
+        second = serve(make_study("ab"), address=first.server.address)
+        result = second.seat("b").mean("r/model", ZERO, 1)
+        assert result["w"].tobytes() == waiting.result(60)["w"].tobytes() == (LARGE["w"] / 2).tobytes()
+    assert a.bytes_sent == 2 * offer_of(a, LARGE)[0].size
+    events = second.coordinator.status(record=True)["events"]
+    assert [event["site"] for event in events if "gave to r/model was lost" in event["text"]] == ["a"]
+
+
+def test_no_site_has_a_result_that_a_stopping_machine_can_take_back(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has closed the round, and stops before any of it is on its disk: the sites contribute once more."""
+    monkeypatch.setattr(client, "LONG_POLL", 0.5)
+    first, stopped = serve(make_study("ab")), threading.Event()
+
+    def never(path: Path) -> None:
+        stopped.wait(60)
+        raise OSError(f"{path} is not on the disk")
+
+    with monkeypatch.context() as patch, ThreadPoolExecutor(2) as pool:
+        patch.setattr(closing, "make_durable", never)
+        a, b = first.seat("a"), first.seat("b")
+        waiting = [pool.submit(a.mean, "r/model", LARGE, 1), pool.submit(b.mean, "r/model", ZERO, 1)]
+        while not first.coordinator.tally().reductions:
+            time.sleep(0.01)
+        wait(waiting, 0.5)
+        assert not any(future.done() for future in waiting), "the sites have the bytes, but not the word"
+        stopped.set()
+        first.stop()
+        patch.undo()
+        for file in [*spooled(first), *(tmp_path / "state" / "results").iterdir()]:
+            file.write_bytes(b"")
+        second = serve(make_study("ab"), address=first.server.address)
+        results = [future.result(60)["w"].tobytes() for future in waiting]
+    assert results == 2 * [(LARGE["w"] / 2).tobytes()]
+    assert a.weights == {"a": 1, "b": 1}
+    assert len(second.coordinator.status(record=True)["runs"][a.run]["collectives"]) == 1
+
+
+def test_a_result_that_cannot_be_saved_now_is_saved_later(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    served = serve(make_study("a"))
+    seat, tries = served.seat("a"), []
+
+    def full_at_first(path: Path) -> None:
+        tries.append(path)
+        if len(tries) < 3:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(closing, "make_durable", full_at_first)
+    assert seat.mean("r/model", LARGE, 1)["w"].tobytes() == LARGE["w"].tobytes()
+    assert len(tries) == 3
+    assert seat.bytes_sent == offer_of(seat, LARGE)[0].size, "what was accepted is not sent again"
+    end = time.monotonic() + 10
+    while spooled(served) and time.monotonic() < end:
+        time.sleep(0.01)
+    assert spooled(served) == []
+
+
+def test_what_was_given_before_a_missed_deadline_outlives_a_restart(serve: Serve) -> None:
+    first = serve(make_study("ab", deadline_minutes=1 / 60))
+    with pytest.raises(DeadlineError):
+        first.seat("a").mean("r/model", LARGE, 1)
+    first.stop()
+    second = serve(make_study("ab"))
+    a, b = second.seat("a"), second.seat("b")
+    result, _ = together(lambda: a.mean("r/model", LARGE, 1), lambda: b.mean("r/model", ZERO, 1))
+    assert result["w"].tobytes() == (LARGE["w"] / 2).tobytes()  # type: ignore[index]
 
 
 def test_a_stopping_coordinator_sends_away_who_waits(serve: Serve) -> None:

@@ -201,6 +201,16 @@ class GrpcCommunicator:
             run=self.run, key=key, site=self.site, verb=verb, weight=weight,
             digest=outbound.digest if pieces else "", size=outbound.size,
         )  # fmt: skip
+
+        def contribute() -> None:
+            self._offer(offer, outbound, content)
+
+        contribute()
+        return self._result(key, contribute)
+
+    def _offer(self, offer: pb.OfferRequest, outbound: Outbound, content: Callable[[], dict[str, Any]]) -> None:
+        """Contribute, unless a contribution of this site stands."""
+        key = offer.key
         self._sends("offer", **_facts(offer))
         verdict = self._call(lambda: self._contribute(offer, outbound, content), lambda: outbound.reached)
         if verdict == "closed":
@@ -218,7 +228,6 @@ class GrpcCommunicator:
                     "(nnunet_fed coordinator ... --new-attempt) and plan at all sites again."
                 )
             logger.warning("'%s': this site has already contributed other values; those stand.", key)
-        return self._result(key)
 
     def _contribute(self, offer: pb.OfferRequest, outbound: Outbound, content: Callable[[], dict[str, Any]]) -> str:
         reply = self._stub.Offer(offer, timeout=60)
@@ -235,12 +244,15 @@ class GrpcCommunicator:
                 offer.position = 0
         return verdict
 
-    def _result(self, key: str) -> memoryview:
-        """Wait for a result and take it; whoever waits is told for whom and until when."""
+    def _result(self, key: str, contribute: Callable[[], None] = lambda: None) -> memoryview:
+        """Wait for a result and take it; whoever waits is told for whom and until when.
+
+        A coordinator that has lost what this site gave it (its machine stopped) has it contribute again.
+        """
         told: Sequence[str] = ()
         inbound = Inbound()
         while True:
-            header = self._call(lambda: self._ask(key, inbound), lambda: inbound.reached)
+            header = self._call(lambda: self._ask(key, inbound, LONG_POLL), lambda: inbound.reached)
             if header.status == "closed":
                 self.weights = dict(sorted(header.weights.items()))
                 return inbound.buffer
@@ -250,12 +262,14 @@ class GrpcCommunicator:
                 raise DeadlineError(header.error)
             if header.status == "pruned":
                 raise RoundClosedError(f"The result of '{key}' is no longer kept.")
+            if header.wanted:
+                contribute()
             if list(header.missing) != list(told):
                 told = list(header.missing)
                 until = datetime.fromtimestamp(header.closes_at).strftime("%Y-%m-%d %H:%M:%S")
                 logger.info("waiting for %s in '%s', until %s at most", ", ".join(told) or "the result", key, until)
 
-    def _ask(self, key: str, inbound: Inbound, wait: float = LONG_POLL) -> pb.ResultHeader:
+    def _ask(self, key: str, inbound: Inbound, wait: float) -> pb.ResultHeader:
         request = pb.ResultRequest(
             run=self.run, key=key, site=self.site, wait_seconds=wait, digest=inbound.digest, position=inbound.reached
         )

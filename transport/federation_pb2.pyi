@@ -91,7 +91,7 @@ class ResultRequest(_message.Message):
     def __init__(self, run: _Optional[str] = ..., key: _Optional[str] = ..., site: _Optional[str] = ..., wait_seconds: _Optional[float] = ..., digest: _Optional[str] = ..., position: _Optional[int] = ...) -> None: ...
 
 class ResultHeader(_message.Message):
-    __slots__ = ("status", "digest", "size", "error", "missing", "closes_at", "weights", "position")
+    __slots__ = ("status", "digest", "size", "error", "missing", "closes_at", "weights", "position", "wanted")
     class WeightsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -107,6 +107,7 @@ class ResultHeader(_message.Message):
     CLOSES_AT_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     POSITION_FIELD_NUMBER: _ClassVar[int]
+    WANTED_FIELD_NUMBER: _ClassVar[int]
     status: str
     digest: str
     size: int
@@ -115,7 +116,8 @@ class ResultHeader(_message.Message):
     closes_at: float
     weights: _containers.ScalarMap[str, float]
     position: int
-    def __init__(self, status: _Optional[str] = ..., digest: _Optional[str] = ..., size: _Optional[int] = ..., error: _Optional[str] = ..., missing: _Optional[_Iterable[str]] = ..., closes_at: _Optional[float] = ..., weights: _Optional[_Mapping[str, float]] = ..., position: _Optional[int] = ...) -> None: ...
+    wanted: bool
+    def __init__(self, status: _Optional[str] = ..., digest: _Optional[str] = ..., size: _Optional[int] = ..., error: _Optional[str] = ..., missing: _Optional[_Iterable[str]] = ..., closes_at: _Optional[float] = ..., weights: _Optional[_Mapping[str, float]] = ..., position: _Optional[int] = ..., wanted: bool = ...) -> None: ...
 
 class ResultChunk(_message.Message):
     __slots__ = ("header", "data")

@@ -102,7 +102,7 @@ class CoordinatorServicer(object):
 
     def Result(self, request, context):
         """The state of a collective, and once it is closed its result, from the asked position on. Waits for a while if it is
-        open.
+        open. The stream ends once the result is on the coordinator's disk; before that it does not count.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -175,7 +175,7 @@ class _Service(CoordinatorServicer):  # type: ignore[misc]
             collective = self._coordinator.wait(request.run, request.key, seconds)
             if collective is None:
                 refuse(context, f"Nobody has contributed to '{request.key}'.", grpc.StatusCode.NOT_FOUND)
-            header, result = self._header(collective), memoryview(b"")
+            header, result = self._header(collective, request.site), memoryview(b"")
             if collective.status == "closed":
                 try:
                     with self._coordinator.result_file(collective).open("rb") as file:
@@ -187,8 +187,9 @@ class _Service(CoordinatorServicer):  # type: ignore[misc]
             yield pb.ResultChunk(header=header)
             for chunk in chunks([result[header.position :]], self._message_bytes):
                 yield memoryview(chunk)
+            self._coordinator.closing.wait_until_saved(collective)
 
-    def _header(self, collective: Collective) -> pb.ResultHeader:
+    def _header(self, collective: Collective, site: str) -> pb.ResultHeader:
         waiting = collective.status == "open"
         missing = self._coordinator.closing.missing(collective) if waiting else []
         return pb.ResultHeader(
@@ -199,6 +200,7 @@ class _Service(CoordinatorServicer):  # type: ignore[misc]
             missing=[self._coordinator.doing(site) for site in missing],
             closes_at=self._coordinator.closing.closes_at(collective) if waiting else 0.0,
             weights=self._coordinator.weights(collective),
+            wanted=site in missing,
         )
 
     def Newest(self, request: pb.NewestRequest, context: grpc.ServicerContext) -> pb.NewestReply:  # noqa: N802
