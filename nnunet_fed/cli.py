@@ -310,6 +310,9 @@ def phantom(
     phases: Annotated[
         int, typer.Option(help="Phases of a contrast agent, 1 to 4: each case is in one, and looks different in each.")
     ] = 1,
+    coarse: Annotated[
+        float, typer.Option(metavar="FACTOR", help="Voxels so many times as long: smaller images, faster trainings.")
+    ] = 1.0,
 ) -> None:
     """Write the built-in demo data: an organ with lesions, seen by a different scanner at each site."""
     from nnunet_fed.phantom import write_phantom
@@ -318,7 +321,7 @@ def phantom(
     if sites is None:
         sites = 3 if len(sizes) == 1 else len(sizes)
     each = sizes[0] if len(sizes) == 1 else sizes
-    written = write_phantom(out, sites, each, seed, organs=organs, val_cases=val_cases, phases=phases)
+    written = write_phantom(out, sites, each, seed, organs=organs, val_cases=val_cases, phases=phases, coarse=coarse)
     for folder in written.values():
         print(folder)
     print(out / "test")

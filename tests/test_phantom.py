@@ -77,6 +77,23 @@ def test_same_seed_same_bytes_other_seed_other_bodies(tmp_path: Path) -> None:
     assert all(one[name] != other[name] for name in one)
 
 
+def test_coarse_images_show_the_same_bodies_in_fewer_voxels(tmp_path: Path) -> None:
+    fine = write_phantom(tmp_path / "fine", cases=2, test_cases=1)
+    coarse = write_phantom(tmp_path / "coarse", cases=2, test_cases=1, coarse=1.5)
+    for name, folder in fine.items():
+        for path in (folder / "labelsTr").iterdir():
+            one, other = (sitk.ReadImage(str(at)) for at in (path, coarse[name] / "labelsTr" / path.name))
+            np.testing.assert_allclose(np.array(other.GetSpacing()), 1.5 * np.array(one.GetSpacing()))
+            volumes, counts = [], []
+            for image in (one, other):
+                voxels = np.bincount(sitk.GetArrayFromImage(image).ravel(), minlength=3)[1:]
+                volumes.append(voxels * np.prod(image.GetSpacing()))
+                counts.append(image.GetNumberOfPixels())
+            assert counts[1] < counts[0] / 2.5
+            assert volumes[1][0] == pytest.approx(volumes[0][0], rel=0.05)
+            assert volumes[1][1] > 0, "every lesion has a voxel"
+
+
 def test_a_case_does_not_depend_on_the_counts(tmp_path: Path) -> None:
     write_phantom(tmp_path / "small", sites=2, cases=1, test_cases=1)
     write_phantom(tmp_path / "large", sites=4, cases=3, test_cases=5)
@@ -223,9 +240,11 @@ def test_refuses_a_folder_with_content(tmp_path: Path) -> None:
         ({"cases": 0}, "cases is 0"),
         ({"test_cases": 0}, "test_cases is 0"),
         ({"seed": -1}, "seed is -1"),
+        ({"coarse": 0.5}, "cannot be 0.5 times as long: use 1 to 3"),
+        ({"coarse": float("nan")}, "cannot be nan times as long"),
     ],
 )
-def test_refuses_numbers_out_of_range(tmp_path: Path, option: dict[str, int], message: str) -> None:
+def test_refuses_numbers_out_of_range(tmp_path: Path, option: dict[str, float], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         write_phantom(tmp_path / "out", **option)
     assert not (tmp_path / "out").exists()

@@ -21,9 +21,9 @@ def shared(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
 
 @pytest.fixture(scope="session")
 def phantom(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Raw data of two sites and a test set."""
+    """Raw data of two sites and a test set, in few voxels."""
     folder = tmp_path_factory.mktemp("data") / "phantom"
-    write_phantom(folder, sites=2, cases=5, test_cases=2)
+    write_phantom(folder, sites=2, cases=5, test_cases=2, coarse=1.5)
     return folder
 
 

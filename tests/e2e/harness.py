@@ -29,7 +29,10 @@ PATIENCE = 480.0
 
 
 def environment(**variables: Any) -> dict[str, str]:
-    settings = {"nnUNet_n_proc_DA": 0, "nnUNet_def_n_proc": 1, "nnUNet_fed_threads": 1, "OMP_NUM_THREADS": 1}
+    settings = {
+        "nnUNet_n_proc_DA": 0, "nnUNet_def_n_proc": 1, "nnUNet_npp": 0, "nnUNet_nps": 0,
+        "nnUNet_fed_threads": 1, "OMP_NUM_THREADS": 1,
+    }  # fmt: skip
     return {**os.environ, **{name: str(value) for name, value in {**settings, **variables}.items()}}
 
 
@@ -41,6 +44,14 @@ def run(words: Sequence[Any], environment: dict[str, str], log: Path) -> None:
     """A command to its end, in a process that need not import PyTorch first."""
     process = Forked([str(word) for word in words], environment, str(log))
     assert process.wait(PATIENCE) == 0, log.read_text()[-3000:]
+
+
+def predict_without_us(site: RunningSite, images: Path, out: Path, checkpoint: str) -> None:
+    """``nnUNetv2_predict`` with what a site has trained, where our trainers are not known; it starts no helpers."""
+    stock = {name: value for name, value in site.environment.items() if not name.startswith("nnUNet_ext")}
+    words = [command("nnUNetv2_predict"), "-i", images, "-o", out, "-d", 1, "-c", "3d_fullres", "-f", site.fold]
+    words += ["-tr", site.trainer, "-p", PLANS, "-chk", checkpoint, "-device", "cpu", "--disable_tta"]
+    run(words, stock, out.with_suffix(".log"))
 
 
 def until(happened: Callable[[], bool], what: str, seconds: float = PATIENCE) -> None:

@@ -8,7 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from harness import Planned, RunningFederation, command, federation, kill_in_exchange, run, same_bits, train_all
+from harness import (
+    Planned,
+    RunningFederation,
+    command,
+    federation,
+    kill_in_exchange,
+    predict_without_us,
+    run,
+    same_bits,
+    train_all,
+)
 
 pytestmark = pytest.mark.e2e
 
@@ -107,18 +117,15 @@ def test_the_super_model_predicts_as_stock_nnunet_does_with_the_chosen_checkpoin
 ) -> None:
     site = trained.sites["site_a"]
     images, model = phantom / "test" / "imagesTs", site.results.parent
-    common = ["-i", str(images), "-m", str(model), "-device", "cpu", "--disable_tta"]
 
-    def predict(name: str, *arguments: str, environment: dict[str, str] = site.environment) -> None:
-        words = [command(name), *(["predict"] if name == "nnunet_fed" else []), *common, *arguments]
-        run(words, environment, tmp_path / "predict.log")
+    def predict(name: str, *arguments: Any) -> None:
+        words = [command("nnunet_fed"), "predict", "-i", images, "-m", model, "-o", tmp_path / name, *arguments]
+        words += ["-device", "cpu", "--disable_tta", "-npp", 0, "-nps", 0]
+        run(words, site.environment, tmp_path / "predict.log")
 
-    predict("nnunet_fed", "-o", str(tmp_path / "super"), "-npp", "0", "-nps", "0")
-    # where nnunet_fed is not installed
-    stock = {name: value for name, value in site.environment.items() if not name.startswith("nnUNet_ext")}
-    arguments = ["-f", "0", "-o", str(tmp_path / "stock"), "-chk", "checkpoint_personal_site_b.pth"]
-    predict("nnUNetv2_predict_from_modelfolder", *arguments, "-npp", "1", "-nps", "1", environment=stock)
-    predict("nnunet_fed", "-o", str(tmp_path / "forced"), "--force", "site_b", "-npp", "0", "-nps", "0")
+    predict("super")
+    predict("forced", "--force", "site_b")
+    predict_without_us(site, images, tmp_path / "stock", "checkpoint_personal_site_b.pth")
 
     routing = json.loads((tmp_path / "super" / "routing.json").read_text())["cases"]
     assert {f"{case}.nii.gz" for case in routing} == {path.name for path in (tmp_path / "super").glob("*.nii.gz")}

@@ -6,12 +6,11 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from documents import blocks, shell
-from harness import PATIENCE, environment, until
+from harness import PATIENCE, PLANS, environment, run, until
 
 from nnunet_fed.federation import Site
 from nnunet_fed.transport.client import GrpcCommunicator
@@ -21,9 +20,8 @@ pytestmark = pytest.mark.e2e
 PREDICT_WITHOUT_US = """
 import sys
 sys.modules["nnunet_fed"] = None
-from nnunetv2.inference.predict_from_raw_data import predict_entry_point_modelfolder
-if __name__ == "__main__":
-    predict_entry_point_modelfolder()
+from nnunetv2.inference.predict_from_raw_data import predict_entry_point
+predict_entry_point()
 """
 
 
@@ -76,9 +74,8 @@ def test_three_terminals_and_prediction(tmp_path: Path) -> None:
     script.write_text(PREDICT_WITHOUT_US)
     for checkpoint in ("checkpoint_final.pth", "checkpoint_global.pth"):
         out = tmp_path / checkpoint.removesuffix(".pth")
-        arguments = ["-i", str(images), "-o", str(out), "-m", str(model), "-f", "0", "-chk", checkpoint]
-        subprocess.run(
-            [sys.executable, str(script), *arguments, "-device", "cpu", "-npp", "1", "-nps", "1", "--disable_tta"],
-            env=environment(), check=True, timeout=PATIENCE,
-        )  # fmt: skip
+        arguments = ["-i", images, "-o", out, "-d", 1, "-c", "3d_fullres", "-f", 0, "-tr", "nnUNetTrainerFedAvg"]
+        arguments += ["-p", PLANS, "-chk", checkpoint, "-device", "cpu", "--disable_tta"]
+        results = environment(nnUNet_results=tmp_path / "site_a" / "results")
+        run([script, *arguments], results, tmp_path / "predict.log")
         assert (out / f"{first}.nii.gz").is_file()

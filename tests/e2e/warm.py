@@ -2,7 +2,8 @@
 
 A process that has imported what nnU-Net imports, but nothing of nnU-Net or of ours, forks for each command. What it
 forks is a process like any other: with its own environment, log and random states, in a group of its own, and it can be
-killed. The README's walk-through, `simulate` and `compare` are tested with ordinary processes.
+killed. Only nnU-Net's pools of spawned helpers, which would import PyTorch again for a moment's work, are threads in
+it. The README's walk-through, the tutorial, `simulate` and `compare` are tested with ordinary processes.
 """
 
 from __future__ import annotations
@@ -116,9 +117,13 @@ def run() -> None:
     """The command, as Python runs a script; with random states that no other process has."""
     import random
     import runpy
+    from multiprocessing.context import SpawnContext
+    from multiprocessing.pool import ThreadPool
 
     import numpy as np
     import torch
+
+    SpawnContext.Pool = lambda self, *arguments, **options: ThreadPool(*arguments, **options)
 
     random.seed()
     np.random.seed()
