@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from nnunet_fed.admission import MODEL
@@ -139,7 +140,7 @@ class Closing:
                 continue
             closed = collective.status == "closed"
             if closed and digest_of_file(self._store.result_path(run, key)) == collective.digest:
-                self._settle(collective, lambda kept=collective: self._save(kept))
+                self._settle(collective, partial(self._save, collective))
                 continue
             given = self._store.contributions(run, key)
             lost = [c for c in given.values() if c.file and digest_of_file(self._store.spool / c.file) != c.digest]
@@ -147,7 +148,7 @@ class Closing:
                 self._withdraw(collective, lost)
             elif closed:
                 self._reduce(collective, given)
-                self._settle(collective, lambda kept=collective: self._save(kept))
+                self._settle(collective, partial(self._save, collective))
         self._spool.sweep(set(self._store.spooled()))
 
     def _withdraw(self, collective: Collective, lost: list[Contribution]) -> None:
