@@ -4,8 +4,8 @@ Real processes on this machine: the coordinator by its command, each site a proc
 names and shapes of the stock 3d_fullres PlainConvUNet (31 million parameters, 108 tensors, 125 MB in float32) and
 random values. A round's seconds run from the first site's start to the last site's end. Beside it, in the same run:
 the same bytes over plain TCP, up at all sites and then down again, which is the limit for any transport that copies
-them once; the coordinator's reduction alone; and other frameworks, if asked, with the Python that each is installed in
-(:mod:`exchange_peers`).
+them once, and over bare gRPC streams, which is the limit for ours (:mod:`exchange_grpc`); the coordinator's reduction
+alone; and other frameworks, if asked, with the Python that each is installed in (:mod:`exchange_peers`).
 
     python benchmarks/exchange.py --sites 2 4 8 --wire-dtypes float32 bfloat16 float16 \\
         --peers flower=PYTHON flower-legacy=PYTHON nvflare=PYTHON
@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from exchange_grpc import grpc_copy
 from exchange_limits import reduction, tcp_copy
 from exchange_peers import PEERS, Peer
 from peers.measuring import Memory, random_tensors
@@ -71,25 +72,28 @@ class Connection:
     @classmethod
     def mutual_tls(cls, names: Sequence[str], folder: Path) -> Connection:
         """Certificates of an authority that is made in ``folder``."""
-        from nnunet_fed.authority import Authority
+        own, *files = certificates(["coordinator", *names], folder)
+        options = ["--cert", own["certificate"], "--key", own["key"], "--ca", own["ca"]]
+        return cls([str(option) for option in options], dict(zip(names, files, strict=True)))
 
-        authority = Authority.create(folder / "authority", "exchange", 10)
-        files = {
-            name: authority.site(name, ["127.0.0.1"] if name == "coordinator" else [], 5, False)
-            for name in ("coordinator", *names)
-        }
-        own = files["coordinator"]
-        options = ["--cert", own / "certificate.pem", "--key", own / "key.pem", "--ca", own / "ca.pem"]
-        return cls(
-            [str(option) for option in options],
-            {
-                name: {
-                    "certificate": files[name] / "certificate.pem", "key": files[name] / "key.pem",
-                    "ca": files[name] / "ca.pem",
-                }
-                for name in names
-            },
-        )  # fmt: skip
+
+def certificates(names: Sequence[str], folder: Path) -> list[dict[str, Path]]:
+    """Certificates, keys and an authority's certificate for all of these; the first one is the server's."""
+    from nnunet_fed.authority import Authority
+
+    authority = Authority.create(folder / "authority", "exchange", 10)
+    made = [authority.site(name, [] if number else ["127.0.0.1"], 5, False) for number, name in enumerate(names)]
+    return [{what: own / f"{what}.pem" for what in ("certificate", "key", "ca")} for own in made]
+
+
+def bare_grpc(sites: int, size: int, rounds: int, tls: bool) -> dict[str, Any]:
+    """:func:`grpc_copy`, with such certificates if it is to be encrypted."""
+    if not tls:
+        return grpc_copy(sites, size, rounds, None)
+    with tempfile.TemporaryDirectory(prefix="nnunet_fed_exchange_") as folder:
+        files = certificates(["coordinator", *(f"site_{number}" for number in range(sites))], Path(folder))
+        keys = [(own["ca"].read_bytes(), own["key"].read_bytes(), own["certificate"].read_bytes()) for own in files]
+    return grpc_copy(sites, size, rounds, keys)
 
 
 def site_process(
@@ -214,6 +218,8 @@ def main() -> None:
 
     for sites in arguments.sites:
         measured(tcp_copy, sites, size, arguments.rounds)
+        for tls in arguments.tls:
+            measured(bare_grpc, sites, size, arguments.rounds, tls == "yes")
         for wire_dtype in arguments.wire_dtypes:
             for tls in arguments.tls:
                 measured(exchange, sites, wire_dtype, shapes, arguments.rounds, tls == "yes")
