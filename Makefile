@@ -16,8 +16,8 @@ $(VENV)/.installed: pyproject.toml
 demo: $(VENV)/.installed
 	$(BIN)/python benchmarks/demo.py --out demo $(if $(DATA),--data "$(DATA)")
 
-# What is made of threads and functions first, then what is made of processes: two files at a time, since no test keeps
-# two cores busy all the time, and more would bring deadlines into danger.
+# What is made of threads and functions first, then what is made of processes: two files at a time;
+# more would bring deadlines into danger.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore tests/e2e --numprocesses auto --dist worksteal
 	$(BIN)/python -m pytest tests/e2e --numprocesses 2 --dist loadfile

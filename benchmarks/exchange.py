@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from exchange_certificates import certificates
 from exchange_grpc import grpc_copy
 from exchange_limits import reduction, tcp_copy
 from exchange_peers import PEERS, Peer
@@ -77,17 +78,8 @@ class Connection:
         return cls([str(option) for option in options], dict(zip(names, files, strict=True)))
 
 
-def certificates(names: Sequence[str], folder: Path) -> list[dict[str, Path]]:
-    """Certificates, keys and an authority's certificate for all of these; the first one is the server's."""
-    from nnunet_fed.authority import Authority
-
-    authority = Authority.create(folder / "authority", "exchange", 10)
-    made = [authority.site(name, [] if number else ["127.0.0.1"], 5, False) for number, name in enumerate(names)]
-    return [{what: own / f"{what}.pem" for what in ("certificate", "key", "ca")} for own in made]
-
-
 def bare_grpc(sites: int, size: int, rounds: int, tls: bool) -> dict[str, Any]:
-    """:func:`grpc_copy`, with such certificates if it is to be encrypted."""
+    """:func:`grpc_copy`, with certificates if it is to be encrypted."""
     if not tls:
         return grpc_copy(sites, size, rounds, None)
     with tempfile.TemporaryDirectory(prefix="nnunet_fed_exchange_") as folder:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from exchange_certificates import certificates
 from rich.console import Console
 
 PEERS = {
@@ -52,7 +53,7 @@ class Peer:
         folder = Path(tempfile.mkdtemp(prefix="nnunet_fed_exchange_"))
         settings = {
             "shapes": shapes, "sites": sites, "rounds": rounds, "folder": str(folder),
-            "certificates": certificates(folder) if tls else None,
+            "certificates": server_files(folder) if tls else None,
         }  # fmt: skip
         file = folder / "settings.json"
         file.write_text(json.dumps(settings))
@@ -76,10 +77,7 @@ class Peer:
             return False
 
 
-def certificates(folder: Path) -> dict[str, str]:
-    """Files of a server on this machine."""
-    from nnunet_fed.authority import Authority
-
-    own = Authority.create(folder / "authority", "exchange", 10).site("coordinator", ["127.0.0.1"], 5, False)
-    names = {"ca": "ca.pem", "certificate": "certificate.pem", "key": "key.pem"}
-    return {name: str(own / file) for name, file in names.items()}
+def server_files(folder: Path) -> dict[str, str]:
+    """Files of a server on this machine, for a peer's script."""
+    [own] = certificates(["coordinator"], folder)
+    return {what: str(file) for what, file in own.items()}

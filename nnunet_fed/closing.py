@@ -107,7 +107,7 @@ class Closing:
                         self._store.add_event(run, site, f"absent from {collective.key}")
                     if self._tracker is not None:
                         self._tracker.closed(self._store, collective)
-                self._keep(collective)
+                self._keep(collective)  # under the same lock: who sees it closed has to find what to wait for
         finally:
             with self._changed:
                 self._reducing.discard((run, key))

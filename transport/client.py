@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from datetime import datetime
+from functools import partial
 from typing import Any, TypeVar
 
 import grpc
@@ -201,10 +202,7 @@ class GrpcCommunicator:
             run=self.run, key=key, site=self.site, verb=verb, weight=weight,
             digest=outbound.digest if pieces else "", size=outbound.size,
         )  # fmt: skip
-
-        def contribute() -> None:
-            self._offer(offer, outbound, content)
-
+        contribute = partial(self._offer, offer, outbound, content)
         contribute()
         return self._result(key, contribute)
 
