@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from harness import environment
@@ -19,11 +20,13 @@ def blocks(page: str, kind: str) -> dict[str, str]:
     return dict(re.findall(rf"```bash\n# ({kind} [^:\n]*: [^\n]*)\n(.*?)```", text, re.DOTALL))
 
 
-def shell(script: str, folder: Path, log: Path) -> subprocess.Popen[bytes]:
+def shell(
+    script: str, folder: Path, log: Path, variables: Callable[..., dict[str, str]] = environment
+) -> subprocess.Popen[bytes]:
     """A terminal of its own, in which ``nnunet_fed`` is the one under test; the first failure ends it."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     with log.open("wb") as file:
         return subprocess.Popen(
-            ["bash", "-e", "-c", script], cwd=folder, env=environment(PATH=path), stdout=file,
+            ["bash", "-e", "-c", script], cwd=folder, env=variables(PATH=path), stdout=file,
             stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip

@@ -24,16 +24,24 @@ from nnunet_fed.toml import to_toml
 from nnunet_fed.transport.client import GrpcCommunicator
 
 PLANS = "nnUNetFedSmallPlans"
+QUICK = Path(__file__).with_name("quick")
 PATIENCE = 480.0
 """Seconds for whatever may take long on a slow machine that has other work as well."""
 
 
-def environment(**variables: Any) -> dict[str, str]:
+def stock_environment(**variables: Any) -> dict[str, str]:
+    """Of a user with two cores."""
     settings = {
         "nnUNet_n_proc_DA": 0, "nnUNet_def_n_proc": 1, "nnUNet_npp": 0, "nnUNet_nps": 0,
         "nnUNet_fed_threads": 1, "OMP_NUM_THREADS": 1,
     }  # fmt: skip
     return {**os.environ, **{name: str(value) for name, value in {**settings, **variables}.items()}}
+
+
+def environment(**variables: Any) -> dict[str, str]:
+    """The same without what takes long and is not tested (``quick/``)."""
+    # nnU-Net draws 3000 x 5400 pixels of progress after each epoch, for longer than an epoch of these tests takes
+    return stock_environment(PYTHONPATH=QUICK, MATPLOTLIBRC=QUICK, **variables)
 
 
 def command(name: str) -> str:
@@ -163,7 +171,7 @@ class RunningFederation:
             self.coordinator = subprocess.Popen(
                 [sys.executable, "-m", "nnunet_fed", "coordinator", str(self.folder / "federation.toml"), "--listen",
                  self.address, "--state", str(self.folder / "state"), "--insecure"],
-                stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+                env=environment(), stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
 
     def restart(self) -> None:

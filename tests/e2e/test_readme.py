@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from documents import blocks, shell
-from harness import PATIENCE, PLANS, environment, run, until
+from harness import PATIENCE, PLANS, environment, run, stock_environment, until
 
 from nnunet_fed.federation import Site
 from nnunet_fed.transport.client import GrpcCommunicator
@@ -31,7 +31,7 @@ def test_three_terminals_and_prediction(tmp_path: Path) -> None:
     assert [title.split(":")[0] for title in titles] == ["terminal 1", "terminal 2", "terminal 3", "terminal 2"]
 
     def terminal(script: str, name: str) -> subprocess.Popen[bytes]:
-        return shell(script, tmp_path, tmp_path / name)
+        return shell(script, tmp_path, tmp_path / name, stock_environment)
 
     coordinator = terminal(scripts[titles[0]], "terminal-1")
     processes = [coordinator]
@@ -56,6 +56,7 @@ def test_three_terminals_and_prediction(tmp_path: Path) -> None:
                 process.wait()
 
     model = next((tmp_path / "site_a" / "results").rglob("fold_0")).parent
+    assert (model / "fold_0" / "progress.png").is_file()
     summary = json.loads((model / "fold_0" / "validation" / "summary.json").read_text())
     assert summary["foreground_mean"]["Dice"] > 0.2
 

@@ -84,7 +84,7 @@ def test_everything_that_stock_nnunet_writes_is_written(undisturbed: RunningFede
     for site in undisturbed.sites.values():
         names = {path.name for path in site.results.iterdir()}
         assert {"checkpoint_final.pth", "checkpoint_best.pth", "checkpoint_global.pth", "federation.json"} <= names
-        assert {"progress.png", "debug.json"} <= names
+        assert "debug.json" in names
         assert "checkpoint_latest.pth" not in names, "as in stock nnU-Net"
         assert not [name for name in names if name.endswith((".part", ".new"))]
         assert {"plans.json", "dataset.json", "dataset_fingerprint.json"} <= {

@@ -2,8 +2,8 @@
 
 A process that has imported what nnU-Net imports, but nothing of nnU-Net or of ours, forks for each command. What it
 forks is a process like any other: with its own environment, log and random states, in a group of its own, and it can be
-killed. Only nnU-Net's pools of spawned helpers, which would import PyTorch again for a moment's work, are threads in
-it. The README's walk-through, the tutorial, `simulate` and `compare` are tested with ordinary processes.
+killed. Only no picture of the progress is drawn in it. `simulate`, `compare` and the tutorial are tested with ordinary
+processes, and the README's walk-through with those that a user has: without what ``quick/`` spares.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 
@@ -46,7 +47,10 @@ _server: subprocess.Popen[str] | None = None
 def _ask(request: dict[str, Any]) -> Any:
     global _server
     if _server is None:
-        _server = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        quick = {**os.environ, "PYTHONPATH": str(Path(__file__).with_name("quick"))}
+        _server = subprocess.Popen(
+            [sys.executable, __file__], env=quick, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         atexit.register(_server.kill)
     assert _server.stdin is not None
     assert _server.stdout is not None
@@ -76,6 +80,7 @@ HEAVY = (
     "torch._dynamo",
     "batchgenerators.utilities.file_and_folder_operations",
     "batchgeneratorsv2.transforms.base.basic_transform",
+    "dynamic_network_architectures.architectures.primus",
     "dynamic_network_architectures.architectures.unet",
     "matplotlib.pyplot",
     "pandas",
@@ -117,14 +122,12 @@ def run() -> None:
     """The command, as Python runs a script; with random states that no other process has."""
     import random
     import runpy
-    from multiprocessing.context import SpawnContext
-    from multiprocessing.pool import ThreadPool
 
     import numpy as np
     import torch
+    from nnunetv2.training.logging.nnunet_logger import LocalLogger
 
-    SpawnContext.Pool = lambda self, *arguments, **options: ThreadPool(*arguments, **options)
-
+    LocalLogger.plot_progress_png = lambda logger, folder: None
     random.seed()
     np.random.seed()
     torch.seed()
