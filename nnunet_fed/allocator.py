@@ -1,4 +1,4 @@
-"""How the coordinator's process takes memory from the system. Source: ours."""
+"""How processes that exchange models take memory from the system. Source: ours; glibc's ``mallopt(3)``."""
 
 from __future__ import annotations
 
@@ -8,21 +8,23 @@ import logging
 logger = logging.getLogger(__name__)
 
 ARENA_MAX, MMAP_THRESHOLD, TRIM_THRESHOLD = -8, -3, -1
-"""Parameters of glibc's ``mallopt(3)``."""
-SETTINGS = {ARENA_MAX: 1, MMAP_THRESHOLD: 8 << 20, TRIM_THRESHOLD: 32 << 20}
+"""Parameters of ``mallopt``."""
+COORDINATOR = {ARENA_MAX: 1, MMAP_THRESHOLD: 8 << 20, TRIM_THRESHOLD: 32 << 20}
+"""One store for all threads: what the process holds grows less with the number of sites."""
+SITE = {MMAP_THRESHOLD: 32 << 20, TRIM_THRESHOLD: 64 << 20}
+"""The largest that glibc comes to by itself, in a process that trains: nothing is taken from the training."""
 
 
-def keep_buffers() -> None:
-    """Let glibc use the buffers of messages again, whichever thread had them, instead of returning each to the system.
+def keep_buffers(settings: dict[int, int]) -> None:
+    """Let glibc use the buffers of messages again instead of returning each to the system.
 
-    By default a buffer of 1 MiB is fetched from the system and given back, and each thread keeps a store of its own.
-    With this a transfer takes fewer page faults, and what the process holds grows less with the number of sites. On
+    By default a buffer of 1 MiB is fetched from the system and given back, and each of its pages is a page fault. On
     systems without glibc nothing happens.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         return
-    refused = [parameter for parameter, value in SETTINGS.items() if mallopt(parameter, value) != 1]
+    refused = [parameter for parameter, value in settings.items() if mallopt(parameter, value) != 1]
     if refused:
         logger.debug("mallopt refused the parameters %s", refused)

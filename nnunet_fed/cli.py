@@ -125,7 +125,7 @@ def coordinator(
     ] = None,
 ) -> None:
     """Serve a study: all sites reach this one process, which sees weights and numbers but no image."""
-    from nnunet_fed.allocator import keep_buffers
+    from nnunet_fed.allocator import COORDINATOR, keep_buffers
     from nnunet_fed.coordinator import Coordinator
     from nnunet_fed.logs import log_as_json
     from nnunet_fed.store import Store
@@ -138,7 +138,7 @@ def coordinator(
         raise ConfigurationError("--http-insecure goes with --http.")
     if log_json:
         log_as_json()
-    keep_buffers()
+    keep_buffers(COORDINATOR)
     keys = KeyFiles.given(cert, key, ca)
     federation = Federation.read(study)
     tracker = FederationTracker(tensorboard) if tensorboard is not None else None

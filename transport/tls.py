@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
+from nnunet_fed.allocator import SITE, keep_buffers
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.federation import Site
 from nnunet_fed.transport.options import CHANNEL_OPTIONS, require_loopback
@@ -130,6 +131,7 @@ def open_channel(site: Site, peer: str | None = None) -> grpc.Channel:
     Raises:
         ConfigurationError: a file for TLS is missing or wrong.
     """
+    keep_buffers(SITE)
     address = site.coordinator if peer is None else site.peers[peer]
     options = [*CHANNEL_OPTIONS, *proxy_options(proxy_for(address))]
     if site.insecure:
