@@ -163,16 +163,24 @@ def equal(one: Weights, other: Weights) -> bool:
     return one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
 
 
-def same(one: Any, other: Any) -> bool:
-    """Weights, momenta and the course of the training."""
+def differences(one: Any, other: Any) -> list[str]:
+    """What two trainings do not have in common, bit for bit, of weights, momenta and their course."""
     momenta = [trainer.optimizer.state_dict()["state"] for trainer in (one, other)]
     logs = [trainer.logger.get_checkpoint() for trainer in (one, other)]
+    tensors = [
+        {**weights(trainer), **{f"momentum {i}": of["momentum_buffer"].numpy() for i, of in momentum.items()}}
+        for trainer, momentum in zip((one, other), momenta, strict=True)
+    ]
+    assert tensors[0].keys() == tensors[1].keys()
     names = ("train_losses", "val_losses", "mean_fg_dice", "ema_fg_dice", "lrs")
-    return (
-        equal(weights(one), weights(other))
-        and all(torch.equal(momenta[0][i]["momentum_buffer"], momenta[1][i]["momentum_buffer"]) for i in momenta[0])
-        and all(np.array_equal(logs[0][name], logs[1][name]) for name in names)
-    )
+    return [
+        *(name for name in tensors[0] if not np.array_equal(tensors[0][name], tensors[1][name])),
+        *(
+            f"{name}: {logs[0][name]}, {logs[1][name]}"
+            for name in names
+            if not np.array_equal(logs[0][name], logs[1][name])
+        ),
+    ]
 
 
 def foreign(seed: int = 7) -> Weights:
@@ -199,7 +207,7 @@ def test_12_without_a_peer_the_training_is_nnunets_bit_for_bit(
     postman: Postman, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alone = train(study(keep="best"))
-    assert same(alone, plain(monkeypatch))
+    assert differences(alone, plain(monkeypatch)) == []
     assert [(letter.version.counter, letter.version.epoch) for letter, _ in postman.posted] == [
         (number, number) for number in range(1, EPOCHS + 1)
     ]
@@ -273,7 +281,7 @@ def test_13_with_weight_0_the_own_model_trains_as_if_alone(
     monkeypatch.setenv(PLAN_VARIABLE, plan)
     brings(postman, foreign())
     trainer = train(study(mutual_weight=0.0, mutual_epochs=2))
-    assert same(trainer, plain(monkeypatch))
+    assert differences(trainer, plain(monkeypatch)) == []
     (phase,) = trainer._standing.phases
     assert (phase["from"], phase["began"], phase["ended"], phase["plan"], phase["kept"]) == ("b", 1, 2, plan, "local")
 
@@ -416,7 +424,7 @@ def test_a_model_that_does_not_fit_is_not_trained_with(
     epoch = 200 if defect == "too far" else 1
     postman.bring = lambda mailbox, state: deliver(mailbox, state, arrays, 1, epoch, **changes)
     trainer = train(study(keep="merge"))
-    assert same(trainer, plain(monkeypatch))
+    assert differences(trainer, plain(monkeypatch)) == []
     assert trainer._standing.phases == []
     if defect == "not finite":
         assert trainer._standing.received == {"b": 1}
@@ -559,7 +567,7 @@ def test_28_a_stop_at_any_time_resumes_to_the_same_bits(
     resumed.load_checkpoint(str(path))
     assert (resumed._incoming is not None) == (epoch in (2, 4))
     resumed.run_training()
-    assert same(resumed, calm)
+    assert differences(resumed, calm) == []
     assert resumed._standing.phases == calm._standing.phases
     assert resumed._standing.version == calm._standing.version
 
