@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import errno
 import gc
+import itertools
 import json
 import weakref
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
+from batchgeneratorsv2.transforms.noise import gaussian_blur
 from nnunetv2.training.logging.nnunet_logger import LocalLogger
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -136,6 +138,12 @@ def train(wanted: Federation) -> Any:
     return trainer
 
 
+def stopwatch(later_is_faster: bool) -> Callable[[], float]:
+    """For nnU-Net's blur, which first measures the direct way, then Fourier's, and takes the faster one."""
+    looks = itertools.count()
+    return lambda: next(looks) ** (0.5 if later_is_faster else 2)
+
+
 def plain(monkeypatch: pytest.MonkeyPatch, rounds: int = EPOCHS) -> Any:
     """nnU-Net's own trainer with the study's settings."""
     configure = nnUNetTrainer.configure_optimizers
@@ -147,6 +155,7 @@ def plain(monkeypatch: pytest.MonkeyPatch, rounds: int = EPOCHS) -> Any:
 
     with monkeypatch.context() as patch:
         patch.setattr(nnUNetTrainer, "configure_optimizers", with_momentum)
+        patch.setattr(gaussian_blur, "time", stopwatch(later_is_faster=False))
         trainer = nnUNetTrainer(tiny_plans(), "2d", 0, DESCRIPTION, CPU)
         trainer.num_epochs, trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch = rounds, STEPS, 2
         trainer.initial_lr = 0.05
@@ -570,6 +579,15 @@ def test_28_a_stop_at_any_time_resumes_to_the_same_bits(
     assert differences(resumed, calm) == []
     assert resumed._standing.phases == calm._standing.phases
     assert resumed._standing.version == calm._standing.version
+
+
+def test_no_stopwatch_decides_what_a_training_computes(postman: Postman, monkeypatch: pytest.MonkeyPatch) -> None:
+    calm = train(study(rounds=8))
+    monkeypatch.setattr(gaussian_blur, "time", stopwatch(later_is_faster=True))
+    assert differences(train(study(rounds=8)), calm) == []
+    stock = staticmethod(nnUNetTrainer.get_training_transforms)
+    monkeypatch.setattr(nnUNetTrainerGCML, "get_training_transforms", stock)
+    assert differences(train(study(rounds=8)), calm), "nnU-Net's own augmentation blurs the other way then"
 
 
 def test_a_killed_training_posts_the_same_letter_again(postman: Postman, monkeypatch: pytest.MonkeyPatch) -> None:
