@@ -1,4 +1,5 @@
-# Everything below sets itself up: a fresh clone, Python 3.10 or newer and make are enough.
+# Everything below sets itself up: a fresh clone, Python 3.10 or newer and make are enough. Python compiles what it
+# imports; pip would compile all of PyTorch first.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -9,7 +10,7 @@ DATA ?=
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-compile --editable ".[dev]"
 	touch $@
 
 # Three hospitals on this machine; DATA=FOLDER takes a data set of yours in nnU-Net's raw layout.
