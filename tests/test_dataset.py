@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,14 @@ import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813
 from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
+from workers import workers_as_threads
 
 from nnunet_fed.communicator import LocalFederation
 from nnunet_fed.errors import DisagreementError, FederationError
 from nnunet_fed.federation import Federation
 from nnunet_fed.labels import LabelMap
 from nnunet_fed.method_tables import FedAvg
-from nnunet_fed.planners import extraction, planning
+from nnunet_fed.planners import planning
 from nnunet_fed.planners.dataset import check_agreement
 from nnunet_fed.planners.planning import PlanningResult, plan_and_preprocess
 
@@ -39,7 +39,7 @@ def raw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         self.num_foreground_voxels_for_intensitystats = 10e4
 
     monkeypatch.setattr(DatasetFingerprintExtractor, "__init__", few_samples)
-    monkeypatch.setattr(extraction, "ProcessPoolExecutor", lambda workers, context: ThreadPoolExecutor(workers))
+    workers_as_threads(monkeypatch)
     monkeypatch.setattr(planning, "preprocess_dataset", lambda *_: None)
     return tmp_path / "nnUNet_raw"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +31,13 @@ from test_planning import (  # noqa: F401 (fixtures)
     write_dataset,
 )
 from test_transport import together
+from workers import workers_as_threads
 
 from nnunet_fed.communicator import LocalFederation
 from nnunet_fed.errors import DisagreementError, FederationError
 from nnunet_fed.fingerprint import INTENSITIES, LocalFingerprint
 from nnunet_fed.methods.fedoap import shared_names, stem_name
-from nnunet_fed.planners import extraction, joining, planning
+from nnunet_fed.planners import joining, planning
 from nnunet_fed.planners.dataset import find_dataset, reader_of
 from nnunet_fed.planners.joining import join_and_preprocess
 from nnunet_fed.planners.nnUNetPlannerFed import nnUNetPlannerFed
@@ -59,7 +59,7 @@ def planned(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReq
     with pytest.MonkeyPatch.context() as patch:
         raw = set_paths(patch, tmp_path_factory.mktemp("own"))
         few_samples(patch)
-        patch.setattr(extraction, "ProcessPoolExecutor", lambda workers, context: ThreadPoolExecutor(workers))
+        workers_as_threads(patch)
         patch.setattr(planning, "preprocess_dataset", lambda *_: None)
         for site, number in SITES.items():
             write_dataset(raw, number, CASES[site], CHANNELS[site])

@@ -19,6 +19,7 @@ from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+from workers import workers_as_threads
 
 from nnunet_fed.communicator import LocalFederation
 from nnunet_fed.errors import ConfigurationError, DisagreementError, FederationError
@@ -135,6 +136,8 @@ def pooled(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequ
     with pytest.MonkeyPatch.context() as patch:
         raw = set_paths(patch, tmp_path_factory.mktemp("pooled"))
         few_samples(patch)
+        if request.param == "lists":  # the other time as a user has it
+            workers_as_threads(patch)
         write_dataset(raw, POOL, range(6))
         write_dataset(raw, SITE_A, (0, 2, 4))
         write_dataset(raw, SITE_B, (1, 3))
@@ -235,6 +238,7 @@ def test_thresholds_of_small_lesions_are_those_of_the_pool(pooled: dict[str, Any
 
 def test_lesions_are_measured_with_the_mapped_labels(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     few_samples(monkeypatch)
+    workers_as_threads(monkeypatch)
     write_dataset(raw, OTHER, (0, 1))
     mapped = prepare_dataset(OTHER, LabelMap(501, {"anything": ("organ", "lesion"), "nothing": ()}), 1)
     volumes = extract(mapped.id, 2, 1).lesion_volumes
@@ -455,6 +459,7 @@ def test_data_sets_that_are_not_in_order(raw: Path, spoil: Callable[[Path], Any]
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_value_that_is_not_finite(raw: Path, monkeypatch: pytest.MonkeyPatch, value: float) -> None:
     few_samples(monkeypatch)
+    workers_as_threads(monkeypatch)
     folder = write_dataset(raw, OTHER, (0, 1))
     content = json.loads((folder / "dataset.json").read_text())
     content["overwrite_image_reader_writer"] = "NibabelIO"  # ITK reads 0 where a NIfTI file is not finite
@@ -468,6 +473,7 @@ def test_value_that_is_not_finite(raw: Path, monkeypatch: pytest.MonkeyPatch, va
 
 
 def test_lesions_that_cannot_be_measured(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    workers_as_threads(monkeypatch)
     write_dataset(raw, OTHER, (0, 1))
     monkeypatch.setattr(DatasetFingerprintExtractor, "analyze_case", staticmethod(spoil_label))
     with pytest.raises(FederationError, match=r"Case case_000 .*case_000.nii.gz\) cannot be analysed"):

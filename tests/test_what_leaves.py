@@ -7,7 +7,6 @@ import logging
 import struct
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -20,12 +19,12 @@ from recording_proxy import RecordingProxy
 from serving import Served, make_study
 from test_planning import SITE_A, SITE_B, few_samples, set_paths, write_dataset
 from test_transport import tensors_of, together
+from workers import workers_as_threads
 
 from nnunet_fed.check import own_versions
 from nnunet_fed.federation import canonical_json
 from nnunet_fed.outgoing import LARGEST_ARRAY, OutgoingLog
 from nnunet_fed.payload import Array, encode
-from nnunet_fed.planners import extraction
 from nnunet_fed.planners.planning import agree
 from nnunet_fed.transport import check_pb2, federation_pb2
 from nnunet_fed.transport.client import GrpcCommunicator
@@ -237,8 +236,7 @@ def test_no_image_no_case_name_and_no_path_leaves_a_site(
     serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     few_samples(monkeypatch)
-    # threads do for four small cases, and start at once
-    monkeypatch.setattr(extraction, "ProcessPoolExecutor", lambda workers, _: ThreadPoolExecutor(workers))
+    workers_as_threads(monkeypatch)
     raw = set_paths(monkeypatch, tmp_path)
     caplog.set_level(logging.DEBUG)
     folders = {"a": write_dataset(raw, SITE_A, (417, 418)), "b": write_dataset(raw, SITE_B, (419, 421))}
