@@ -12,6 +12,8 @@ from typing import Any
 
 import grpc
 
+from nnunet_fed.allocator import COORDINATOR, SITE, keep_buffers
+
 SPAWN = multiprocessing.get_context("spawn")
 MESSAGE = 1 << 20
 LIMITS = (("grpc.max_receive_message_length", 2 * MESSAGE), ("grpc.max_send_message_length", 2 * MESSAGE))
@@ -21,6 +23,7 @@ Keys = tuple[bytes, bytes, bytes]
 
 def serve(sites: int, size: int, keys: Keys | None, address: Any) -> None:
     """Take a stream of each site, and once all are there give each one; puts the address into the queue."""
+    keep_buffers(COORDINATOR)
     everybody = threading.Barrier(sites)
     blob = os.urandom(MESSAGE)
 
@@ -48,6 +51,7 @@ def serve(sites: int, size: int, keys: Keys | None, address: Any) -> None:
 
 def take_part(address: str, size: int, rounds: int, keys: Keys | None, results: Any) -> None:
     """One site: so many rounds; puts a list of (start, end) into the queue."""
+    keep_buffers(SITE)
     if keys is None:
         channel = grpc.insecure_channel(address, options=LIMITS)
     else:
