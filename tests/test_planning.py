@@ -136,17 +136,18 @@ def pooled(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequ
     with pytest.MonkeyPatch.context() as patch:
         raw = set_paths(patch, tmp_path_factory.mktemp("pooled"))
         few_samples(patch)
-        if request.param == "lists":  # the other time as a user has it
-            workers_as_threads(patch)
         write_dataset(raw, POOL, range(6))
         write_dataset(raw, SITE_A, (0, 2, 4))
         write_dataset(raw, SITE_B, (1, 3))
         write_dataset(raw, SITE_C, (5,))
         phases: list[str] = []
         datasets = {"a": SITE_A, "b": SITE_B, "c": SITE_C}
-        results = plan(datasets, geometry=request.param, report=phases.append)
-        DatasetFingerprintExtractor(POOL, 1).run(overwrite_existing=True)
-        ExperimentPlanner(POOL).plan_experiment()
+        with pytest.MonkeyPatch.context() as meanwhile:
+            if request.param == "lists":  # the other time as a user has it
+                workers_as_threads(meanwhile)
+            results = plan(datasets, geometry=request.param, report=phases.append)
+            DatasetFingerprintExtractor(POOL, 1).run(overwrite_existing=True)
+            ExperimentPlanner(POOL).plan_experiment()
         yield {"results": results, "phases": phases, "study": study(list(datasets), geometry=request.param)}
 
 
