@@ -21,7 +21,7 @@ demo: $(VENV)/.installed
 # more would bring deadlines into danger.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore tests/e2e --numprocesses auto --dist worksteal
-	$(BIN)/python -m pytest tests/e2e --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest tests/e2e --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # mypy does not see through an editable install of mapped packages: it checks an ordinary one, from another folder.
 lint: $(VENV)/.installed

@@ -11,6 +11,21 @@ from harness import PATIENCE, Planned, RunningFederation, environment, federatio
 from nnunet_fed.federation import Federation
 from nnunet_fed.phantom import write_phantom
 
+LONGEST_FIRST = (
+    "training", "faults", "gcml_training", "fedoap_training", "fedsm_training", "compare", "readme", "simulation",
+    "fedgs_training", "planning_processes", "tutorial", "refusals",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Two processes take file by file: the longest first, so that neither waits long for the other at the end."""
+
+    def place(item: pytest.Item) -> int:
+        name = item.path.stem.removeprefix("test_")
+        return LONGEST_FIRST.index(name) if name in LONGEST_FIRST else -1
+
+    items.sort(key=place)
+
 
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
@@ -23,7 +38,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
 def phantom(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Raw data of two sites and a test set, in few voxels."""
     folder = tmp_path_factory.mktemp("data") / "phantom"
-    write_phantom(folder, sites=2, cases=5, test_cases=2, coarse=1.5)
+    write_phantom(folder, sites=2, cases=5, test_cases=2, coarse=2.0)
     return folder
 
 
