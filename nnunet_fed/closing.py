@@ -62,7 +62,8 @@ class Closing:
 
     def closes_at(self, collective: Collective) -> float:
         """Deadline as seconds since the epoch. A restart of the coordinator gives the sites the whole time again."""
-        planning = self._is_planning(collective.run)
+        with self._changed:
+            planning = self._is_planning(collective.run)
         minutes = self._study.planning_deadline_minutes if planning else self._study.deadline_minutes
         return max(collective.opened, self._started) + 60 * minutes
 

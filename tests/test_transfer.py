@@ -544,10 +544,11 @@ def test_a_contribution_that_did_not_reach_the_disk_is_sent_again(
     a = first.seat("a")
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(a.mean, "r/model", LARGE, 1)
-        while not (files := [path for path in spooled(first) if path.suffix != PARTIAL]):
+        while not any("a" in collective["sites"] for collective in state_of(first)[0][0]):
             time.sleep(0.01)
         first.stop()
-        damaged(files[0], damage)
+        (file,) = spooled(first)
+        damaged(file, damage)
         second = serve(make_study("ab"), address=first.server.address)
         result = second.seat("b").mean("r/model", ZERO, 1)
         assert result["w"].tobytes() == waiting.result(60)["w"].tobytes() == (LARGE["w"] / 2).tobytes()

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import grpc
 import numpy as np
@@ -22,6 +23,7 @@ from nnunet_fed.errors import (
     UnreachableError,
 )
 from nnunet_fed.federation import Site
+from nnunet_fed.transport import client
 from nnunet_fed.transport import federation_pb2 as pb
 from nnunet_fed.transport.client import GrpcCommunicator
 from nnunet_fed.transport.federation_pb2_grpc import CoordinatorStub
@@ -291,3 +293,45 @@ def test_the_coordinator_process_imports_neither_torch_nor_nnunet() -> None:
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+class Guarded:
+    """A journal that only who holds the lock may touch: closed while another thread reads it, it ends the process."""
+
+    def __init__(self, journal: Any, held: Callable[[], bool]):
+        self._journal, self._held = journal, held
+
+    def __getattr__(self, name: str) -> Any:
+        assert self._held(), f"{name} without the lock"
+        return getattr(self._journal, name)
+
+    def __enter__(self) -> None:
+        assert self._held(), "a transaction without the lock"
+        self._journal.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._journal.__exit__(*error)
+
+
+def test_nobody_touches_the_journal_without_the_lock(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(client, "LONG_POLL", 0.02)
+    served = serve(make_study("ab"))
+    store, lock = served.coordinator._store, served.coordinator._changed
+    store._journal = Guarded(store._journal, lock._is_owned)  # type: ignore[assignment, attr-defined]
+    a, b = served.seat("a"), served.seat("b")
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(a.mean, "r/model", {"w": np.ones(3, np.float32)}, 1)
+        while not served.coordinator.status()["open"]:
+            time.sleep(0.01)
+        time.sleep(0.3)  # the first is told for whom it waits
+        b.mean("r/model", {"w": np.ones(3, np.float32)}, 1)
+        waiting.result(30)
+    assert b.newest("model") == "r/model"
+    b.fetch("r/model")
+    b.note("all is well")
+    b.leave("done")
+    b.status(record=True)
+    served.stop()
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
