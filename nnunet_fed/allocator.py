@@ -12,7 +12,7 @@ ARENA_MAX, MMAP_THRESHOLD, TRIM_THRESHOLD = -8, -3, -1
 COORDINATOR = {ARENA_MAX: 1, MMAP_THRESHOLD: 8 << 20, TRIM_THRESHOLD: 32 << 20}
 """One store for all threads: what the process holds grows less with the number of sites."""
 SITE = {MMAP_THRESHOLD: 32 << 20, TRIM_THRESHOLD: 64 << 20}
-"""The largest that glibc comes to by itself, in a process that trains: nothing is taken from the training."""
+"""The largest that glibc comes to by itself, once a process has freed blocks of this size."""
 
 
 def keep_buffers(settings: dict[int, int]) -> None:

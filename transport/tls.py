@@ -128,6 +128,8 @@ def check_name(site: Site) -> None:
 def open_channel(site: Site, peer: str | None = None) -> grpc.Channel:
     """A channel to the coordinator or the peer of this name, through a proxy if there is one.
 
+    The process keeps the memory of messages from then on (:mod:`nnunet_fed.allocator`).
+
     Raises:
         ConfigurationError: a file for TLS is missing or wrong.
     """

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from warm import Forked
+from warm import QUICK, Forked
 
 from nnunet_fed.federation import Federation, Site
 from nnunet_fed.simulate import TRAINERS, free_ports, plugin_folder
@@ -24,7 +24,6 @@ from nnunet_fed.toml import to_toml
 from nnunet_fed.transport.client import GrpcCommunicator
 
 PLANS = "nnUNetFedSmallPlans"
-QUICK = Path(__file__).with_name("quick")
 PATIENCE = 480.0
 """Seconds for whatever may take long on a slow machine that has other work as well."""
 

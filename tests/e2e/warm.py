@@ -18,6 +18,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+QUICK = Path(__file__).with_name("quick")
+"""What spares processes of tests most of their time."""
+
 
 class Forked:
     """A command that runs; what the tests need of :class:`subprocess.Popen`."""
@@ -47,7 +50,7 @@ _server: subprocess.Popen[str] | None = None
 def _ask(request: dict[str, Any]) -> Any:
     global _server
     if _server is None:
-        quick = {**os.environ, "PYTHONPATH": str(Path(__file__).with_name("quick"))}
+        quick = {**os.environ, "PYTHONPATH": str(QUICK)}
         _server = subprocess.Popen(
             [sys.executable, __file__], env=quick, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
