@@ -9,6 +9,7 @@ processes, and the README's walk-through with those that a user has: without wha
 from __future__ import annotations
 
 import atexit
+import gc
 import importlib
 import json
 import os
@@ -68,6 +69,7 @@ def _ask(request: dict[str, Any]) -> Any:
 def serve() -> None:
     """Answer requests, one a line, until there are no more."""
     import_heavy_modules()
+    gc.freeze()  # what has been imported is no garbage: no forked process need look at it, and so copy it
     for line in sys.stdin:
         request = json.loads(line)
         if "poll" in request:
