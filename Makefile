@@ -1,10 +1,13 @@
-# Everything below sets itself up: a fresh clone, Python 3.10 or newer and make are enough. Python compiles what it
-# imports; pip would compile all of PyTorch first.
+# Everything below sets itself up: a fresh clone, Python 3.10 or newer and make are enough.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DATA ?=
 SELECTED = -m "not thorough"
+
+# pip would compile all of PyTorch. Python compiles what it imports, once, unless it is forbidden to: then every process
+# would compile it anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-all lint proto clean
 
