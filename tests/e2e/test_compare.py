@@ -44,7 +44,6 @@ def initial_weights(run: Path) -> str:
     return str(common["digest"])
 
 
-@pytest.mark.thorough
 def test_a_killed_comparison_goes_on_with_the_arm_that_it_was_at(phantom: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     killed = start(phantom, out)

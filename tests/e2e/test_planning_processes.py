@@ -134,7 +134,6 @@ def test_a_site_that_dies_while_planning_comes_back(planned_by_two: PlanningFede
     assert "3d_fullres: patch size" in table
 
 
-@pytest.mark.thorough
 def test_a_site_joins_when_the_others_have_planned(planned_by_two: PlanningFederation) -> None:
     running = planned_by_two
     running.serve("site_a", "site_b", "site_c")
