@@ -3,13 +3,12 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DATA ?=
-SELECTED = -m "not thorough"
 
-# pip would compile all of PyTorch. Python compiles what it imports, once, unless it is forbidden to: then every process
-# would compile it anew.
+# pip does not compile (all of PyTorch, below): Python compiles what it imports, once. Where it may not keep that, every
+# process would compile it anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-all lint proto clean
+.PHONY: demo test lint proto clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -25,12 +24,7 @@ demo: $(VENV)/.installed
 # more would bring deadlines into danger.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore tests/e2e --numprocesses auto --dist worksteal
-	$(BIN)/python -m pytest tests/e2e $(SELECTED) --numprocesses 2 --dist loadfile --no-loadscope-reorder
-
-# All trainings, and each crash at two random instants instead of one.
-test-all: SELECTED =
-test-all: export FAULT_REPETITIONS = 2
-test-all: test
+	$(BIN)/python -m pytest tests/e2e --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # mypy does not see through an editable install of mapped packages: it checks an ordinary one, from another folder.
 lint: $(VENV)/.installed

@@ -269,7 +269,7 @@ def small_disks_can_be_mounted(folder: Path) -> bool:
         return False
 
 
-REPETITIONS = int(os.environ.get("FAULT_REPETITIONS", "1"))
+REPETITIONS = int(os.environ.get("FAULT_REPETITIONS", "2"))
 """Of what happens at random instants; by hand, half as many of whole trainings:
 
 FAULT_REPETITIONS=20 python -m pytest tests/e2e/test_faults.py tests/e2e/test_training.py -k "random or site_killed"

@@ -51,7 +51,6 @@ def test_3_local_training_is_that_of_federated_averaging(
     assert scaled
 
 
-@pytest.mark.thorough
 def test_16_killed_sites_send_what_they_would_have_sent(
     planned: Planned, normalised: RunningFederation, tmp_path: Path
 ) -> None:
@@ -79,7 +78,6 @@ def test_17_diagnostics_are_in_the_record_and_the_log(normalised: RunningFederat
         assert "fedgs in round-0002: mean_factor" in site.log.read_text()
 
 
-@pytest.mark.thorough
 def test_a_study_without_any_lesion_ends_in_a_sentence(planned: Planned, tmp_path: Path) -> None:
     with federation(planned, tmp_path / "run", SITES, method=fedgs(classes=["ghost"])) as running:
         for site in running.sites.values():

@@ -96,7 +96,6 @@ def test_17_what_a_site_sends(trained: RunningFederation) -> None:
         assert 0 <= rest - state < 5000, "but for a few numbers; the first site publishes the selector and its moments"
 
 
-@pytest.mark.thorough
 def test_2_without_pull_a_personalized_model_is_local_training_and_19_a_crash_changes_nothing(
     planned: Planned, undisturbed: RunningFederation, tmp_path: Path
 ) -> None:

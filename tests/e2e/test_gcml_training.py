@@ -82,7 +82,6 @@ def test_28_killed_in_a_mutual_phase_and_resumed_the_study_ends_with_the_same_bi
         assert timeless == [{**phase, "at": None} for phase in phases(calm.sites[name])]
 
 
-@pytest.mark.thorough
 def test_12_a_peer_that_never_starts_changes_nothing(planned: Planned, tmp_path: Path) -> None:
     with peers(planned, tmp_path / "one", SITES, method=GCML, rounds=2) as running:
         one = running.sites["site_a"]
@@ -98,7 +97,6 @@ def test_12_a_peer_that_never_starts_changes_nothing(planned: Planned, tmp_path:
     assert one.record()["mutual_phases"] == []
 
 
-@pytest.mark.thorough
 def test_sites_that_pull_at_random_learn_from_each_other(planned: Planned, tmp_path: Path) -> None:
     data, method = {**SITES, "site_c": "site_a"}, {**GCML, "topology": "bernoulli", "mode": "pull"}
     with peers(planned, tmp_path / "run", data, method=method, rounds=6) as running:
