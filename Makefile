@@ -34,13 +34,13 @@ lint: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --no-deps --target build/typed .
 	cd build/typed && $(abspath $(BIN))/mypy --config-file $(abspath pyproject.toml) -p nnunet_fed
 
-# After a change of transport/*.proto.
+# After a change of transport/proto/*.proto.
 proto: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet grpcio-tools==1.76.0 --target build/protoc
-	PYTHONPATH=build/protoc $(BIN)/python -m grpc_tools.protoc -Innunet_fed/transport=transport \
+	PYTHONPATH=build/protoc $(BIN)/python -m grpc_tools.protoc -Innunet_fed/transport/proto=transport/proto \
 		--python_out=build --pyi_out=build --grpc_python_out=build \
-		nnunet_fed/transport/federation.proto nnunet_fed/transport/check.proto
-	cp build/nnunet_fed/transport/*_pb2* transport/
+		nnunet_fed/transport/proto/federation.proto nnunet_fed/transport/proto/check.proto
+	cp build/nnunet_fed/transport/proto/*_pb2* transport/proto/
 
 clean:
 	rm -rf $(VENV) build demo

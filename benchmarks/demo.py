@@ -19,7 +19,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from nnunet_fed.simulate import plugin_folder
+from nnunet_fed.simulation.simulate import plugin_folder
 
 PLANS = "nnUNetFedSmallPlans"
 TRAINER = "nnUNetTrainerFedAvg"

@@ -33,13 +33,13 @@ from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_en
 from rich.console import Console
 from rich.table import Table
 
-from nnunet_fed.communicator import LocalCommunicator, LocalFederation
-from nnunet_fed.federation import Federation
-from nnunet_fed.fingerprint import LocalFingerprint
+from nnunet_fed.agreement.fingerprint import LocalFingerprint
+from nnunet_fed.agreement.plan_digest import comparable, differences
+from nnunet_fed.datasets.split import split_at_random, split_by_column
+from nnunet_fed.exchange.communicator import LocalCommunicator, LocalFederation
 from nnunet_fed.planners import planning
 from nnunet_fed.planners.extraction import extract
-from nnunet_fed.plans import comparable, differences
-from nnunet_fed.split import split_at_random, split_by_column
+from nnunet_fed.study.federation import Federation
 
 STOCK: dict[str, Any] = {
     "nnUNetPlannerFed": ExperimentPlanner,
@@ -92,13 +92,13 @@ class Counting(LocalCommunicator):
         self.bytes_sent = 0
 
     def sum(self, key: str, array: Any) -> Any:
-        """See :meth:`nnunet_fed.communicator.Collectives.sum`."""
+        """See :meth:`nnunet_fed.exchange.communicator.Collectives.sum`."""
         self.collectives += 1
         self.bytes_sent += np.asarray(array).nbytes
         return super().sum(key, array)
 
     def gather(self, key: str, value: Any) -> dict[str, Any]:
-        """See :meth:`nnunet_fed.communicator.Collectives.gather`."""
+        """See :meth:`nnunet_fed.exchange.communicator.Collectives.gather`."""
         self.collectives += 1
         self.bytes_sent += len(json.dumps(value).encode())
         return super().gather(key, value)

@@ -1,6 +1,6 @@
 """``python -m nnunet_fed``."""
 
-from nnunet_fed.cli import main
+from nnunet_fed.cli.app import main
 
 if __name__ == "__main__":
     main()

@@ -14,7 +14,7 @@ from typing import Any
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 from rich.table import Table
 
-from nnunet_fed.fingerprint import INTENSITIES, LocalFingerprint, fingerprint_of
+from nnunet_fed.agreement.fingerprint import INTENSITIES, LocalFingerprint, fingerprint_of
 
 logger = logging.getLogger(__name__)
 _STDOUT = threading.Lock()

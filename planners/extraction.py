@@ -14,9 +14,9 @@ from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from
 from rich.console import Console
 from rich.progress import Progress
 
+from nnunet_fed.agreement.fingerprint import LocalFingerprint
 from nnunet_fed.errors import FederationError
-from nnunet_fed.fingerprint import LocalFingerprint
-from nnunet_fed.lesions import lesion_volumes
+from nnunet_fed.evaluation.lesions import lesion_volumes
 
 
 def extract(dataset_id: int, total_cases: int, processes: int) -> LocalFingerprint:

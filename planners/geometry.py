@@ -11,8 +11,7 @@ from typing import Any, Literal
 
 from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
 
-from nnunet_fed.communicator import Collectives
-from nnunet_fed.fingerprint import (
+from nnunet_fed.agreement.fingerprint import (
     Intensities,
     LocalFingerprint,
     fingerprint_with,
@@ -21,6 +20,7 @@ from nnunet_fed.fingerprint import (
     pooled_geometry,
     pooled_intensities,
 )
+from nnunet_fed.exchange.communicator import Collectives
 
 PlannerOf = Callable[[dict[str, Any]], Any]
 

@@ -19,11 +19,11 @@ from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 
 import nnunet_fed.planners
+from nnunet_fed.agreement.fingerprint import INTENSITIES
+from nnunet_fed.agreement.plan_digest import plans_digest
+from nnunet_fed.agreement.quantiles import Floats
 from nnunet_fed.errors import ConfigurationError
-from nnunet_fed.federation import PLANS_KEY, digest_of
-from nnunet_fed.fingerprint import INTENSITIES
-from nnunet_fed.plans import plans_digest
-from nnunet_fed.statistics import Floats
+from nnunet_fed.study.federation import PLANS_KEY, digest_of
 
 logger = logging.getLogger(__name__)
 _ENVIRONMENT = threading.Lock()

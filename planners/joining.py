@@ -6,11 +6,10 @@ import shutil
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+from nnunet_fed.agreement.fingerprint import INTENSITIES, own_intensities
+from nnunet_fed.agreement.plan_digest import plans_digest
 from nnunet_fed.errors import ConfigurationError, DisagreementError
-from nnunet_fed.federation import PLANS_KEY, Federation
-from nnunet_fed.fingerprint import INTENSITIES, own_intensities
-from nnunet_fed.labels import LabelMap
-from nnunet_fed.lesions import SMALL_LESIONS
+from nnunet_fed.evaluation.lesions import SMALL_LESIONS
 from nnunet_fed.planners.dataset import check_agreement, describe
 from nnunet_fed.planners.extraction import extract
 from nnunet_fed.planners.harmonised import planner_class
@@ -24,7 +23,8 @@ from nnunet_fed.planners.planning import (
     preprocess,
     wanted_configurations,
 )
-from nnunet_fed.plans import plans_digest
+from nnunet_fed.study.federation import PLANS_KEY, Federation
+from nnunet_fed.study.labels import LabelMap
 
 _REMEDY = "It is this site that has to change, since the others have planned; then join again."
 

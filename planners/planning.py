@@ -11,19 +11,19 @@ from typing import Any
 
 from nnunetv2.experiment_planning.plan_and_preprocess_api import preprocess_dataset
 
-from nnunet_fed.communicator import Collectives
+from nnunet_fed.agreement.fingerprint import INTENSITIES, LocalFingerprint, fingerprint_of, own_intensities
+from nnunet_fed.agreement.plan_digest import comparable, differences
 from nnunet_fed.errors import ConfigurationError, DisagreementError, FederationError
-from nnunet_fed.federation import PLANS_KEY, Federation
-from nnunet_fed.fingerprint import INTENSITIES, LocalFingerprint, fingerprint_of, own_intensities
-from nnunet_fed.labels import LabelMap
-from nnunet_fed.lesions import SMALL_LESIONS, small_lesion_thresholds
+from nnunet_fed.evaluation.lesions import SMALL_LESIONS, small_lesion_thresholds
+from nnunet_fed.exchange.communicator import Collectives
 from nnunet_fed.planners.dataset import PLAN_AGAIN, RawDataset, check_agreement, describe
 from nnunet_fed.planners.explanation import Row, explain
 from nnunet_fed.planners.extraction import extract
 from nnunet_fed.planners.geometry import harmonised_planner
 from nnunet_fed.planners.harmonised import check_preprocessor, planner_class
 from nnunet_fed.planners.mapping import prepare_dataset
-from nnunet_fed.plans import comparable, differences
+from nnunet_fed.study.federation import PLANS_KEY, Federation
+from nnunet_fed.study.labels import LabelMap
 
 logger = logging.getLogger(__name__)
 DESCRIPTIONS, PUBLISHED = "planning/dataset", "planning/published"

@@ -13,7 +13,7 @@ import pytest
 from in_process import InProcess, same_arrays, same_training, weights
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
-from nnunet_fed.simulate import plugin_folder
+from nnunet_fed.simulation.simulate import plugin_folder
 
 PAGE = Path(__file__).parents[1] / "docs" / "new_method.md"
 NAME = "nnUNetTrainerFedClip"

@@ -15,8 +15,8 @@ import typer
 from serving import Served, make_study
 from test_transport import together
 
-from nnunet_fed.cli import app
-from nnunet_fed.transport.http import StatusServer
+from nnunet_fed.cli.app import app
+from nnunet_fed.transport.coordinator.http import StatusServer
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = [DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))]

@@ -21,14 +21,14 @@ from test_planning import SITE_A, SITE_B, few_samples, set_paths, write_dataset
 from test_transport import tensors_of, together
 from workers import workers_as_threads
 
-from nnunet_fed.check import own_versions
-from nnunet_fed.federation import canonical_json
-from nnunet_fed.outgoing import LARGEST_ARRAY, OutgoingLog
-from nnunet_fed.payload import Array, encode
+from nnunet_fed.exchange.outgoing_log import LARGEST_ARRAY, OutgoingLog
+from nnunet_fed.exchange.payload import Array, encode
 from nnunet_fed.planners.planning import agree
-from nnunet_fed.transport import check_pb2, federation_pb2
-from nnunet_fed.transport.client import GrpcCommunicator
-from nnunet_fed.transport.reach import Probe
+from nnunet_fed.preflight.site_checks import own_versions
+from nnunet_fed.study.federation import canonical_json
+from nnunet_fed.transport.proto import check_pb2, federation_pb2
+from nnunet_fed.transport.site.client import GrpcCommunicator
+from nnunet_fed.transport.site.connection_checks import Probe
 
 Serve = Callable[..., Served]
 

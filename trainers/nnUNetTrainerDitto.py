@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from nnunet_fed.method_tables import Ditto
-from nnunet_fed.trainers.proximal import ProximalTrainer
-from nnunet_fed.trainers.two_models import TwoModelTrainer
+from nnunet_fed.study.method_tables import Ditto
+from nnunet_fed.trainers.parts.proximal_trainer import ProximalTrainer
+from nnunet_fed.trainers.parts.two_models import TwoModelTrainer
 
 
 class nnUNetTrainerDitto(ProximalTrainer, TwoModelTrainer):  # noqa: N801

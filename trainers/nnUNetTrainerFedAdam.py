@@ -7,12 +7,12 @@ from typing import Any
 import torch
 
 from nnunet_fed.errors import DisagreementError, NoContributionError
-from nnunet_fed.method_tables import FedAdam
+from nnunet_fed.exchange.payload import Array, encode, measure
 from nnunet_fed.methods.server_optimizer import AdamMoments, difference
-from nnunet_fed.payload import Array, encode, measure
-from nnunet_fed.tensors import to_arrays
-from nnunet_fed.trainers.finetuning import FineTuningTrainer
-from nnunet_fed.trainers.rounds import round_of
+from nnunet_fed.methods.tensors import to_arrays
+from nnunet_fed.study.method_tables import FedAdam
+from nnunet_fed.trainers.parts.finetuning import FineTuningTrainer
+from nnunet_fed.trainers.parts.rounds import round_of
 
 
 class nnUNetTrainerFedAdam(FineTuningTrainer):  # noqa: N801

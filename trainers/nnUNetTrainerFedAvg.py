@@ -1,6 +1,6 @@
 """Federated averaging inside nnU-Net's training."""
 
-from nnunet_fed.trainers.finetuning import FineTuningTrainer
+from nnunet_fed.trainers.parts.finetuning import FineTuningTrainer
 
 
 class nnUNetTrainerFedAvg(FineTuningTrainer):  # noqa: N801

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 
 from nnunet_fed.errors import NoContributionError
-from nnunet_fed.method_tables import FedAvgM
+from nnunet_fed.exchange.payload import Array
 from nnunet_fed.methods.server_optimizer import difference, with_momentum
-from nnunet_fed.payload import Array
-from nnunet_fed.tensors import to_arrays
-from nnunet_fed.trainers.finetuning import FineTuningTrainer
-from nnunet_fed.trainers.rounds import round_of, scope_of_round, start_scope
+from nnunet_fed.methods.tensors import to_arrays
+from nnunet_fed.study.method_tables import FedAvgM
+from nnunet_fed.trainers.parts.finetuning import FineTuningTrainer
+from nnunet_fed.trainers.parts.rounds import round_of, scope_of_round, start_scope
 
 
 class nnUNetTrainerFedAvgM(FineTuningTrainer):  # noqa: N801

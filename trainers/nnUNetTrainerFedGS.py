@@ -10,7 +10,7 @@ import torch
 from torch import distributed as dist
 
 from nnunet_fed.errors import ConfigurationError, FederationError, RoundClosedError
-from nnunet_fed.method_tables import FedGS, PerClass
+from nnunet_fed.exchange.payload import Array
 from nnunet_fed.methods.fedgs import (
     Floats,
     GradientScaler,
@@ -22,10 +22,10 @@ from nnunet_fed.methods.fedgs import (
     strength_in_round,
     with_gain,
 )
-from nnunet_fed.payload import Array
-from nnunet_fed.tensors import shared_tensors, to_arrays
-from nnunet_fed.trainers import checkpoint
-from nnunet_fed.trainers.base import FederatedTrainer
+from nnunet_fed.methods.tensors import shared_tensors, to_arrays
+from nnunet_fed.study.method_tables import FedGS, PerClass
+from nnunet_fed.trainers.parts import checkpoint
+from nnunet_fed.trainers.parts.federated_trainer import FederatedTrainer
 
 CALIBRATION = "calibration/inverse-areas"
 """Key of the histogram; a scope of its own, so that a late site can fetch it whatever the round."""

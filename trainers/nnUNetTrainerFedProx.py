@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from nnunet_fed.method_tables import FedProx
+from nnunet_fed.study.method_tables import FedProx
 from nnunet_fed.trainers.nnUNetTrainerFedAvg import nnUNetTrainerFedAvg
-from nnunet_fed.trainers.proximal import ProximalTrainer
+from nnunet_fed.trainers.parts.proximal_trainer import ProximalTrainer
 
 
 class nnUNetTrainerFedProx(ProximalTrainer, nnUNetTrainerFedAvg):  # noqa: N801
-    """Federated averaging of models that are held near the one of the round's start (:mod:`..methods.proximal`)."""
+    """Federated averaging of models that are held near the round's start (:mod:`nnunet_fed.methods.proximal`)."""
 
     method = "fedprox"
 

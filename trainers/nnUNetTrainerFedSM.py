@@ -10,7 +10,15 @@ from typing import Any
 
 import torch
 
-from nnunet_fed.bundle import (
+from nnunet_fed.errors import DisagreementError
+from nnunet_fed.exchange.payload import Array, encode, measure
+from nnunet_fed.methods.familiarity import Familiarity, fit_familiarity
+from nnunet_fed.methods.fedsm import pull_round
+from nnunet_fed.methods.selector import SelectorConfiguration, case_log_probabilities
+from nnunet_fed.methods.selector_training import SelectorTraining
+from nnunet_fed.methods.selector_validation import SelectorValidation, validate_selector
+from nnunet_fed.methods.tensors import load_arrays, shared_tensors, to_arrays
+from nnunet_fed.prediction.bundle import (
     SELECTOR_FILE,
     ValidationDice,
     fold_of,
@@ -19,18 +27,10 @@ from nnunet_fed.bundle import (
     write_fold,
     write_selector,
 )
-from nnunet_fed.errors import DisagreementError
-from nnunet_fed.method_tables import FedSM
-from nnunet_fed.methods.familiarity import Familiarity, fit_familiarity
-from nnunet_fed.methods.fedsm import pull_round
-from nnunet_fed.methods.selector import SelectorConfiguration, case_log_probabilities
-from nnunet_fed.methods.selector_training import SelectorTraining
-from nnunet_fed.methods.selector_validation import SelectorValidation, validate_selector
-from nnunet_fed.payload import Array, encode, measure
-from nnunet_fed.tensors import load_arrays, shared_tensors, to_arrays
-from nnunet_fed.trainers.selector_cases import SelectorCases
-from nnunet_fed.trainers.super_validation import validate_global_and_super
-from nnunet_fed.trainers.two_models import TwoModelTrainer
+from nnunet_fed.study.method_tables import FedSM
+from nnunet_fed.trainers.fedsm.selector_cases import SelectorCases
+from nnunet_fed.trainers.fedsm.super_validation import validate_global_and_super
+from nnunet_fed.trainers.parts.two_models import TwoModelTrainer
 
 
 class nnUNetTrainerFedSM(TwoModelTrainer):  # noqa: N801

@@ -14,23 +14,23 @@ import numpy as np
 import torch
 from nnunetv2.utilities.helpers import empty_cache
 
+from nnunet_fed.agreement.plan_digest import plans_digest
 from nnunet_fed.errors import ConfigurationError, FederationError, RefusedError
-from nnunet_fed.federation import Site, digest_of
-from nnunet_fed.mailbox import Letter, State, described
-from nnunet_fed.methods.gossip import Candidate, Version, kept, merged, uniform
-from nnunet_fed.payload import Array, Tensors, is_floating, open_payload
-from nnunet_fed.plans import plans_digest
+from nnunet_fed.exchange.payload import Array, Tensors, is_floating, open_payload
+from nnunet_fed.exchange.precision import narrow, widen
+from nnunet_fed.gossip.mailbox import Letter, State, described
+from nnunet_fed.gossip.schedule import Candidate, Version, kept, merged, uniform
+from nnunet_fed.methods.tensors import digest_of_tensors, load_arrays, shared_tensors, to_arrays
 from nnunet_fed.processes import Process, Step
-from nnunet_fed.tensors import digest_of_tensors, load_arrays, shared_tensors, to_arrays
-from nnunet_fed.trainers import checkpoint
-from nnunet_fed.trainers.correspondence import Correspondence, Standing
-from nnunet_fed.trainers.frozen_patches import foreground_dice
-from nnunet_fed.trainers.incoming import Incoming, plain_values
-from nnunet_fed.trainers.mutual import MutualTrainer
-from nnunet_fed.trainers.ranks import from_rank_zero, patient_group
-from nnunet_fed.trainers.record import Record, logged_by
-from nnunet_fed.trainers.study_trainer import own_site, sentences_for_users
-from nnunet_fed.wire import narrow, widen
+from nnunet_fed.study.federation import Site, digest_of
+from nnunet_fed.trainers.gossip.gossip_session import Correspondence, Standing
+from nnunet_fed.trainers.gossip.mutual_learning import MutualTrainer
+from nnunet_fed.trainers.gossip.patch_dice import foreground_dice
+from nnunet_fed.trainers.gossip.peer_model import Incoming, plain_values
+from nnunet_fed.trainers.parts import checkpoint
+from nnunet_fed.trainers.parts.ranks import from_rank_zero, patient_group
+from nnunet_fed.trainers.parts.study_trainer import own_site, sentences_for_users
+from nnunet_fed.trainers.parts.training_record import Record, logged_by
 
 T = TypeVar("T")
 
@@ -39,7 +39,7 @@ MAILBOX = "mailbox"
 
 
 class nnUNetTrainerGCML(MutualTrainer):  # noqa: N801
-    """nnU-Net's training, which no other site delays (:mod:`nnunet_fed.methods.gcml`, ``methods/gossip.py``).
+    """nnU-Net's training, which no other site delays (:mod:`nnunet_fed.methods.gcml`, ``gossip/schedule.py``).
 
     After each round that follows the warm-up the site's model goes to the peer process, a process of its own. At the
     start of a round a model that has come trains beside the site's own on the same batches, for ``mutual_epochs``. If

@@ -1,6 +1,6 @@
 """Training without the other sites: the control of all methods."""
 
-from nnunet_fed.trainers.finetuning import FineTuningTrainer
+from nnunet_fed.trainers.parts.finetuning import FineTuningTrainer
 
 
 class nnUNetTrainerLocal(FineTuningTrainer):  # noqa: N801

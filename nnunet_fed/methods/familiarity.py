@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch.nn.functional import avg_pool2d, avg_pool3d
 
-from nnunet_fed.communicator import Collectives
+from nnunet_fed.exchange.communicator import Collectives
+from nnunet_fed.exchange.payload import Array
 from nnunet_fed.methods.selector import SelectorCase
-from nnunet_fed.payload import Array
 
 SHARE = 0.95
 """Share of the sites' validation cases that are familiar."""

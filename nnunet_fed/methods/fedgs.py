@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from nnunet_fed.payload import Array, Tensors
+from nnunet_fed.exchange.payload import Array, Tensors
 
 Floats = npt.NDArray[np.float64]
 

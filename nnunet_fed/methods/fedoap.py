@@ -26,7 +26,7 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from nnunet_fed.errors import ConfigurationError
-from nnunet_fed.tensors import shared_tensors
+from nnunet_fed.methods.tensors import shared_tensors
 
 QueryBranch = Literal["copy", "light"]
 Adapter = Literal["res3", "none"]
@@ -259,7 +259,7 @@ def is_private(name: str, private_stem: bool = False) -> bool:
     """Whether a tensor is not averaged, and stays at the site while it trains.
 
     Args:
-        name: as :func:`nnunet_fed.tensors.shared_tensors` of the bare network gives it.
+        name: as :func:`nnunet_fed.methods.tensors.shared_tensors` of the bare network gives it.
         private_stem: the first convolution's weight is private too, so that sites may have other input channels.
     """
     if private_stem and name in STEM_NAMES:

@@ -18,10 +18,10 @@ from typing import Literal
 import numpy as np
 import torch
 
-from nnunet_fed.communicator import Collectives
 from nnunet_fed.errors import ConfigurationError, DisagreementError
-from nnunet_fed.payload import Tensors
-from nnunet_fed.tensors import to_arrays
+from nnunet_fed.exchange.communicator import Collectives
+from nnunet_fed.exchange.payload import Tensors
+from nnunet_fed.methods.tensors import to_arrays
 
 Schedule = Literal["constant", "lr_coupled"]
 Reason = Literal["personal", "below_gamma", "gate", "unfamiliar", "forced", "best_model_gate", "not_shared"]

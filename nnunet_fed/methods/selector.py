@@ -18,7 +18,7 @@ from torch.nn.functional import avg_pool2d, avg_pool3d, pad
 from torch.nn.utils import skip_init
 
 from nnunet_fed.errors import ConfigurationError, FederationError
-from nnunet_fed.payload import Array
+from nnunet_fed.exchange.payload import Array
 
 WIDTHS = (16, 32)
 """Feature maps of the convolutions, each of which halves every axis. Few, so that many places are left to average

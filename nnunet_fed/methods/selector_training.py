@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from nnunet_fed.communicator import Collectives
 from nnunet_fed.errors import ConfigurationError, FederationError
+from nnunet_fed.exchange.communicator import Collectives
+from nnunet_fed.exchange.payload import Array
 from nnunet_fed.methods.selector import Selector, SelectorCase, SelectorConfiguration
-from nnunet_fed.payload import Array
-from nnunet_fed.tensors import load_arrays, to_arrays
+from nnunet_fed.methods.tensors import load_arrays, to_arrays
 
 Mode = Literal["server_adam", "reference"]
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from nnunet_fed.communicator import Collectives
 from nnunet_fed.errors import FederationError
+from nnunet_fed.exchange.communicator import Collectives
 from nnunet_fed.methods.fedsm import GLOBAL, route
 from nnunet_fed.methods.selector import tempered
 

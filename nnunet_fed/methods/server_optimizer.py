@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from nnunet_fed.payload import Array, Tensors
+from nnunet_fed.exchange.payload import Array, Tensors
 
 FIRST, SECOND = "first.", "second."
 """Prefixes of the moments' names in a state."""

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nnunet_fed.coordinator.history import record_of
+from nnunet_fed.coordinator.store import Store
 from nnunet_fed.errors import ConfigurationError
-from nnunet_fed.federation import PLANS_KEY
-from nnunet_fed.record import record_of
+from nnunet_fed.evaluation.summary import FOLDERS
 from nnunet_fed.report.training_log import TrainingLog, read_training_log
-from nnunet_fed.store import Store
-from nnunet_fed.summary import FOLDERS
+from nnunet_fed.study.federation import PLANS_KEY
 
 logger = logging.getLogger(__name__)
 

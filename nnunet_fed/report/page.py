@@ -12,13 +12,13 @@ from jinja2 import Environment, StrictUndefined
 from nnunet_fed import __version__
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.report.blocks import Section
-from nnunet_fed.report.comparison import comparison_section
+from nnunet_fed.report.comparison_section import comparison_section
 from nnunet_fed.report.gather import Comparison, Run, read_source
-from nnunet_fed.report.methods import method_section
-from nnunet_fed.report.results import cross_site_section, dice_section
-from nnunet_fed.report.slices import slices_section
-from nnunet_fed.report.study import comparison_study_section, data_section, study_section
-from nnunet_fed.report.training import curves_section, events_section, traffic_section
+from nnunet_fed.report.method_section import method_section
+from nnunet_fed.report.results_section import cross_site_section, dice_section
+from nnunet_fed.report.slices_section import slices_section
+from nnunet_fed.report.study_section import comparison_study_section, data_section, study_section
+from nnunet_fed.report.training_section import curves_section, events_section, traffic_section
 
 logger = logging.getLogger(__name__)
 

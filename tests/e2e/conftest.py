@@ -8,8 +8,8 @@ import pytest
 from filelock import FileLock
 from harness import PATIENCE, Planned, RunningFederation, environment, federation, train_all
 
-from nnunet_fed.federation import Federation
-from nnunet_fed.phantom import write_phantom
+from nnunet_fed.datasets.phantom import write_phantom
+from nnunet_fed.study.federation import Federation
 
 LONGEST_FIRST = (
     "training", "faults", "gcml_training", "fedoap_training", "fedsm_training", "compare", "readme", "simulation",

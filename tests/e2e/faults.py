@@ -17,20 +17,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from nnunet_fed.simulate import to_toml
+from nnunet_fed.simulation.simulate import to_toml
 
 SITE = """
 import hashlib, json, logging, os, sys
 import numpy as np
-from nnunet_fed.transport import options
+from nnunet_fed.transport.channel import options
 settings = json.loads(sys.argv[1])
 options.CHANNEL_OPTIONS = tuple(
     (name, settings["keepalive"].get(name, value)) for name, value in options.CHANNEL_OPTIONS
 )
 from nnunet_fed.errors import RoundClosedError
-from nnunet_fed.federation import Federation, Site
-from nnunet_fed.outgoing import OutgoingLog
-from nnunet_fed.transport.client import GrpcCommunicator
+from nnunet_fed.study.federation import Federation, Site
+from nnunet_fed.exchange.outgoing_log import OutgoingLog
+from nnunet_fed.transport.site.client import GrpcCommunicator
 from pathlib import Path
 logging.basicConfig(level=logging.INFO, stream=sys.stderr)
 name, size = settings["name"], settings["size"]
@@ -153,7 +153,7 @@ class Exchange:
     def __init__(
         self, folder: Path, study: dict[str, Any], size: int = 100_000, options: tuple[str, ...] = (), disk_mb: int = 0
     ):
-        from nnunet_fed.federation import Federation
+        from nnunet_fed.study.federation import Federation
 
         self.folder, self.size, self._options, self._disk_mb = folder, size, options, disk_mb
         folder.mkdir(parents=True)

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from warm import QUICK, Forked
 
-from nnunet_fed.federation import Federation, Site
-from nnunet_fed.simulate import TRAINERS, free_ports, plugin_folder
-from nnunet_fed.toml import to_toml
-from nnunet_fed.transport.client import GrpcCommunicator
+from nnunet_fed.simulation.simulate import TRAINERS, free_ports, plugin_folder
+from nnunet_fed.study.federation import Federation, Site
+from nnunet_fed.study.toml import to_toml
+from nnunet_fed.transport.site.client import GrpcCommunicator
 
 PLANS = "nnUNetFedSmallPlans"
 PATIENCE = 480.0

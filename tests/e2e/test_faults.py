@@ -13,9 +13,9 @@ import pytest
 from faults import REPETITIONS, Exchange, Link, exchange, small_disks_can_be_mounted
 from harness import until
 
-from nnunet_fed.federation import Site
-from nnunet_fed.spool import Upload
-from nnunet_fed.transport.client import GrpcCommunicator
+from nnunet_fed.exchange.uploads import Upload
+from nnunet_fed.study.federation import Site
+from nnunet_fed.transport.site.client import GrpcCommunicator
 
 pytestmark = pytest.mark.e2e
 

@@ -28,9 +28,9 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from recording_proxy import RecordingProxy
 
-from nnunet_fed.federation import Federation
 from nnunet_fed.methods.fedoap import PRIVATE_PREFIXES, is_private
-from nnunet_fed.simulate import TRAINERS, plugin_folder, to_toml
+from nnunet_fed.simulation.simulate import TRAINERS, plugin_folder, to_toml
+from nnunet_fed.study.federation import Federation
 from nnunet_fed.trainers.nnUNetTrainerFedOAP import nnUNetTrainerFedOAP
 
 pytestmark = pytest.mark.e2e

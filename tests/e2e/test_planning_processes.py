@@ -16,9 +16,9 @@ import pytest
 from harness import PATIENCE, PLANS, command, environment, until
 from warm import Forked
 
-from nnunet_fed.federation import Federation, Site
-from nnunet_fed.toml import to_toml
-from nnunet_fed.transport.client import GrpcCommunicator
+from nnunet_fed.study.federation import Federation, Site
+from nnunet_fed.study.toml import to_toml
+from nnunet_fed.transport.site.client import GrpcCommunicator
 
 pytestmark = pytest.mark.e2e
 

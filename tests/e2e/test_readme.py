@@ -12,8 +12,8 @@ import pytest
 from documents import blocks, shell
 from harness import PATIENCE, PLANS, environment, run, stock_environment, until
 
-from nnunet_fed.federation import Site
-from nnunet_fed.transport.client import GrpcCommunicator
+from nnunet_fed.study.federation import Site
+from nnunet_fed.transport.site.client import GrpcCommunicator
 
 pytestmark = pytest.mark.e2e
 

@@ -15,8 +15,8 @@ from nnunetv2.run.run_training import run_training
 from serving import Served
 
 from nnunet_fed.errors import RefusedError
-from nnunet_fed.federation import Federation
-from nnunet_fed.simulate import TRAINERS, plugin_folder
+from nnunet_fed.simulation.simulate import TRAINERS, plugin_folder
+from nnunet_fed.study.federation import Federation
 
 pytestmark = pytest.mark.e2e
 

@@ -25,19 +25,21 @@ from google.protobuf.message import DecodeError
 from starting import fuzz
 
 with atheris.instrument_imports(include=["nnunet_fed"]):
-    from nnunet_fed.coordinator import Coordinator
-    from nnunet_fed.federation import Federation, Site
-    from nnunet_fed.mailbox import Mailbox, State, described
-    from nnunet_fed.methods.gossip import Version
-    from nnunet_fed.outgoing import OutgoingLog
-    from nnunet_fed.payload import encode, measure
-    from nnunet_fed.store import Store
-    from nnunet_fed.transport import check_pb2, peer, server
-    from nnunet_fed.transport import federation_pb2 as pb
-    from nnunet_fed.transport.check_service import serve_checks
-    from nnunet_fed.transport.frames import serve, serve_peer, write
-    from nnunet_fed.transport.letters import Contacts, Reception
-    from nnunet_fed.transport.pace import Pace
+    from nnunet_fed.coordinator.coordinator import Coordinator
+    from nnunet_fed.coordinator.store import Store
+    from nnunet_fed.exchange.outgoing_log import OutgoingLog
+    from nnunet_fed.exchange.payload import encode, measure
+    from nnunet_fed.gossip.mailbox import Mailbox, State, described
+    from nnunet_fed.gossip.schedule import Version
+    from nnunet_fed.study.federation import Federation, Site
+    from nnunet_fed.transport.channel.rate_limit import Pace
+    from nnunet_fed.transport.channel.zero_copy_streams import serve, serve_peer, write
+    from nnunet_fed.transport.coordinator import server
+    from nnunet_fed.transport.coordinator.check_service import serve_checks
+    from nnunet_fed.transport.peers import peer
+    from nnunet_fed.transport.peers.reception import Contacts, Reception
+    from nnunet_fed.transport.proto import check_pb2
+    from nnunet_fed.transport.proto import federation_pb2 as pb
 
 RENEWED = 1000
 """Inputs after which the state is made anew, so that the journal stays short."""

@@ -12,8 +12,8 @@ import atheris
 from google.protobuf.message import DecodeError
 
 with atheris.instrument_imports(include=["nnunet_fed"]):
-    from nnunet_fed.transport import federation_pb2 as pb
-    from nnunet_fed.transport.frames import reader, write
+    from nnunet_fed.transport.channel.zero_copy_streams import reader, write
+    from nnunet_fed.transport.proto import federation_pb2 as pb
 
 KINDS = (pb.UploadChunk, pb.ResultChunk, pb.ModelChunk)
 READERS = [(kind, reader(kind)) for kind in KINDS]

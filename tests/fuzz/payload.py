@@ -16,10 +16,10 @@ import numpy as np
 from starting import fuzz
 
 with atheris.instrument_imports(include=["nnunet_fed"]):
-    from nnunet_fed.admission import check_content
+    from nnunet_fed.coordinator.admission import check_content
     from nnunet_fed.errors import RefusedError
-    from nnunet_fed.payload import DTYPES, decode, encode, layout_of, open_payload, read_layout, schema_of
-    from nnunet_fed.reduction import write_result
+    from nnunet_fed.exchange.payload import DTYPES, decode, encode, layout_of, open_payload, read_layout, schema_of
+    from nnunet_fed.exchange.reduction import write_result
 
 SEEDS = [
     {"w": np.arange(4, dtype=np.float32).reshape(2, 2), "b": np.zeros((), np.float16)},

@@ -1,0 +1,197 @@
+"""``nnunet_fed check``: at a site, before a study of weeks."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, redirect_stdout
+from dataclasses import asdict, dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from nnunet_fed.errors import FederationError
+from nnunet_fed.preflight import site_checks as checks
+from nnunet_fed.preflight.site_checks import Finding, State
+from nnunet_fed.study.federation import PLANS_KEY, SITE_FILE_VARIABLE, Federation, Site
+
+
+class Device(str, Enum):
+    """Where the training will run."""
+
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+def check(
+    dataset: Annotated[
+        int | None, typer.Option("-d", metavar="ID", help="This site's data set: check its plans too.")
+    ] = None,
+    plans_name: Annotated[str | None, typer.Option("-p", metavar="PLANS", help="Its plans; default: found.")] = None,
+    configuration: Annotated[str | None, typer.Option("-c", metavar="CONFIG", help="Default: the study's.")] = None,
+    trainer: Annotated[str | None, typer.Option("-tr", metavar="TRAINER", help="The trainer you will name.")] = None,
+    device: Annotated[Device, typer.Option("-device", help="Where the training will run.")] = Device.cuda,
+    megabytes: Annotated[float, typer.Option(min=0.01, max=60, help="So much is sent and received, for its time.")] = 8,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """At a site: is everything ready for the study? A line each; exit status 0 fine, 1 something failed, 3 warnings."""
+    findings, package = [], logging.getLogger("nnunet_fed")
+    with ExitStack() as stack:
+        stack.callback(package.setLevel, package.level)
+        package.setLevel(logging.ERROR)  # what the log would tell, the findings tell
+        size = int(megabytes * 1e6)
+        for finding in _Check(stack, dataset, plans_name, configuration, trainer, device.value, size).findings():
+            findings.append(finding)
+            if not as_json:
+                typer.echo(finding.line)
+    if as_json:
+        typer.echo(json.dumps([asdict(finding) for finding in findings], indent=2))
+    raise typer.Exit(checks.exit_status(findings))
+
+
+@dataclass
+class _Check:
+    """All checks, one after the other; what builds on one that failed is skipped."""
+
+    stack: ExitStack
+    dataset: int | None
+    plans_name: str | None
+    configuration: str | None
+    trainer: str | None
+    device: str
+    size: int
+    site: Site | None = None
+    study: Federation | None = None
+    published: dict[str, Any] | None = None
+    plans: dict[str, Any] | None = None
+    footprint: Any = None
+    probe: Any = None
+
+    def findings(self) -> Iterator[Finding]:
+        """Do them."""
+        yield self._try("site.toml", self._read_site)
+        yield from self._way()
+        yield self._try("nnU-Net paths", checks.check_paths)
+        yield self._try("trainer", self._check_trainer)
+        yield self._try("plans", self._check_plans)
+        yield self._try("memory", self._check_memory)
+        yield self._try("disk", self._check_disk)
+        if self.probe is None:
+            yield Finding("transfer", State.skipped, "the coordinator cannot be asked")
+        else:
+            payload = self.footprint.payload_bytes if self.footprint else None
+            yield self._try("transfer", lambda: self.probe.time_transfer(self.size, payload))
+
+    @staticmethod
+    def _try(about: str, look: Callable[[], Finding]) -> Finding:
+        try:
+            with redirect_stdout(sys.stderr):  # for what nnU-Net prints
+                return look()
+        except (FederationError, OSError) as error:
+            return Finding(about, State.failed, str(error))
+
+    def _read_site(self) -> Finding:
+        self.site = Site.from_environment()
+        text = f"{os.environ[SITE_FILE_VARIABLE]}: site '{self.site.name}', coordinator {self.site.coordinator}"
+        return Finding("site.toml", State.ok, text)
+
+    def _way(self) -> Iterator[Finding]:
+        """To the coordinator, and what it tells."""
+        from nnunet_fed.transport.site import connection_checks
+
+        site = self.site
+        if site is None:
+            yield Finding("coordinator", State.skipped, "without site.toml it is not known")
+            return
+        steps = {
+            "certificates": connection_checks.check_keys,
+            "name": connection_checks.check_name_resolution,
+            "port": connection_checks.check_port,
+            "TLS": connection_checks.check_handshake,
+        }
+        for about, look in steps.items():
+            finding = self._try(about, lambda look=look: look(site))  # type: ignore[misc]
+            yield finding
+            if finding.state is State.failed:
+                yield Finding("coordinator", State.skipped, f"it cannot be asked before '{about}' is put right")
+                return
+        try:
+            yield from self._ask(site)
+        except (FederationError, OSError) as error:
+            yield Finding("coordinator", State.failed, str(error))
+
+    def _ask(self, site: Site) -> Iterator[Finding]:
+        from nnunet_fed.exchange.outgoing_log import FILE, OutgoingLog
+        from nnunet_fed.transport.site.client import GrpcCommunicator
+        from nnunet_fed.transport.site.connection_checks import Probe
+
+        outgoing = OutgoingLog(Path(os.environ[SITE_FILE_VARIABLE]).parent / FILE)
+        probe = Probe(site, outgoing)
+        self.stack.callback(probe.close)
+        introduction = probe.introduce(checks.own_versions())
+        self.probe = probe
+        seat = GrpcCommunicator(site)
+        self.stack.callback(seat.close)
+        self.study = study = Federation.model_validate(seat.status()["study"])
+        if introduction.reply.planning_run:
+            seat.run = introduction.reply.planning_run
+            self.published = seat.gathered("planning/plans")
+        reply = introduction.reply
+        text = f"'{study.name}', nnunet_fed {reply.version}, protocol {reply.protocol}, sites {', '.join(study.sites)}"
+        yield Finding("coordinator", State.ok, text)
+        yield checks.check_clock(introduction.halfway, reply.now, introduction.trip)
+        told = {**introduction.versions, "the coordinator": {"nnunet-fed": reply.version}}
+        yield checks.check_versions(site.name, told)
+
+    def _check_trainer(self) -> Finding:
+        from nnunet_fed.simulation.simulate import TRAINERS, plugin_folder
+
+        expected = TRAINERS[self.study.method.name] if self.study else None
+        return checks.check_trainer(plugin_folder(), self.trainer, expected)
+
+    def _preprocessed(self) -> Path | None:
+        """Folder of the data set in which the site will train: the mapped one, if its labels are mapped."""
+        label_map = self.site.label_map if self.site else None
+        number = label_map.dataset if label_map else self.dataset
+        return None if number is None else checks.dataset_folder(checks.PREPROCESSED, number)
+
+    def _check_plans(self) -> Finding:
+        if self.dataset is None:
+            return Finding("plans", State.skipped, "name a data set with -d to check its plans")
+        folder = self._preprocessed()
+        if folder is None:
+            text = f"data set {self.dataset} is not planned yet: 'nnunet_fed plan_and_preprocess' does it"
+            return Finding("plans", State.skipped, text)
+        plans = checks.find_plans(folder, self.plans_name, self.study)
+        if isinstance(plans, Finding):
+            return plans
+        self.plans = plans
+        if self.study is None:
+            return Finding("plans", State.skipped, "the coordinator cannot be asked whether they are its study's")
+        return checks.check_plans(plans, self.study, self.published, self._wanted())
+
+    def _wanted(self) -> str:
+        return self.configuration or (self.study.configuration if self.study else "3d_fullres")
+
+    def _check_memory(self) -> Finding:
+        from nnunet_fed.preflight.resources import check_memory, footprint
+
+        folder = self._preprocessed()
+        if self.plans and folder and self._wanted() in self.plans["configurations"]:
+            dataset = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
+            study = Federation.model_validate(self.plans[PLANS_KEY]["study"])
+            self.footprint = footprint(self.plans, self._wanted(), dataset, study)
+        return check_memory(self.footprint, self.device)
+
+    def _check_disk(self) -> Finding:
+        raw = None if self.dataset is None else checks.dataset_folder(checks.RAW, self.dataset)
+        folder, plans = self._preprocessed(), self.plans or {"configurations": {}}
+        identifier = plans["configurations"].get(self._wanted(), {}).get("data_identifier")
+        done = folder / identifier if folder and identifier else None
+        results = self.footprint.results_bytes if self.footprint else 0.0
+        return checks.check_disk(checks.preprocessed_bytes(raw, done), results)

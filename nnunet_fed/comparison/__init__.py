@@ -1,0 +1,1 @@
+"""Federated training compared with training alone and on pooled data."""

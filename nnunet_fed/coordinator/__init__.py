@@ -1,0 +1,1 @@
+"""The coordinator: admits sites, keeps what they contribute, closes rounds, tells what happened."""

@@ -1,0 +1,147 @@
+"""What the coordinator looks at before a contribution stands: its content, its numbers, its distance. Source: ours."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from nnunet_fed.coordinator.store import Store, name_of
+from nnunet_fed.errors import RefusedError
+from nnunet_fed.exchange.payload import BLOCK, Array, Tensors, is_floating, layout_of, open_payload, schema_of
+from nnunet_fed.study.federation import Federation
+
+Verb = Literal["mean", "sum", "gather"]
+
+LARGEST_VALUE = 1 << 26
+"""Bytes of a sum's or a gathered value's payload. Those of a mean are bounded by the first one of their name."""
+MODEL = "model"
+"""Name of a round's last mean (rule 5 of the protocol), whose updates ``max_update_norm`` bounds."""
+RECENT = 5
+"""Rounds over whose update norms the median is taken."""
+
+
+def check_content(verb: Verb, path: Path) -> str | None:
+    """The schema of a payload as JSON (``None`` for gathered values).
+
+    Raises:
+        RefusedError: no payload of this verb, or a number in it that is not finite.
+    """
+    if verb == "gather":
+        try:
+            json.loads(path.read_bytes(), parse_constant=_refuse_constant)
+        except (ValueError, RecursionError):
+            raise RefusedError("A gathered value is no JSON.") from None
+        return None
+    tensors = open_payload(path)
+    if verb == "sum" and list(tensors) != ["value"]:
+        raise RefusedError("A sum takes one array.")
+    if verb == "mean" and not all(map(is_floating, tensors.values())):
+        raise RefusedError("A mean takes floating-point tensors only.")
+    check_finite(tensors)
+    return json.dumps(schema_of(layout_of(tensors)), sort_keys=True)
+
+
+def check_finite(tensors: Tensors) -> None:
+    """Raise :class:`RefusedError` with the name of a tensor that holds an infinity or what is no number."""
+    for name, array in tensors.items():
+        if is_floating(array) and not all(np.isfinite(block).all() for block in _blocks(array)):
+            raise RefusedError(f"The tensor '{name}' holds a number that is not finite: a diverged training?")
+
+
+def _refuse_constant(constant: str) -> None:
+    raise ValueError(constant)
+
+
+def _blocks(array: Array) -> Iterator[Array]:
+    flat = array.reshape(-1)
+    return (flat[start : start + BLOCK] for start in range(0, flat.size, BLOCK))
+
+
+def distance(one: Mapping[str, Array], other: Mapping[str, Array]) -> float:
+    """L2 norm of the difference of two sets of tensors of equal names and shapes, in float64."""
+    squared = 0.0
+    for name, array in one.items():
+        for block, counterpart in zip(_blocks(array), _blocks(other[name]), strict=True):
+            difference = block.astype(np.float64) - counterpart.astype(np.float64)
+            squared += float(np.dot(difference, difference))
+    return math.sqrt(squared)
+
+
+class QuarantinedError(RefusedError):
+    """An update that moved further than ``max_update_norm`` allows."""
+
+
+class Admission:
+    """What the first payloads of a run and its recent rounds lay down for later ones. Called under the store's lock.
+
+    Args:
+        study: the study.
+        store: the coordinator's memory.
+        spool_quota: bytes; a site's share of it bounds its first payload of a name.
+    """
+
+    def __init__(self, study: Federation, store: Store, spool_quota: int):
+        self._study = study
+        self._store = store
+        self._share = spool_quota // len(study.sites)
+
+    def check_size(self, run: str, key: str, site: str, verb: Verb, size: int) -> None:
+        """Bound a payload before it is sent; raises :class:`RefusedError`."""
+        if verb != "mean":
+            if size > LARGEST_VALUE:
+                raise RefusedError(
+                    f"A {verb} takes {LARGEST_VALUE} bytes at most, not {size} ('{key}', site '{site}')."
+                )
+        elif (agreed := self._store.agreed(run, name_of(key))) is not None:
+            if size > agreed.size:
+                raise RefusedError(
+                    f"The tensors of site '{site}' for '{key}' differ from those of the first round: they have {size} "
+                    f"bytes instead of {agreed.size}. Do all sites train the same plans and configuration?"
+                )
+        elif size > self._share:
+            raise RefusedError(
+                f"'{key}' of site '{site}' has {size / 1e9:.3f} GB, more than its share of {self._share / 1e9:.3f} GB "
+                "in the coordinator's spool. Restart the coordinator with a larger --spool-quota-gb."
+            )
+
+    def check_schema(self, run: str, key: str, site: str, verb: Verb, schema: str | None) -> None:
+        """Compare with the other sites' and, for a mean, the first round's; raises :class:`RefusedError`."""
+        collective, agreed = self._store.collective(run, key), self._store.agreed(run, name_of(key))
+        known = {collective.schema if collective else None, agreed.schema if agreed and verb == "mean" else None}
+        if schema is not None and known - {None, schema}:
+            raise RefusedError(
+                f"The tensors of site '{site}' for '{key}' differ in names, shapes or dtypes from those of the other "
+                "sites or of the first round. Do all sites train the same plans and configuration?"
+            )
+
+    def last_model(self, run: str, key: str, verb: Verb, schema: str | None) -> Path | None:
+        """The model from which an update is measured; ``None``: its norm is not bounded, or cannot be."""
+        agreed = self._store.agreed(run, MODEL)
+        if self._study.max_update_norm is None or verb != "mean" or name_of(key) != MODEL:
+            return None
+        closed = [c for c in self._store.collectives(run, "closed") if c.verb == "mean" and c.name == MODEL]
+        if not closed or agreed is None or agreed.schema != schema:
+            return None
+        return self._store.result_path(run, closed[-1].key)
+
+    def check_norm(self, run: str, key: str, site: str, norm: float) -> None:
+        """Compare an update with the accepted ones of the last :data:`RECENT` rounds; without any, all pass.
+
+        Raises:
+            QuarantinedError: its norm (:func:`distance`) is above ``max_update_norm`` times their median.
+        """
+        means = [c.key for c in self._store.collectives(run) if c.verb == "mean" and c.name == MODEL and c.closed]
+        recent, factor = self._store.norms(run, means[-RECENT:]), self._study.max_update_norm
+        if recent and factor is not None and norm > factor * (median := statistics.median(recent)):
+            raise QuarantinedError(
+                f"The update of site '{site}' for '{key}' is quarantined: its norm {norm:.4g} is above {factor:g} "
+                f"times {median:.4g}, the median of recent rounds (max_update_norm). Look into the training at this "
+                "site; if it is sound, raise max_update_norm in federation.toml, restart the coordinator, and continue "
+                "with --c."
+            )

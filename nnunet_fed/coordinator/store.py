@@ -1,0 +1,299 @@
+"""The coordinator's memory: a SQLite journal and payload files. Every fact is on disk before it is answered."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sqlite3
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from nnunet_fed.errors import ConfigurationError
+
+FORMAT = 2
+"""Version of the state directory's format."""
+
+SCHEMA = """
+CREATE TABLE fact (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE study (at REAL NOT NULL, value TEXT NOT NULL);
+CREATE TABLE run (id TEXT PRIMARY KEY, value TEXT NOT NULL, at REAL NOT NULL);
+CREATE TABLE scope (run TEXT, name TEXT, participants TEXT NOT NULL, at REAL NOT NULL, PRIMARY KEY (run, name));
+CREATE TABLE collective (
+    run TEXT, key TEXT, verb TEXT NOT NULL, status TEXT NOT NULL, opened REAL NOT NULL, closed REAL,
+    schema TEXT, digest TEXT, size INTEGER, error TEXT, PRIMARY KEY (run, key));
+CREATE TABLE contribution (
+    run TEXT, key TEXT, site TEXT, weight REAL NOT NULL, digest TEXT NOT NULL, size INTEGER NOT NULL, file TEXT,
+    at REAL NOT NULL, seconds REAL NOT NULL, norm REAL, PRIMARY KEY (run, key, site));
+CREATE TABLE agreed (run TEXT, name TEXT, schema TEXT NOT NULL, size INTEGER NOT NULL, PRIMARY KEY (run, name));
+CREATE TABLE standing (run TEXT, site TEXT, state TEXT NOT NULL, at REAL NOT NULL, PRIMARY KEY (run, site));
+CREATE TABLE event (at REAL NOT NULL, run TEXT, site TEXT, text TEXT NOT NULL);
+"""
+
+
+@dataclass
+class Collective:
+    """One use of one verb in one run."""
+
+    run: str
+    key: str
+    verb: str
+    status: str
+    """``open``, ``closed``, ``failed`` (deadline), ``empty`` (no contribution) or ``pruned`` (result deleted)."""
+    opened: float
+    closed: float | None
+    schema: str | None
+    digest: str | None
+    size: int | None
+    error: str | None
+
+    @property
+    def scope(self) -> str:
+        """The part of the key before the first slash; its participants are frozen together."""
+        return scope_of(self.key)
+
+    @property
+    def name(self) -> str:
+        """What follows the scope; means of one name have one schema."""
+        return name_of(self.key)
+
+
+@dataclass
+class Contribution:
+    """What one site gave to one collective."""
+
+    run: str
+    key: str
+    site: str
+    weight: float
+    digest: str
+    size: int
+    file: str | None
+    at: float
+    seconds: float
+    """How long the last connection took to bring it."""
+    norm: float | None
+    """L2 norm of its difference to the last model (:mod:`nnunet_fed.coordinator.admission`); ``None``: not computed."""
+
+
+@dataclass
+class Agreed:
+    """What the first mean of a name in a run has laid down for all later ones: schema as JSON, bytes of a payload."""
+
+    schema: str
+    size: int
+
+
+def scope_of(key: str) -> str:
+    """The part of a key before the first slash."""
+    return key.partition("/")[0]
+
+
+def name_of(key: str) -> str:
+    """The part of a key after the first slash."""
+    return key.partition("/")[2]
+
+
+class Store:
+    """Journal and files below one folder. Not thread-safe: the coordinator calls it under its lock.
+
+    Raises:
+        ConfigurationError: the folder was written by another version of the format, or is in use.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.spool = folder / "spool"
+        self.results = folder / "results"
+        for path in (self.spool, self.results):
+            path.mkdir(parents=True, exist_ok=True)
+        self._journal = sqlite3.connect(folder / "journal.sqlite", check_same_thread=False, timeout=2.0)
+        try:
+            self._journal.execute("PRAGMA locking_mode = EXCLUSIVE")
+            self._journal.execute("PRAGMA journal_mode = WAL")
+            self._journal.execute("PRAGMA synchronous = FULL")
+            with self._journal:
+                self._journal.execute("BEGIN IMMEDIATE")
+                if not self._journal.execute("SELECT 1 FROM sqlite_master").fetchone():
+                    for statement in SCHEMA.split(";"):
+                        self._journal.execute(statement)
+                    self.set_fact("format", FORMAT)
+        except sqlite3.OperationalError as error:
+            raise ConfigurationError(
+                f"The state directory {folder} cannot be opened ({error}). If another coordinator uses it, "
+                "stop that one or give this one another --state."
+            ) from None
+        if (found := self.fact("format")) != FORMAT:
+            raise ConfigurationError(
+                f"The state directory {folder} has format {found}, this version of nnunet_fed reads format {FORMAT}. "
+                "Use the version that wrote it, or another --state."
+            )
+
+    def close(self) -> None:
+        """Close the journal."""
+        self._journal.close()
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """All changes within are on disk when it ends, or none of them."""
+        with self._journal:
+            yield
+
+    def fact(self, name: str) -> Any:
+        """A single fact, ``None`` when unknown."""
+        row = self._journal.execute("SELECT value FROM fact WHERE name = ?", (name,)).fetchone()
+        return None if row is None else json.loads(row[0])
+
+    def set_fact(self, name: str, value: Any) -> None:
+        """Note a single fact."""
+        self._journal.execute("INSERT OR REPLACE INTO fact VALUES (?, ?)", (name, json.dumps(value)))
+
+    def latest_study(self) -> dict[str, Any] | None:
+        """The study as it was last started, ``None`` in a new folder."""
+        row = self._journal.execute("SELECT value FROM study ORDER BY rowid DESC LIMIT 1").fetchone()
+        return None if row is None else json.loads(row[0])
+
+    def add_study(self, study: dict[str, Any]) -> None:
+        """Journal a version of the study."""
+        self._journal.execute("INSERT INTO study VALUES (?, ?)", (time.time(), json.dumps(study)))
+
+    def add_run(self, run: str, described: dict[str, Any]) -> None:
+        """Journal a run; the same again is harmless."""
+        self._journal.execute("INSERT OR IGNORE INTO run VALUES (?, ?, ?)", (run, json.dumps(described), time.time()))
+
+    def runs(self) -> dict[str, dict[str, Any]]:
+        """All runs, oldest first, by id."""
+        return {run: json.loads(value) for run, value in self._journal.execute("SELECT id, value FROM run ORDER BY at")}
+
+    def participants(self, run: str, scope: str) -> list[str] | None:
+        """Who was frozen as taking part in a scope, ``None`` as long as nobody is."""
+        row = self._journal.execute(
+            "SELECT participants FROM scope WHERE run = ? AND name = ?", (run, scope)
+        ).fetchone()
+        return None if row is None else json.loads(row[0])
+
+    def freeze(self, run: str, scope: str, participants: list[str]) -> None:
+        """Note who takes part in a scope."""
+        self._journal.execute(
+            "INSERT INTO scope VALUES (?, ?, ?, ?)", (run, scope, json.dumps(participants), time.time())
+        )
+
+    def collective(self, run: str, key: str) -> Collective | None:
+        """One collective, ``None`` when nobody has contributed to it."""
+        row = self._journal.execute("SELECT * FROM collective WHERE run = ? AND key = ?", (run, key)).fetchone()
+        return None if row is None else Collective(*row)
+
+    def collectives(self, run: str, status: str = "%") -> list[Collective]:
+        """The collectives of a run, oldest first; all of them, or those of one status."""
+        rows = self._journal.execute(
+            "SELECT * FROM collective WHERE run = ? AND status LIKE ? ORDER BY opened", (run, status)
+        )
+        return [Collective(*row) for row in rows]
+
+    def count_rounds(self) -> dict[str, int]:
+        """How many rounds have closed, by run: each ends with the mean ``round-N/model``."""
+        rows = self._journal.execute(
+            "SELECT run, COUNT(*) FROM collective WHERE verb = 'mean' AND key GLOB 'round-*/model' "
+            "AND status IN ('closed', 'pruned') GROUP BY run"
+        )
+        return dict(rows.fetchall())
+
+    def put_collective(self, collective: Collective) -> None:
+        """Write a collective's present state."""
+        values = tuple(vars(collective).values())
+        self._journal.execute(f"INSERT OR REPLACE INTO collective VALUES ({','.join('?' * len(values))})", values)
+
+    def contributions(self, run: str, key: str) -> dict[str, Contribution]:
+        """Accepted contributions by site, in the order of the names."""
+        rows = self._journal.execute("SELECT * FROM contribution WHERE run = ? AND key = ? ORDER BY site", (run, key))
+        return {row[2]: Contribution(*row) for row in rows}
+
+    def add_contribution(self, contribution: Contribution) -> None:
+        """Journal an accepted contribution."""
+        values = tuple(vars(contribution).values())
+        self._journal.execute(f"INSERT INTO contribution VALUES ({','.join('?' * len(values))})", values)
+
+    def withdraw(self, contribution: Contribution) -> None:
+        """Journal that a contribution is no longer there."""
+        self._journal.execute(
+            "DELETE FROM contribution WHERE run = ? AND key = ? AND site = ?",
+            (contribution.run, contribution.key, contribution.site),
+        )
+
+    def has_contributed(self, run: str, site: str) -> bool:
+        """Whether a site has given anything to a run."""
+        row = self._journal.execute("SELECT 1 FROM contribution WHERE run = ? AND site = ?", (run, site)).fetchone()
+        return row is not None
+
+    def standing(self, run: str) -> dict[str, str]:
+        """``active``, ``absent`` or ``left``, by site; a site that never came is not in it."""
+        return dict(self._journal.execute("SELECT site, state FROM standing WHERE run = ?", (run,)).fetchall())
+
+    def latest_standing(self) -> dict[str, str]:
+        """That of the newest run."""
+        runs = self.runs()
+        return self.standing(next(reversed(runs))) if runs else {}
+
+    def set_standing(self, run: str, site: str, state: str) -> None:
+        """Note a site's standing in a run."""
+        self._journal.execute("INSERT OR REPLACE INTO standing VALUES (?, ?, ?, ?)", (run, site, state, time.time()))
+
+    def add_event(self, run: str | None, site: str | None, text: str) -> None:
+        """Journal what happened, in words for the record."""
+        self._journal.execute("INSERT INTO event VALUES (?, ?, ?, ?)", (time.time(), run, site, text))
+
+    def events(self) -> list[dict[str, Any]]:
+        """What happened, oldest first."""
+        rows = self._journal.execute("SELECT at, run, site, text FROM event ORDER BY rowid")
+        return [{"at": at, "run": run, "site": site, "text": text} for at, run, site, text in rows]
+
+    def agreed(self, run: str, name: str) -> Agreed | None:
+        """What means of this name hold in this run, ``None`` before the first one."""
+        row = self._journal.execute(
+            "SELECT schema, size FROM agreed WHERE run = ? AND name = ?", (run, name)
+        ).fetchone()
+        return None if row is None else Agreed(*row)
+
+    def agree(self, run: str, name: str, agreed: Agreed) -> None:
+        """Note it."""
+        self._journal.execute("INSERT INTO agreed VALUES (?, ?, ?, ?)", (run, name, agreed.schema, agreed.size))
+
+    def norms(self, run: str, keys: Sequence[str]) -> list[float]:
+        """The known norms of the accepted contributions to some collectives."""
+        marks = ",".join("?" * len(keys))
+        rows = self._journal.execute(
+            f"SELECT norm FROM contribution WHERE run = ? AND key IN ({marks}) AND norm IS NOT NULL", (run, *keys)
+        )
+        return [norm for (norm,) in rows]
+
+    def spooled(self) -> dict[str, tuple[str, str]]:
+        """Run and key by the name of each payload file that is still needed."""
+        rows = self._journal.execute("SELECT file, run, key FROM contribution WHERE file IS NOT NULL")
+        return {file: (run, key) for file, run, key in rows}
+
+    def release(self, run: str, key: str) -> list[Path]:
+        """Note that a collective's payload files are not needed any more, and return them."""
+        files = [self.spool / given.file for given in self.contributions(run, key).values() if given.file is not None]
+        self._journal.execute("UPDATE contribution SET file = NULL WHERE run = ? AND key = ?", (run, key))
+        return files
+
+    def result_path(self, run: str, key: str) -> Path:
+        """Where the result of a collective stands."""
+        readable = re.sub(r"[^A-Za-z0-9_-]", "_", key)[:100]
+        return self.results / f"{readable}.{xxhash.xxh3_64_hexdigest(json.dumps([run, key]).encode())}"
+
+
+def make_durable(path: Path) -> None:
+    """Have a file and its name on disk, not only in the system's memory."""
+    for each in (path, path.parent):
+        descriptor = os.open(each, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,154 @@
+"""Scalars for TensorBoard, at a site and at the coordinator. Written with tensorboardX, which needs no torch.
+
+Source: ours. nnU-Net's own logger hands every value on to those in its ``loggers``; a site's is one of them, as the one
+for Weights & Biases is.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+from nnunet_fed.coordinator.admission import MODEL
+from nnunet_fed.coordinator.store import Collective, Store
+from nnunet_fed.errors import ConfigurationError
+
+FOLDER = "tensorboard"
+"""Beside a site's checkpoints."""
+FLUSH_SECONDS = 10
+"""What is lost at most if the process is killed."""
+CLOSING_SECONDS = 10.0
+_ROUND = re.compile(r"round-(\d+)")
+_NOT_SHOWN = ("epoch_start_timestamps", "epoch_end_timestamps")
+
+
+def open_writer(folder: Path, purge_step: int | None = None) -> Any:
+    """A tensorboardX writer.
+
+    Args:
+        folder: for the event files.
+        purge_step: TensorBoard hides what earlier files hold from this step on, as after a continued training.
+
+    Raises:
+        ConfigurationError: tensorboardX is not installed.
+    """
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        raise ConfigurationError(
+            "TensorBoard scalars are asked for, but tensorboardX is not installed: install it with 'pip install "
+            "nnunet_fed[tensorboard]', or take 'tensorboard = true' out of site.toml (at the coordinator: leave out "
+            "--tensorboard)."
+        ) from None
+    return SummaryWriter(str(folder), purge_step=purge_step, flush_secs=FLUSH_SECONDS)
+
+
+class SiteTracker:
+    """One of nnU-Net's loggers: takes what nnU-Net logs in every epoch, and what a method tells in every round.
+
+    Args:
+        folder: of the fold; the event files go into a folder in it.
+        epoch: the first one that is trained now.
+
+    Raises:
+        ConfigurationError: tensorboardX is not installed.
+    """
+
+    def __init__(self, folder: Path, epoch: int):
+        self._writer = open_writer(folder / FOLDER, epoch or None)
+        self._summaries: set[str] = set()
+
+    def update_config(self, config: dict[str, Any]) -> None:
+        """Nothing: the settings are in the plans and in ``federation.json``."""
+
+    def log(self, key: str, value: float, step: int) -> None:
+        """One of nnU-Net's values of an epoch."""
+        if key not in _NOT_SHOWN:
+            self._writer.add_scalar(f"nnunet/{key}", float(value), step)
+
+    def log_summary(self, key: str, value: Any) -> None:
+        """A value of the whole training, such as the Dice of the validation.
+
+        Only the first of a key: it describes the model that the site deploys, later ones those validated besides.
+        """
+        if isinstance(value, int | float) and key not in self._summaries:
+            self._summaries.add(key)
+            self._writer.add_scalar(key, float(value), 0)
+
+    def round_over(self, number: int, figures: Mapping[str, float]) -> None:
+        """The method's figures of a round, counted from 1."""
+        for name, value in figures.items():
+            self._writer.add_scalar(f"federation/{name}", value, number)
+
+    def close(self) -> None:
+        """Have everything on disk, after the validation of the model that the site deploys."""
+        self._writer.close()
+
+
+class FederationTracker:
+    """What the coordinator sees of a federation: rounds, and what the sites report.
+
+    Written by a thread of its own, so that a disk that is full or slow delays no round.
+
+    Args:
+        folder: for the event files.
+
+    Raises:
+        ConfigurationError: tensorboardX is not installed.
+    """
+
+    def __init__(self, folder: Path):
+        self._writer = open_writer(folder)
+        self._told: dict[str, int] = {}
+        self._scalars: SimpleQueue[tuple[str, float, int] | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._write, name="tensorboard", daemon=True)
+        self._thread.start()
+
+    def closed(self, store: Store, collective: Collective) -> None:
+        """A collective is over; the mean of the models ends its round.
+
+        Told are, by number of the round from 1: who took part, with which weight and, if the coordinator computed it,
+        norm of the update; seconds since the round's first contribution; bytes that the sites sent in it.
+        """
+        found = _ROUND.fullmatch(collective.scope)
+        if found is None or collective.name != MODEL or collective.closed is None:
+            return
+        number, run = int(found[1]) + 1, collective.run
+        of_round = [c for c in store.collectives(run) if c.scope == collective.scope]
+        given = {c.key: store.contributions(run, c.key) for c in of_round}
+        models = given[collective.key]
+        scalars = {
+            "round/participants": len(models),
+            "round/seconds": collective.closed - min(c.opened for c in of_round),
+            "round/bytes_received": sum(one.size for sites in given.values() for one in sites.values()),
+            **{f"weight/{site}": one.weight for site, one in models.items()},
+            **{f"update_norm/{site}": one.norm for site, one in models.items() if one.norm is not None},
+        }
+        for tag, value in scalars.items():
+            self._scalars.put((tag, value, number))
+
+    def reported(self, site: str, progress: Mapping[str, Any]) -> None:
+        """What a site has told of its training, by number of finished epochs; of each once."""
+        epoch = progress.get("epoch")
+        figures = {name: progress.get(name) for name in ("loss", "dice")}
+        known = {name: value for name, value in figures.items() if isinstance(value, float) and math.isfinite(value)}
+        if not isinstance(epoch, int) or not 0 <= epoch < 2**31 or not known or self._told.get(site) == epoch:
+            return
+        self._told[site] = epoch
+        for name, value in known.items():
+            self._scalars.put((f"site_{name}/{site}", value, epoch))
+
+    def close(self) -> None:
+        """Have everything on disk, unless that takes too long."""
+        self._scalars.put(None)
+        self._thread.join(timeout=CLOSING_SECONDS)
+
+    def _write(self) -> None:
+        while (scalar := self._scalars.get()) is not None:
+            self._writer.add_scalar(*scalar)
+        self._writer.close()

@@ -1,0 +1,106 @@
+"""A study as those who watch it see it: a live table on a terminal, a line per change elsewhere. Source: ours."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from datetime import datetime
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+logger = logging.getLogger(__name__)
+
+SECONDS = 1.0
+"""Pause between two looks."""
+
+Status = Mapping[str, Any]
+"""See :meth:`nnunet_fed.coordinator.coordinator.Coordinator.status`."""
+
+
+def watch(poll: Callable[[], Status], running: Callable[[], bool], console: Console) -> None:
+    """Show the status until ``running`` says no; whatever ``poll`` and ``running`` raise ends it.
+
+    Args:
+        poll: gives the coordinator's status.
+        running: asked before every look.
+        console: where the table goes; if it is no terminal, each change of a site's phase or round is logged instead.
+    """
+    if console.is_terminal:
+        with Live(console=console, auto_refresh=False) as live:
+            for status in _looks(poll, running):
+                live.update(status_table(status), refresh=True)
+    else:
+        known: dict[str, tuple[Any, Any]] = {}
+        for status in _looks(poll, running):
+            _log_changes(status, known)
+
+
+def status_table(status: Status) -> Table:
+    """A row for each site: phase, round, loss, pseudo Dice, last seen; below, for whom the others wait."""
+    study = status["study"]
+    title = f"{study['name']}: {study['method']['name']}, attempt {status['attempt']}"
+    # as Text, since a study's name may look like rich's markup
+    table = Table(title=Text(title), caption=Text(_waits(status)), caption_justify="left")
+    for name in ("Site", "Phase"):
+        table.add_column(name)
+    for name in ("Round", "Loss", "Pseudo Dice", "Last seen"):
+        table.add_column(name, justify="right")
+    for name, site in status["sites"].items():
+        progress = site["progress"] or {}
+        phase = progress.get("phase", "not here yet" if site["last_seen"] is None else "joined")
+        table.add_row(
+            name,
+            f"{phase}, absent" if site["standing"] == "absent" else phase,
+            f"{progress['round']}/{study['rounds']}" if "round" in progress else "-",
+            _number(progress.get("loss")),
+            _number(progress.get("dice")),
+            "-" if site["last_seen"] is None else f"{max(0.0, status['now'] - site['last_seen']):.0f} s ago",
+        )
+    return table
+
+
+def _looks(poll: Callable[[], Status], running: Callable[[], bool]) -> Iterator[Status]:
+    while running():
+        yield poll()
+        time.sleep(SECONDS)
+    yield poll()
+
+
+def _log_changes(status: Status, known: dict[str, tuple[Any, Any]]) -> None:
+    """Log what changed since the last look; ``known`` keeps phase and round of each site."""
+    for name, site in status["sites"].items():
+        progress = site["progress"] or {}
+        now = progress.get("phase"), progress.get("round")
+        if not progress or known.get(name) == now:
+            continue
+        known[name] = now
+        parts = [f"{name}: {progress['phase']}"]
+        if "round" in progress:
+            parts.append(f"round {progress['round']} of {status['study']['rounds']}")
+        parts.extend(f"{text} {progress[key]:.4f}" for key, text in _MEASURES if progress.get(key) is not None)
+        logger.info(", ".join(parts))
+
+
+_MEASURES = (("loss", "loss"), ("dice", "pseudo Dice"))
+
+
+def _waits(status: Status) -> str:
+    lines = []
+    for collective in status["open"]:
+        until = datetime.fromtimestamp(collective["closes_at"]).strftime("%Y-%m-%d %H:%M:%S")
+        missing = collective["missing"]
+        lines.append(
+            f"{collective['key']} waits for {', '.join(missing)} until {until}"
+            if missing
+            else f"{collective['key']} is complete and being computed"
+        )
+    return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

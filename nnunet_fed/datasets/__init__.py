@@ -1,0 +1,1 @@
+"""Data sets: splitting one among sites, and a phantom."""

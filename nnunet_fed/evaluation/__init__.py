@@ -1,0 +1,1 @@
+"""How good a segmentation is: lesions, surfaces, scores of cases, summaries, intervals."""

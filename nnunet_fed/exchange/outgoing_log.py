@@ -1,0 +1,76 @@
+"""``outgoing.jsonl``: what a site sends, a line of JSON each time, on disk before the bytes leave. Source: ours.
+
+Every line says when (``at``), to whom (``to``) and what (``what``):
+
+* ``offer``: the digest and size of a contribution to the collective ``key`` of the run ``run``, before it is asked for;
+* ``upload``: the contribution itself. Of tensors: names, dtypes and shapes; of arrays: dtype, shape and ``value``, or
+  ``nonzero`` (pairs of flattened index and value), unless it is too long; other values in full;
+* ``join``, ``report``, ``note``, ``leave``, ``introduce`` (the versions, by ``nnunet_fed check``): the whole message;
+* ``noise``: so many random bytes, to see how fast they pass (``check``).
+
+To a peer (GCML) go ``info``, in full; ``offer`` and ``upload`` of a model, with its version and number of training
+cases; ``ask``, for the peer's model. They stand in the file of this name in the training's mailbox.
+
+A site's questions to the coordinator (for a result, for the newest round, for the status) hold nothing but the site's
+name and that for which they ask; they have no line. What the network loses and a site sends again has a line again if
+it is an upload.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nnunet_fed.exchange.payload import Array, Tensors, layout_of, schema_of
+
+FILE = "outgoing.jsonl"
+LARGEST_ARRAY = 1024
+"""Elements of an array that is written in full; of a larger one only those that are not 0, if so few are not."""
+
+Outgoing = Callable[[Mapping[str, Any]], None]
+"""Hears of everything that is about to leave this site."""
+
+
+class OutgoingLog:
+    """Append to a file; call it with an entry.
+
+    Args:
+        path: the file. It is opened for each line, so it may be moved away at any time.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __call__(self, entry: Mapping[str, Any]) -> None:
+        """Write one entry, and the time."""
+        line = json.dumps({"at": datetime.now(timezone.utc).isoformat(timespec="milliseconds"), **entry})
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+
+def tensors_entry(tensors: Tensors) -> dict[str, Any]:
+    """What the log says of tensors: dtype and shape by name."""
+    return {"tensors": {name: [dtype, list(shape)] for name, (dtype, shape) in schema_of(layout_of(tensors)).items()}}
+
+
+def array_entry(array: Array) -> dict[str, Any]:
+    """What the log says of an array: all of it if it is small or nearly empty, as histograms are."""
+    described = {"dtype": str(array.dtype), "shape": list(array.shape)}
+    if array.size <= LARGEST_ARRAY:
+        return {**described, "value": array.tolist()}
+    places = np.flatnonzero(array)
+    if len(places) <= LARGEST_ARRAY:
+        pairs = zip(places.tolist(), array.reshape(-1)[places].tolist(), strict=True)
+        return {**described, "nonzero": [list(pair) for pair in pairs]}
+    return described
+
+
+def value_entry(value: Any) -> dict[str, Any]:
+    """What the log says of a JSON value: all of it."""
+    return {"value": value}

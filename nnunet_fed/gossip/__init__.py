@@ -1,0 +1,1 @@
+"""Models from site to site, without a coordinator: the mailbox, and who sends to whom."""

@@ -1,0 +1,1 @@
+"""Prediction with what a study has trained."""

@@ -1,0 +1,126 @@
+"""What a training takes of memory and disk, reckoned from the plans. The only part of ``nnunet_fed check`` with torch.
+
+Source: the memory of a step is nnU-Net's own reckoning, by which its planner chooses patch and batch size
+(``ExperimentPlanner``: 8 GB for so many elements of feature maps); what methods add is ours, from what they hold.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnunet_fed.preflight.site_checks import GB, Finding, State
+from nnunet_fed.study.federation import Federation
+
+REFERENCE_GB = 8.0
+REFERENCE = {"PlainConvUNet": {2: 12 * 85e6, 3: 2 * 560e6}, "ResidualEncoderUNet": {2: 12 * 135e6, 3: 2 * 680e6}}
+"""Elements of the feature maps of a batch for which nnU-Net's planners take 8 GB: by network, by dimensions."""
+FLOAT = 4
+MODELS = {"fedsm": 2, "ditto": 2}
+"""Models with an optimizer that a method trains; one unless given."""
+EXTRA_FLOATS = {"fedgs": 2, "fedprox": 1, "ditto": 1}
+"""Further numbers for each parameter: FedGS keeps the weights before the step and the residual, the proximal term the
+weights of the round's start."""
+KEPT_FLOATS = {"fedavgm": 2, "fedadam": 3}
+"""The same in main memory and in checkpoints only: the round's start, and its last step or moments."""
+CHECKPOINTS = 5
+"""In ``fold_X``: final, best, latest, global, and one that is being written."""
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Of a training."""
+
+    parameters: int
+    """Of one network."""
+    step_bytes: float
+    """Device memory of a training step."""
+    results_bytes: float
+    """Disk for checkpoints."""
+
+    @property
+    def payload_bytes(self) -> int:
+        """Of one model on the wire, in float32."""
+        return FLOAT * self.parameters
+
+
+def footprint(plans: Mapping[str, Any], configuration: str, dataset: Mapping[str, Any], study: Federation) -> Footprint:
+    """Reckon from plans.
+
+    Args:
+        plans: nnU-Net's.
+        configuration: of the plans.
+        dataset: ``dataset.json``.
+        study: its method may hold several models.
+    """
+    manager = PlansManager(dict(plans))
+    chosen = manager.get_configuration(configuration)
+    labels = manager.get_label_manager(dict(dataset))
+    with torch.device("meta"):  # no memory, no initialisation
+        network = get_network_from_plans(
+            chosen.network_arch_class_name,
+            chosen.network_arch_init_kwargs,
+            chosen.network_arch_init_kwargs_req_import,
+            determine_num_input_channels(manager, chosen, dict(dataset)),
+            labels.num_segmentation_heads,
+            allow_init=False,
+        )
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    method, patch = study.method.name, chosen.patch_size
+    kind = "ResidualEncoderUNet" if "Residual" in type(network).__name__ else "PlainConvUNet"
+    elements = network.compute_conv_feature_map_size(patch) * chosen.batch_size
+    step = REFERENCE_GB * GB * elements / REFERENCE[kind][len(patch)]
+    models, extra = MODELS.get(method, 1), EXTRA_FLOATS.get(method, 0)
+    held = 3 * (models - 1) + extra  # nnU-Net's reckoning has weights, gradients and momentum of one
+    kept = CHECKPOINTS * (2 * models + extra + KEPT_FLOATS.get(method, 0))  # no gradients
+    if method == "fedsm":
+        kept += len(study.sites)  # the others' personalized models
+    return Footprint(parameters, step + FLOAT * held * parameters, FLOAT * kept * parameters)
+
+
+def check_memory(known: Footprint | None, device: str) -> Finding:
+    """Compare the memory of a training with what the device has.
+
+    Args:
+        known: of the training; ``None``: not known, then only the device is looked at.
+        device: ``cuda`` or ``cpu``.
+    """
+    if device == "cuda":
+        if not torch.cuda.is_available():
+            text = "torch finds no GPU here."
+            remedy = "Install a torch for it (nvidia-smi shows whether there is one), or train with -device cpu."
+            return Finding("memory", State.failed, text, remedy)
+        free, total = map(float, torch.cuda.mem_get_info())
+        place = torch.cuda.get_device_name()
+    else:
+        free, total = host_memory()
+        place = "this machine"
+    has = f"{place} has {free / GB:.1f} GB free of {total / GB:.1f} GB"
+    if known is None:
+        return Finding("memory", State.ok, f"{has}; with plans (-d) it would be compared with what a training needs")
+    text = f"{has}, a step needs about {known.step_bytes / GB:.1f} GB ({known.parameters / 1e6:.1f} M parameters)"
+    if known.step_bytes > total:
+        remedy = "Plan with a smaller 'gpu_memory_target_in_gb' in federation.toml, or use a larger GPU."
+        return Finding("memory", State.warning, f"{text}: it will hardly fit.", remedy)
+    if known.step_bytes > free:
+        return Finding("memory", State.warning, f"{text}.", "End what else uses it before the training starts.")
+    return Finding("memory", State.ok, text)
+
+
+def host_memory() -> tuple[float, float]:
+    """Available and installed memory of this machine, in bytes; where the former is not told, the latter twice."""
+    total = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return total, total
+    kilobytes = next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))
+    return 1024.0 * int(kilobytes), total

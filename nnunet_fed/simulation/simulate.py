@@ -1,0 +1,344 @@
+"""A federation of real processes on one machine: a coordinator, and nnU-Net's own commands at every site.
+
+Source: ours. Neither torch nor nnU-Net is imported here; each process imports what it needs.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+
+from nnunet_fed.coordinator.watch import watch
+from nnunet_fed.datasets.split import new_folder
+from nnunet_fed.errors import ConfigurationError, FederationError, UnreachableError
+from nnunet_fed.evaluation.summary import lesion_table, result_table, site_summary, summarise
+from nnunet_fed.processes import Process, Step, Worker, raise_first, signals_interrupt, stop, stop_workers
+from nnunet_fed.simulation.reuse_plans import DATASET, adopt, check_same_planning
+from nnunet_fed.study.federation import SITE_FILE_VARIABLE, Federation, Site
+from nnunet_fed.study.labels import LabelMap, Sources
+from nnunet_fed.study.method_tables import GCML
+from nnunet_fed.study.toml import to_toml
+from nnunet_fed.transport.site.client import GrpcCommunicator
+
+__all__ = ["Simulation", "lesion_table", "plugin_folder", "result_table", "simulate"]
+
+TRAINERS = {
+    "local": "nnUNetTrainerLocal", "fedavg": "nnUNetTrainerFedAvg", "fedgs": "nnUNetTrainerFedGS",
+    "fedsm": "nnUNetTrainerFedSM", "fedoap": "nnUNetTrainerFedOAP", "gcml": "nnUNetTrainerGCML",
+    "fedprox": "nnUNetTrainerFedProx", "fedavgm": "nnUNetTrainerFedAvgM", "fedadam": "nnUNetTrainerFedAdam",
+    "ditto": "nnUNetTrainerDitto",
+}  # fmt: skip
+"""nnU-Net trainer of each method."""
+HOST = "127.0.0.1"
+MAPPED_DATASET = 2
+"""nnU-Net's number of the data set with the federation's labels, where a site has a map."""
+FOLDS = 5
+"""Of nnU-Net's cross-validation, which needs as many cases."""
+STARTUP_SECONDS = 60.0
+NNUNET_FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+AUGMENTATION_VARIABLE = "nnUNet_n_proc_DA"
+THREAD_VARIABLES = ("nnUNet_fed_threads", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """What to simulate."""
+
+    sites: dict[str, Path]
+    """Raw data set (the folder with ``imagesTr``) of each site."""
+    out: Path
+    """A new or empty folder for everything that is written."""
+    study: Federation
+    until: Literal["plan", "train", "validate"] = "validate"
+    device: str = "cpu"
+    threads: int | None = None
+    """Threads of each site; ``None``: its share of the cores."""
+    planned: Path | None = None
+    """Folder of an earlier simulation of these sites, whose plans and preprocessed data are taken over."""
+    labels: Mapping[str, Sources] = field(default_factory=dict)
+    """By site: ``labels`` of its ``site.toml``. A site that is not named has the federation's labels already."""
+
+
+def simulate(simulation: Simulation, console: Console) -> dict[str, Any]:
+    """Plan, train and validate at all sites, with the real network between them, and show the progress.
+
+    Writes ``summary.json``, the coordinator's ``record.json`` and a folder for each site below ``simulation.out``.
+    No process is left when it returns, fails or is interrupted.
+
+    Returns:
+        The content of ``summary.json``.
+
+    Raises:
+        ConfigurationError: a site's folder, a label map or ``out`` cannot be used; nothing has started then.
+        FederationError: a command failed; with its own words and its log file.
+    """
+    started = time.monotonic()
+    study = simulation.study
+    if simulation.planned is not None:
+        check_same_planning(simulation.planned, study, simulation.sites, simulation.labels)
+    if study.plans_name is None:
+        study = study.model_copy(update={"plans_name": study.planner.replace("Planner", "") + "Plans"})
+    places = _places(simulation)
+    workers = [Worker(place.name, _steps(simulation, study, place)) for place in places]
+    out = simulation.out.resolve()
+    new_folder(out)
+    address, *others = (f"{HOST}:{port}" for port in free_ports(1 + len(places)))
+    peers = dict(zip(study.sites, others, strict=True)) if isinstance(study.method, GCML) else {}
+    for place in places:
+        place.make(address, peers)
+        if simulation.planned is not None:
+            adopt(simulation.planned / "sites" / place.name, place.folder, study)
+    state, study_file = out / "coordinator", out / "federation.toml"
+    state.mkdir()
+    study_file.write_text(to_toml(study.model_dump(mode="json")), encoding="utf-8")
+
+    command = [sys.executable, "-m", "nnunet_fed", "coordinator", str(study_file)]
+    command += ["--listen", address, "--state", str(state), "--insecure"]
+    serve = Step("The coordinator", command, os.environ, state / "coordinator.log")
+    seat = GrpcCommunicator(Site(name="watch", coordinator=address, insecure=True, connect_minutes=0.1))
+    with signals_interrupt(), ExitStack() as stack:
+        coordinator = Process(serve)
+        stack.callback(stop, [coordinator])
+        stack.callback(stop_workers, workers)
+        _await(coordinator, address)
+
+        def running() -> bool:
+            if coordinator.exit_status() is not None:
+                raise FederationError(f"The coordinator has ended. {coordinator.last_words()}\n(log: {serve.log})")
+            raise_first([worker for worker in workers if worker.failed()])
+            going = [worker.advance() for worker in workers]
+            return any(going)
+
+        watch(_patient(seat.status), running, console)
+        _write_json(out / "record.json", seat.status(record=True))
+    sites = {place.name: site_summary(place.results(study), place.labels, place.fold) for place in places}
+    summary = summarise(study, sites, time.monotonic() - started)
+    _write_json(out / "summary.json", summary)
+    return summary
+
+
+def planning_command(study: Federation) -> list[str]:
+    """A site's command to plan and preprocess."""
+    command = [sys.executable, "-m", "nnunet_fed", "plan_and_preprocess"]
+    return [*command, "-d", str(DATASET), "-c", study.configuration, "-np", "1"]
+
+
+def training_command(study: Federation, fold: int | str, device: str, dataset: int = DATASET) -> list[str]:
+    """A site's command to train: nnU-Net's own."""
+    name = "nnUNetv2_train"
+    beside = Path(sys.executable).parent / name
+    command = str(beside) if beside.is_file() else shutil.which(name)
+    if command is None:
+        raise ConfigurationError(f"The command {name} is not on the PATH: install nnunetv2 in this environment.")
+    trainer = ["-tr", TRAINERS[study.method.name], "-p", str(study.plans_name), "-device", device]
+    return [command, str(dataset), study.configuration, str(fold), *trainer]
+
+
+def plugin_folder() -> Path:
+    """What ``nnUNet_extTrainer`` must name for nnU-Net to find the federated trainers."""
+    spec = importlib.util.find_spec("nnunet_fed.trainers")
+    if spec is None or not spec.submodule_search_locations:
+        raise ConfigurationError("nnunet_fed.trainers is not there: install nnunet_fed again.")
+    return Path(spec.submodule_search_locations[0]) / "plugin"
+
+
+@dataclass(frozen=True)
+class Place:
+    """A site's place in a simulation."""
+
+    name: str
+    source: Path
+    folder: Path
+    fold: int | str
+    """What it trains: the study's fold, or ``all`` where there are too few cases for a cross-validation."""
+    label_map: LabelMap | None = None
+
+    @property
+    def dataset(self) -> str:
+        """The data set's name for nnU-Net, which splits names at double underscores."""
+        return f"Dataset{DATASET:03d}_" + re.sub(r"[^A-Za-z0-9]+", "_", self.name)
+
+    @property
+    def trained_dataset(self) -> str:
+        """Name of the data set that is planned and trained with: with a map the one that is built beside."""
+        return self.dataset if self.label_map is None else self.label_map.dataset_name(self.dataset)
+
+    def make(self, coordinator: str, peers: Mapping[str, str]) -> None:
+        """Make nnU-Net's three folders, with the raw data as a link, and ``site.toml``.
+
+        Args:
+            coordinator: its address.
+            peers: that of each site, if the method has models go from one to another.
+        """
+        for name in NNUNET_FOLDERS:
+            (self.folder / name).mkdir(parents=True)
+        raw = self.folder / "nnUNet_raw" / self.dataset
+        try:
+            raw.symlink_to(self.source.resolve(), target_is_directory=True)
+        except (OSError, NotImplementedError):
+            shutil.copytree(self.source, raw)
+        site: dict[str, Any] = {"name": self.name, "coordinator": coordinator, "insecure": True}
+        if peers:
+            site |= {"listen": peers[self.name], "peers": dict(peers)}
+        if self.label_map is not None:
+            site |= {"mapped_dataset": self.label_map.dataset, "labels": self.label_map.sources}
+        (self.folder / "site.toml").write_text(to_toml(site), encoding="utf-8")
+
+    @property
+    def labels(self) -> dict[str, Any]:
+        """What is trained: the labels of ``dataset.json``, or those of the map."""
+        path = self.source / "dataset.json"
+        labels: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["labels"]
+        return labels if self.label_map is None else self.label_map.resolve(labels, str(path)).labels
+
+    def results(self, study: Federation) -> Path:
+        """The folder of the fold that was trained."""
+        model = f"{TRAINERS[study.method.name]}__{study.plans_name}__{study.configuration}"
+        return self.folder / "nnUNet_results" / self.trained_dataset / model / f"fold_{self.fold}"
+
+
+def _places(simulation: Simulation) -> list[Place]:
+    names = tuple(sorted(simulation.sites))
+    if names != simulation.study.sites:
+        raise ConfigurationError(
+            f"There are folders for the sites {', '.join(names)}, but the study is of "
+            f"{', '.join(simulation.study.sites)}: give a folder for each site of the study."
+        )
+    # macOS and Windows would put 'A' and 'a' into one folder
+    if len({name.casefold() for name in names}) < len(names):
+        raise ConfigurationError(f"Two of the sites {', '.join(names)} differ in capitals only: rename one of them.")
+    strangers = sorted(set(simulation.labels) - set(names))
+    if strangers:
+        raise ConfigurationError(f"There is a label map for '{strangers[0]}', but the sites are {', '.join(names)}.")
+    places = []
+    for name in names:
+        source = simulation.sites[name]
+        split = count_cases(name, source) >= FOLDS or (source / "splits_final.json").is_file()
+        folder = simulation.out.resolve() / "sites" / name
+        fold = simulation.study.fold if split else "all"
+        places.append(Place(name, source, folder, fold, _label_map(name, source, simulation.labels.get(name))))
+    return places
+
+
+def _label_map(site: str, folder: Path, sources: Sources | None) -> LabelMap | None:
+    """A site's label map, once it is sure that it fits the data; a ``dataset.json`` without labels is planning's."""
+    if sources is None:
+        return None
+    label_map, path = LabelMap(MAPPED_DATASET, sources), folder / "dataset.json"
+    own = json.loads(path.read_text(encoding="utf-8")).get("labels")
+    if isinstance(own, dict):
+        try:
+            label_map.resolve(own, str(path))
+        except ConfigurationError as error:
+            raise ConfigurationError(f"Site '{site}': {error}") from None
+    return label_map
+
+
+def count_cases(site: str, folder: Path) -> int:
+    """Number of training cases in a raw data set; raises :class:`ConfigurationError` if it is none."""
+    for part in ("dataset.json", "imagesTr", "labelsTr"):
+        if not (folder / part).exists():
+            raise ConfigurationError(
+                f"The folder {folder} of site '{site}' has no {part}: name a data set in nnU-Net's raw layout."
+            )
+    path = folder / "dataset.json"
+    try:
+        ending = json.loads(path.read_text(encoding="utf-8"))["file_ending"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ConfigurationError(f"{path} of site '{site}' has no 'file_ending': correct it.") from None
+    pattern = re.compile(r"(.+)_\d{4}" + re.escape(ending))
+    matches = [pattern.fullmatch(image.name) for image in (folder / "imagesTr").iterdir()]
+    cases = {match[1] for match in matches if match is not None}
+    if not cases:
+        raise ConfigurationError(
+            f"{folder / 'imagesTr'} of site '{site}' has no image CASE_0000{ending}: put the training images there."
+        )
+    return len(cases)
+
+
+def _steps(simulation: Simulation, study: Federation, place: Place) -> list[Step]:
+    folder = place.folder
+    threads = simulation.threads or max(1, (os.cpu_count() or 1) // len(simulation.sites))
+    common = site_environment(folder, threads)
+    planning = dict(common)
+    if planning.get(AUGMENTATION_VARIABLE) == "0":  # stock planning fails with it
+        del planning[AUGMENTATION_VARIABLE]
+    steps = []
+    if simulation.planned is None:
+        steps.append(Step("Planning", planning_command(study), planning, folder / "plan.log"))
+    if simulation.until != "plan":
+        training = {AUGMENTATION_VARIABLE: "0", **common, "nnUNet_fed_skip_validation": ""}
+        if simulation.until == "train":
+            training["nnUNet_fed_skip_validation"] = "1"
+        dataset = DATASET if place.label_map is None else place.label_map.dataset
+        command = training_command(study, place.fold, simulation.device, dataset)
+        steps.append(Step("Training", command, training, folder / "train.log"))
+    return steps
+
+
+def site_environment(folder: Path, threads: int) -> dict[str, str]:
+    """The environment of a site's commands.
+
+    Args:
+        folder: of the site, with nnU-Net's three folders and ``site.toml``.
+        threads: of each process.
+    """
+    return {
+        "nnUNet_def_n_proc": "2",
+        **os.environ,
+        **{name: str(folder / name) for name in NNUNET_FOLDERS},
+        **dict.fromkeys(THREAD_VARIABLES, str(threads)),
+        SITE_FILE_VARIABLE: str(folder / "site.toml"),
+        "nnUNet_extTrainer": str(plugin_folder()),
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def free_ports(number: int) -> list[int]:
+    """Different ports, since all are held until the last is found."""
+    with ExitStack() as stack:
+        listeners = [stack.enter_context(socket.socket()) for _ in range(number)]
+        for listener in listeners:
+            listener.bind((HOST, 0))
+        return [listener.getsockname()[1] for listener in listeners]
+
+
+def _await(coordinator: Process, address: str) -> None:
+    """Return once the coordinator listens."""
+    end = time.monotonic() + STARTUP_SECONDS
+    while coordinator.exit_status() is None and time.monotonic() < end:
+        with suppress(OSError), socket.create_connection((HOST, int(address.rpartition(":")[2])), timeout=1):
+            return
+        time.sleep(0.1)
+    raise FederationError(f"The coordinator did not start. {coordinator.last_words()}\n(log: {coordinator.step.log})")
+
+
+def _patient(poll: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
+    """Show the last answer while none comes: the coordinator may be busy, and whether it lives is asked elsewhere."""
+    latest: dict[str, Any] = poll()
+
+    def patient() -> dict[str, Any]:
+        with suppress(UnreachableError):
+            latest.update(poll())
+        return latest
+
+    return patient
+
+
+def _write_json(path: Path, value: Any) -> None:
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    part.replace(path)

@@ -1,0 +1,528 @@
+"""Sites that plan together plan what nnU-Net plans for their pooled data."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import SimpleITK as sitk  # noqa: N813
+from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
+from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
+from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+from workers import workers_as_threads
+
+from nnunet_fed.agreement.fingerprint import LocalFingerprint
+from nnunet_fed.agreement.plan_digest import comparable, differences, plans_digest
+from nnunet_fed.errors import ConfigurationError, DisagreementError, FederationError
+from nnunet_fed.exchange.communicator import LocalFederation
+from nnunet_fed.planners import planning
+from nnunet_fed.planners.dataset import find_dataset
+from nnunet_fed.planners.extraction import extract
+from nnunet_fed.planners.harmonised import planner_class
+from nnunet_fed.planners.mapping import prepare_dataset
+from nnunet_fed.planners.nnUNetPlannerFed import nnUNetPlannerFed
+from nnunet_fed.planners.nnUNetPlannerFedSmall import nnUNetPlannerFedSmall
+from nnunet_fed.planners.planning import PlanningResult, plan_and_preprocess
+from nnunet_fed.study.federation import Federation
+from nnunet_fed.study.labels import LabelMap
+
+POOL, SITE_A, SITE_B, SITE_C, OTHER = 1, 11, 12, 13, 21
+LABELS = {"background": 0, "organ": 1, "lesion": 2}
+
+
+def write_dataset(
+    raw: Path,
+    number: int,
+    cases: Sequence[int],
+    channels: Sequence[str] = ("CT", "MRI"),
+    labels: dict[str, Any] = LABELS,
+    two_d: bool = False,
+    shape: tuple[int, int, int] | None = None,
+) -> Path:
+    """Small random cases; a case's content depends on its number only. Case 3 has no foreground."""
+    folder = raw / f"Dataset{number:03d}_Test"
+    for name in ("imagesTr", "labelsTr"):
+        (folder / name).mkdir(parents=True)
+    for case in cases:
+        rng = np.random.default_rng(case)
+        size = tuple(rng.integers(18, 30, 3)) if shape is None else shape
+        size = size[1:] if two_d else size
+        spacing = [float(step) for step in rng.choice([0.9, 1.0, 1.3], len(size))]
+        segmentation = np.zeros(size, np.uint8)
+        segmentation[tuple(slice(4, 12) for _ in size)] = 0 if case == 3 else 1 + case % 2
+        arrays = {f"labelsTr/case_{case:03d}": segmentation}
+        for channel in range(len(channels)):
+            image = rng.normal(100 * channel, 20, size).astype(np.float32)
+            image[:2] = 0  # something to crop
+            arrays[f"imagesTr/case_{case:03d}_{channel:04d}"] = image
+        for name, array in arrays.items():
+            itk = sitk.GetImageFromArray(array)
+            itk.SetSpacing(spacing)
+            sitk.WriteImage(itk, str(folder / f"{name}.nii.gz"))
+    content = {
+        "channel_names": {str(i): name for i, name in enumerate(channels)},
+        "labels": labels,
+        "numTraining": len(cases),
+        "file_ending": ".nii.gz",
+    }
+    (folder / "dataset.json").write_text(json.dumps(content))
+    return folder
+
+
+def study(sites: Sequence[str] = ("a", "b"), **changes: Any) -> Federation:
+    settings = {"name": "test", "sites": list(sites), "method": {"name": "fedavg"}, "rounds": 2}
+    return Federation.model_validate(settings | changes)
+
+
+def plan(datasets: dict[str, int], **options: Any) -> dict[str, PlanningResult]:
+    """Plan at each site, with one worker."""
+    configurations = options.pop("configurations", None)
+    report = options.pop("report", lambda phase: None)
+    agreed = study(list(datasets), **options)
+    return LocalFederation(list(datasets), deadline=60).run(
+        lambda seat: plan_and_preprocess(seat, agreed, datasets[seat.site], configurations, 1, report)
+    )
+
+
+def read(*parts: str | int) -> Any:
+    """JSON file in the preprocessed folder of a data set."""
+    number, name = parts
+    return json.loads((preprocessed(int(number)) / str(name)).read_text())
+
+
+def preprocessed(number: int) -> Path:
+    return Path(nnUNet_preprocessed) / f"Dataset{number:03d}_Test"
+
+
+def tolerant(plans: dict[str, Any]) -> dict[str, Any]:
+    """nnU-Net adds float32 numbers up in float32: mean and standard deviation to six digits, all else exactly."""
+    for channel in plans["foreground_intensity_properties_per_channel"].values():
+        channel["mean"] = pytest.approx(channel["mean"], rel=1e-6)
+        channel["std"] = pytest.approx(channel["std"], rel=1e-6)
+    return plans
+
+
+def few_samples(patch: pytest.MonkeyPatch) -> None:
+    """A thousandth of nnU-Net's hundred million voxels a channel."""
+    original = DatasetFingerprintExtractor.__init__
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        self.num_foreground_voxels_for_intensitystats = 10e4
+
+    patch.setattr(DatasetFingerprintExtractor, "__init__", init)
+
+
+def set_paths(patch: pytest.MonkeyPatch, folder: Path) -> Path:
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        patch.setenv(name, str(folder / name))
+        (folder / name).mkdir()
+    return folder / "nnUNet_raw"
+
+
+@pytest.fixture(scope="module", params=["private", "lists"])
+def pooled(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
+    """Three sites planned by us, one of them with a single case, and the pool of their cases planned by nnU-Net."""
+    with pytest.MonkeyPatch.context() as patch:
+        raw = set_paths(patch, tmp_path_factory.mktemp("pooled"))
+        few_samples(patch)
+        write_dataset(raw, POOL, range(6))
+        write_dataset(raw, SITE_A, (0, 2, 4))
+        write_dataset(raw, SITE_B, (1, 3))
+        write_dataset(raw, SITE_C, (5,))
+        phases: list[str] = []
+        datasets = {"a": SITE_A, "b": SITE_B, "c": SITE_C}
+        with pytest.MonkeyPatch.context() as meanwhile:
+            if request.param == "lists":  # the other time as a user has it
+                workers_as_threads(meanwhile)
+            results = plan(datasets, geometry=request.param, report=phases.append)
+            DatasetFingerprintExtractor(POOL, 1).run(overwrite_existing=True)
+            ExperimentPlanner(POOL).plan_experiment()
+        yield {"results": results, "phases": phases, "study": study(list(datasets), geometry=request.param)}
+
+
+@pytest.fixture
+def raw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    return set_paths(monkeypatch, tmp_path)
+
+
+@pytest.fixture
+def instant(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """No worker processes: a made-up fingerprint, and preprocessing that only makes the folder; returns its calls."""
+    calls: list[list[str]] = []
+
+    def made_up(dataset_id: int, total_cases: int, processes: int) -> LocalFingerprint:
+        return LocalFingerprint(
+            [[1.0, 1.0, 1.0]] * 2,
+            [[20, 22, 24]] * 2,
+            [0.9] * 2,
+            [np.arange(9, dtype=np.float32)] * 2,
+            {"organ": [float(dataset_id), 2.5], "lesion": []},
+        )
+
+    def preprocess(dataset_id: int, plans_name: str, configurations: list[str], processes: list[int]) -> None:
+        calls.append(list(configurations))
+        plans = read(dataset_id, f"{plans_name}.json")
+        for name in configurations:
+            (preprocessed(dataset_id) / plans["configurations"][name]["data_identifier"]).mkdir()
+
+    monkeypatch.setattr(planning, "extract", made_up)
+    monkeypatch.setattr(planning, "preprocess_dataset", preprocess)
+    return calls
+
+
+def test_fingerprint_is_that_of_the_pool(pooled: dict[str, Any]) -> None:
+    stock, ours = read(POOL, "dataset_fingerprint.json"), read(SITE_A, "dataset_fingerprint.json")
+    assert ours == read(SITE_B, "dataset_fingerprint.json") == read(SITE_C, "dataset_fingerprint.json")
+    assert set(ours) == set(stock)
+    key = "foreground_intensity_properties_per_channel"
+    assert ours[key] == tolerant(stock)[key]
+    assert ours["median_relative_size_after_cropping"] == stock["median_relative_size_after_cropping"]
+    if pooled["study"].geometry == "lists":
+        geometry = [sorted(zip(f["spacings"], f["shapes_after_crop"], strict=True)) for f in (ours, stock)]
+        assert geometry[0] == geometry[1]
+    else:
+        fullres = read(POOL, "nnUNetPlans.json")["configurations"]["3d_fullres"]
+        assert [sorted(spacing) for spacing in ours["spacings"]] == [sorted(fullres["spacing"])] * 2
+        assert sorted(np.median(ours["shapes_after_crop"], 0)) == sorted(fullres["median_image_size_in_voxels"])
+    assert len(read(SITE_A, "dataset_fingerprint_local.json")["spacings"]) == 3
+
+
+def test_plans_are_those_of_the_pool(pooled: dict[str, Any]) -> None:
+    stock = comparable(read(POOL, "nnUNetPlans.json"))
+    ours = [read(number, "nnUNetFedPlans.json") for number in (SITE_A, SITE_B, SITE_C)]
+    assert comparable(ours[0]) == comparable(ours[1]) == comparable(ours[2])
+    assert comparable(ours[0]) == tolerant(stock)
+    assert "3d_fullres" in stock["configurations"]
+    assert ours[0]["experiment_planner_used"] == "nnUNetPlannerFed"
+
+
+def test_study_travels_in_the_plans(pooled: dict[str, Any]) -> None:
+    plans = read(SITE_B, "nnUNetFedPlans.json")
+    agreed = pooled["study"]
+    assert plans["federation"] == {
+        "name": "test",
+        "digest": agreed.digest,
+        "study": agreed.model_dump(mode="json"),
+        "small_lesions": plans["federation"]["small_lesions"],
+        "plans_digest": plans_digest(plans),
+    }
+    assert pooled["results"]["b"] == PlanningResult(
+        "Dataset012_Test", "nnUNetFedPlans", plans_digest(plans), ("3d_fullres",), 6, 2
+    )
+    phases = ["checking", "extracting", "harmonising", "planning", "preprocessing", "planned"]
+    assert sorted(pooled["phases"]) == sorted(3 * phases)
+    assert list(dict.fromkeys(pooled["phases"])) == phases
+
+
+def test_thresholds_of_small_lesions_are_those_of_the_pool(pooled: dict[str, Any]) -> None:
+    agreed = [read(number, "nnUNetFedPlans.json")["federation"]["small_lesions"] for number in (SITE_A, SITE_B, SITE_C)]
+    assert agreed[0] == agreed[1] == agreed[2]
+    volumes: dict[str, list[float]] = {"organ": [], "lesion": []}
+    for case in (0, 1, 2, 4, 5):  # a block of 8 x 8 x 8 voxels each
+        label = Path(nnUNet_raw) / "Dataset001_Test" / "labelsTr" / f"case_{case:03d}.nii.gz"
+        volumes["lesion" if case % 2 else "organ"].append(
+            512 * math.prod(sorted(sitk.ReadImage(str(label)).GetSpacing()))
+        )
+    assert agreed[0] == {name: np.quantile(values, 0.2) for name, values in volumes.items()}
+
+
+def test_lesions_are_measured_with_the_mapped_labels(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few_samples(monkeypatch)
+    workers_as_threads(monkeypatch)
+    write_dataset(raw, OTHER, (0, 1))
+    mapped = prepare_dataset(OTHER, LabelMap(501, {"anything": ("organ", "lesion"), "nothing": ()}), 1)
+    volumes = extract(mapped.id, 2, 1).lesion_volumes
+    assert {name: len(values) for name, values in volumes.items()} == {"anything": 2, "nothing": 0}
+
+
+def test_preprocessed_cases(pooled: dict[str, Any]) -> None:
+    for number, cases in ((SITE_A, 3), (SITE_B, 2), (SITE_C, 1)):
+        identifier = read(number, "nnUNetFedPlans.json")["configurations"]["3d_fullres"]["data_identifier"]
+        assert re.fullmatch(r"nnUNetFed_3d_fullres_[0-9a-f]{8}", identifier)
+        folder = preprocessed(number) / identifier
+        assert len(infer_dataset_class(str(folder))(str(folder)).identifiers) == cases
+        assert read(number, f"{identifier}.complete.json")["cases"] == cases
+        assert len(list((preprocessed(number) / "gt_segmentations").iterdir())) == cases
+        # nnU-Net's copy of dataset.json keeps the site's own number
+        assert read(number, "dataset.json")["numTraining"] == cases
+
+
+def test_preprocessing_is_shared_and_redone_when_needed(raw: Path, instant: list[list[str]]) -> None:
+    folder = write_dataset(raw, OTHER, (0, 1))
+    datasets = {"a": OTHER}
+    plan(datasets)
+    plan(datasets, plans_name="AnotherStudy", rounds=5)
+    assert instant == [["3d_fullres"], []]
+    first = read(OTHER, "nnUNetFedPlans.json")["configurations"]["3d_fullres"]["data_identifier"]
+    assert first == read(OTHER, "AnotherStudy.json")["configurations"]["3d_fullres"]["data_identifier"]
+
+    plan(datasets, configurations=["2d", "3d_fullres", "2d"])
+    assert instant[2:] == [["2d"]]
+
+    (preprocessed(OTHER) / f"{first}.complete.json").unlink()  # as after a crash
+    (preprocessed(OTHER) / first).rmdir()
+    plan(datasets)
+    assert instant[3:] == [["3d_fullres"]]
+
+    os.utime(folder / "labelsTr" / "case_000.nii.gz", (1, 1))
+    plan(datasets)
+    assert instant[4:] == [["3d_fullres"]]
+    assert first != read(OTHER, "nnUNetFedPlans.json")["configurations"]["3d_fullres"]["data_identifier"]
+
+
+def test_references_are_brought_up_to_date(
+    raw: Path, instant: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    label = write_dataset(raw, OTHER, (0, 1)) / "labelsTr" / "case_000.nii.gz"
+    plan({"a": OTHER})
+    monkeypatch.undo()
+    monkeypatch.setenv("nnUNet_raw", str(raw))
+    monkeypatch.setenv("nnUNet_preprocessed", str(raw.with_name("nnUNet_preprocessed")))
+    plans, copy = read(OTHER, "nnUNetFedPlans.json"), preprocessed(OTHER) / "gt_segmentations" / label.name
+
+    def again() -> None:
+        planning.preprocess("a", find_dataset(OTHER), "nnUNetFedPlans", plans, ["3d_fullres"], 1)
+
+    again()
+    assert copy.read_bytes() == label.read_bytes()
+    shutil.copy(label.with_name("case_001.nii.gz"), label)
+    os.utime(label, (1, 1))  # an older version restored
+    again()
+    assert copy.read_bytes() == label.read_bytes()
+
+
+def test_old_configurations_do_not_survive(raw: Path, instant: list[list[str]]) -> None:
+    write_dataset(raw, OTHER, (0, 1))
+    plan({"a": OTHER})
+    file = preprocessed(OTHER) / "nnUNetFedPlans.json"
+    plans = json.loads(file.read_text())
+    plans["configurations"]["mine"] = {"inherits_from": "3d_fullres"}
+    file.write_text(json.dumps(plans))
+    plan({"a": OTHER})
+    assert "mine" not in read(OTHER, "nnUNetFedPlans.json")["configurations"]
+    assert "mine" in read(OTHER, "nnUNetFedPlans.previous.json")["configurations"]
+
+
+def test_no_augmentation_processes(raw: Path, instant: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    write_dataset(raw, OTHER, (0, 1))
+    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+    plan({"a": OTHER})
+    assert get_allowed_n_proc_DA() == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "row"),
+    [
+        ({"channels": ("CT", "T2")}, r"channels +CT, MRI +CT, T2 \* +CT, MRI"),
+        (
+            {"labels": {"background": 0, "organ": 1, "tumour": 2}},
+            r"labels +background=0, organ=1, lesion=2 +background=0, organ=1, tumour=2 \* ",
+        ),
+        ({"two_d": True}, r"dimensions +3 +2 \* +3"),
+    ],
+)
+def test_sites_that_differ(raw: Path, changes: dict[str, Any], row: str) -> None:
+    write_dataset(raw, SITE_A, (0, 1))
+    write_dataset(raw, SITE_B, (0, 1, 2), **changes)
+    write_dataset(raw, OTHER, (4,))
+    with pytest.raises(DisagreementError, match=row) as error:
+        plan({"a": SITE_A, "b": SITE_B, "c": OTHER})
+    assert re.search(r"training cases +2 +3 +1", str(error.value))
+    assert str(error.value).count("*") == 2  # the odd one, and the sentence on the star
+
+
+def test_order_of_labels_is_not_a_difference_but_for_regions(raw: Path, instant: list[list[str]]) -> None:
+    write_dataset(raw, SITE_A, (0, 1))
+    write_dataset(raw, SITE_B, (0, 1), labels=dict(reversed(LABELS.items())))
+    plan({"a": SITE_A, "b": SITE_B})
+    regions = {"background": 0, "all": [1, 2], "lesion": 2}
+    for number, labels in ((31, regions), (32, {"background": 0, "lesion": 2, "all": [1, 2]})):
+        write_dataset(raw, number, (0,), labels=labels)
+    with pytest.raises(DisagreementError, match=r"differ in labels:"):
+        plan({"a": 31, "b": 32})
+
+
+def test_plans_that_differ_are_set_aside(raw: Path, instant: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    write_dataset(raw, SITE_A, (0, 1))
+    write_dataset(raw, SITE_B, (0, 1))
+    harmonised: Callable[..., Any] = planning.harmonised_planner
+
+    def broken(communicator: Any, *arguments: Any) -> Any:
+        planner = harmonised(communicator, *arguments)
+        if communicator.site == "b":
+            planner.original_medians[0][:] = 1.0, 1.0, 2.0
+        return planner
+
+    monkeypatch.setattr(planning, "harmonised_planner", broken)
+    with pytest.raises(DisagreementError, match=r"original_median_spacing_after_transp: \[1.0,1.0,1.0\] \(a\), \[1.0,"):
+        plan({"a": SITE_A, "b": SITE_B})
+    assert instant == []
+    for number in (SITE_A, SITE_B):
+        assert not (preprocessed(number) / "nnUNetFedPlans.json").exists()
+        assert (preprocessed(number) / "nnUNetFedPlans.refused.json").exists()
+
+
+def test_differences() -> None:
+    plans = {
+        "a": {"configurations": {"2d": {"batch_size": 12}}, "x": [1, 2]},
+        "b": {"configurations": {"2d": {"batch_size": 13}}, "x": [1, 2]},
+        "c": {"configurations": {"2d": {"batch_size": 12}, "mine": {}}, "x": [1, 2]},
+    }
+    assert differences(plans) == [
+        "configurations.2d.batch_size: 12 (a, c), 13 (b)",
+        "configurations.mine: missing (a, b), {} (c)",
+    ]
+
+
+def test_comparable_is_plain_json() -> None:
+    numpys: dict[Any, Any] = {
+        "configurations": {"2d": {"spacing": np.ones(2), "data_identifier": "x"}},
+        "n": np.int64(3),
+        4: (1.5,),
+    }
+    assert comparable(numpys | {"dataset_name": "y"}) == {
+        "configurations": {"2d": {"spacing": [1.0, 1.0]}},
+        "n": 3,
+        "4": [1.5],
+    }
+
+
+def test_a_configuration_that_is_not_there(raw: Path, instant: list[list[str]]) -> None:
+    write_dataset(raw, OTHER, (0, 1), two_d=True)
+    with pytest.raises(ConfigurationError, match=r"no configuration 3d_lowres; there are 2d, 3d_fullres"):
+        plan({"a": OTHER}, configurations=["3d_lowres"])
+    with pytest.raises(ConfigurationError, match=r"3d_cascade_fullres needs predictions"):
+        plan({"a": OTHER}, configurations=["3d_cascade_fullres"])
+
+
+def test_unknown_planner(raw: Path) -> None:
+    write_dataset(raw, OTHER, (0,))
+    with pytest.raises(
+        ConfigurationError, match=r"no planner 'Nope'.*known are nnUNetPlannerFed, nnUNetPlannerFedResEncL, "
+    ):
+        plan({"a": OTHER}, planner="Nope")
+    assert planner_class("nnUNetPlannerFedSmall") is nnUNetPlannerFedSmall
+
+
+@pytest.mark.parametrize("variable", ["nnUNet_raw", "nnUNet_preprocessed"])
+def test_paths_that_are_not_set(raw: Path, monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+    monkeypatch.delenv(variable)
+    with pytest.raises(ConfigurationError, match=f"{variable} is not set"):
+        plan({"a": OTHER})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda folder: shutil.rmtree(folder), r"no data set with the id 21"),
+        (lambda folder: folder.with_name("Dataset021_Two").mkdir(), r"more than one data set with the id 21"),
+        (lambda folder: (folder / "dataset.json").unlink(), r"dataset.json cannot be read"),
+        (
+            lambda folder: (folder / "dataset.json").write_text("{}"),
+            r"lacks labels, numTraining, file_ending, channel_names",
+        ),
+        (
+            lambda folder: [file.unlink() for file in (folder / "imagesTr").iterdir()],
+            r"imagesTr holds no training case",
+        ),
+        (lambda folder: shutil.rmtree(folder / "imagesTr"), r"cannot be listed"),
+        (
+            lambda folder: (folder / "labelsTr" / "case_001.nii.gz").unlink(),
+            r"Case case_001 .* lacks the file .*labelsTr",
+        ),
+        (lambda folder: (folder / "imagesTr" / "case_001_0001.nii.gz").unlink(), r"Case case_001 .* has 1 image files"),
+        (
+            lambda folder: [
+                (folder / name).unlink() for name in ("imagesTr/case_001_0000.nii.gz", "imagesTr/case_001_0001.nii.gz")
+            ],
+            r"numTraining = 2, but there are 1",
+        ),
+        (lambda folder: (folder / "imagesTr" / "case_000_0000.nii.gz").write_text("no image"), r"cannot be read"),
+    ],
+)
+def test_data_sets_that_are_not_in_order(raw: Path, spoil: Callable[[Path], Any], message: str) -> None:
+    spoil(write_dataset(raw, OTHER, (0, 1)))
+    with pytest.raises(ConfigurationError, match=message):
+        plan({"a": OTHER})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_value_that_is_not_finite(raw: Path, monkeypatch: pytest.MonkeyPatch, value: float) -> None:
+    few_samples(monkeypatch)
+    workers_as_threads(monkeypatch)
+    folder = write_dataset(raw, OTHER, (0, 1))
+    content = json.loads((folder / "dataset.json").read_text())
+    content["overwrite_image_reader_writer"] = "NibabelIO"  # ITK reads 0 where a NIfTI file is not finite
+    (folder / "dataset.json").write_text(json.dumps(content))
+    file = str(folder / "imagesTr" / "case_001_0001.nii.gz")
+    image = sitk.ReadImage(file)
+    image[4:8, 4:8, 4:8] = value
+    sitk.WriteImage(image, file)
+    with pytest.raises(FederationError, match=r"Case case_001 .*case_001_0001.nii.gz.* holds NaN or infinite"):
+        extract(OTHER, 2, 1)
+
+
+def test_lesions_that_cannot_be_measured(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    workers_as_threads(monkeypatch)
+    write_dataset(raw, OTHER, (0, 1))
+    monkeypatch.setattr(DatasetFingerprintExtractor, "analyze_case", staticmethod(spoil_label))
+    with pytest.raises(FederationError, match=r"Case case_000 .*case_000.nii.gz\) cannot be analysed"):
+        extract(OTHER, 2, 1)
+
+
+def spoil_label(images: list[str], label: str, *_: Any) -> tuple[Any, ...]:
+    """A label file that breaks once nnU-Net has read it."""
+    Path(label).write_text("no image")
+    return (), [1.0, 1.0, 1.0], [], [], 1.0
+
+
+def die(*_: Any) -> None:
+    """A worker that the operating system kills."""
+    os._exit(1)
+
+
+def test_worker_that_dies(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_dataset(raw, OTHER, (0, 1))
+    monkeypatch.setattr(DatasetFingerprintExtractor, "analyze_case", staticmethod(die))
+    with pytest.raises(FederationError, match=r"A worker died while it analysed case case_000 \(.*use fewer processes"):
+        extract(OTHER, 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("shape", "cases", "patch"),
+    [((35, 50, 36), 260, [40, 56, 40]), ((44, 44, 44), 300, [48, 48, 48]), ((32, 38, 44), 9, None)],
+)
+def test_small_planner(raw: Path, shape: tuple[int, int, int], cases: int, patch: list[int] | None) -> None:
+    write_dataset(raw, OTHER, (0,), channels=("MRI",))
+    preprocessed(OTHER).mkdir()
+    properties = dict.fromkeys(("mean", "median", "std", "min", "max", "percentile_99_5", "percentile_00_5"), 1.0)
+    fingerprint = {
+        "spacings": [[1.0, 1.0, 1.0]] * cases,
+        "shapes_after_crop": [list(shape)] * cases,
+        "foreground_intensity_properties_per_channel": {"0": properties},
+        "median_relative_size_after_cropping": 1.0,
+    }
+    (preprocessed(OTHER) / "dataset_fingerprint.json").write_text(json.dumps(fingerprint))
+    plans = nnUNetPlannerFedSmall(OTHER, total_cases=cases, study={}).plan_experiment()
+    fullres = plans["configurations"]["3d_fullres"]
+    assert list(fullres["patch_size"]) == (patch or [32, 40, 48])
+    assert fullres["batch_size"] == 2
+    assert list(fullres["architecture"]["arch_kwargs"]["features_per_stage"]) == [8, 16, 32, 64]
+    assert list(plans["configurations"]) == ["2d", "3d_fullres"]
+
+
+def test_total_cases_cap_the_batch(pooled: dict[str, Any]) -> None:
+    few, many = (nnUNetPlannerFed(SITE_A, plans_name=f"P{n}", total_cases=n, study={}) for n in (5, 5000))
+    assert few.plan_experiment()["configurations"]["3d_fullres"]["batch_size"] == 2
+    assert many.plan_experiment()["configurations"]["3d_fullres"]["batch_size"] > 2

@@ -1,0 +1,74 @@
+"""A data set of a few small slices, preprocessed, and plans with a tiny network: nnU-Net's trainers run in seconds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
+
+from nnunet_fed.study.federation import PLANS_KEY, Federation
+
+DATASET = "Dataset001_Tiny"
+DESCRIPTION: dict[str, Any] = {
+    "channel_names": {"0": "MR"}, "labels": {"background": 0, "organ": 1, "lesion": 2}, "numTraining": 4,
+    "file_ending": ".nii.gz",
+}  # fmt: skip
+
+
+def tiny_plans(study: Federation | None = None) -> dict[str, Any]:
+    """As a trainer takes them; with a study as the planners leave it."""
+    resampling = {"is_seg": False, "order": 1, "order_z": 0, "force_separate_z": None}
+    resample = {
+        f"resampling_fn_{what}{suffix}": value
+        for what in ("data", "seg", "probabilities")
+        for suffix, value in (("", "resample_data_or_seg_to_shape"), ("_kwargs", resampling))
+    }
+    architecture = {
+        "network_class_name": "dynamic_network_architectures.architectures.unet.PlainConvUNet",
+        "arch_kwargs": {
+            "n_stages": 3, "features_per_stage": [4, 6, 8], "conv_op": "torch.nn.modules.conv.Conv2d",
+            "kernel_sizes": [[3, 3]] * 3, "strides": [[1, 1], [2, 2], [2, 2]], "n_conv_per_stage": [1, 1, 1],
+            "n_conv_per_stage_decoder": [1, 1], "conv_bias": True,
+            "norm_op": "torch.nn.modules.instancenorm.InstanceNorm2d", "norm_op_kwargs": {"affine": True},
+            "dropout_op": None, "dropout_op_kwargs": None, "nonlin": "torch.nn.LeakyReLU",
+            "nonlin_kwargs": {"inplace": True},
+        },
+        "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
+    }  # fmt: skip
+    carried = {} if study is None else {PLANS_KEY: {"study": study.model_dump(mode="json")}}
+    return {
+        "dataset_name": DATASET, "plans_name": "nnUNetFedPlans", "image_reader_writer": "SimpleITKIO",
+        "transpose_forward": [0, 1, 2], "transpose_backward": [0, 1, 2], "continue_training": False,
+        "foreground_intensity_properties_per_channel": {"0": {}}, **carried,
+        "configurations": {
+            "2d": {
+                "data_identifier": "tiny", "preprocessor_name": "DefaultPreprocessor", "batch_size": 2,
+                "patch_size": [16, 16], "spacing": [1.0, 1.0], "normalization_schemes": ["NoNormalization"],
+                "use_mask_for_norm": [False], "batch_dice": False, "architecture": architecture, **resample,
+            }
+        },
+    }  # fmt: skip
+
+
+def write_preprocessed(folder: Path, cases: int = 5) -> None:
+    """Write ``folder`` as nnU-Net's folder of preprocessed data."""
+    dataset = folder / DATASET
+    (dataset / "tiny").mkdir(parents=True)
+    (dataset / "dataset_fingerprint.json").write_text("{}")
+    names = [f"case_{number}" for number in range(cases)]
+    (dataset / "splits_final.json").write_text(json.dumps([{"train": names[1:], "val": names[:1]}]))
+    random = np.random.default_rng(0)
+    for name in names:
+        labels = np.zeros((1, 3, 20, 20), np.int16)
+        row, column = random.integers(2, 8, 2)
+        labels[:, :, row : row + 10, column : column + 10] = 1
+        labels[:, :, row + 3 : row + 7, column + 3 : column + 7] = 2
+        image = labels + random.normal(0, 0.3, labels.shape)
+        places = {label: np.argwhere(labels == label) for label in (1, 2)}
+        nnUNetDatasetBlosc2.save_case(
+            image.astype(np.float32), labels, {"class_locations": places, "spacing": [1.0, 1.0, 1.0]},
+            str(dataset / "tiny" / name), chunks=(1, 1, 20, 20), blocks=(1, 1, 20, 20),
+        )  # fmt: skip

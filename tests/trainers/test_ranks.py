@@ -1,0 +1,161 @@
+"""One seat for all ranks of a distributed training, in real processes."""
+
+from __future__ import annotations
+
+import pickle
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from torch import distributed as dist
+from torch import multiprocessing
+
+from nnunet_fed import errors
+from nnunet_fed.errors import FederationError, RefusedError
+from nnunet_fed.exchange.communicator import Array, LocalFederation
+from nnunet_fed.exchange.payload import Tensors
+from nnunet_fed.trainers.parts.ranks import RankZeroSeat, from_rank_zero, is_distributed, patient_group
+
+Body = Callable[[], Any]
+ERRORS = [getattr(errors, name) for name in sorted(vars(errors)) if name.endswith("Error")]
+
+
+class OneSite:
+    """A seat in a federation of one site, which also remembers its means, as the coordinator does."""
+
+    def __init__(self) -> None:
+        self._seat = LocalFederation(["a"]).communicator("a")
+        self.site, self.sites = self._seat.site, self._seat.sites
+        self._means: dict[str, dict[str, Array]] = {}
+
+    def mean(self, key: str, tensors: Tensors, weight: float, exact: bool = False) -> dict[str, Array]:
+        self._means[key] = self._seat.mean(key, tensors, weight)
+        return self._means[key]
+
+    def sum(self, key: str, array: Array) -> Array:
+        return self._seat.sum(key, array)
+
+    def gather(self, key: str, value: Any) -> dict[str, Any]:
+        return self._seat.gather(key, value)
+
+    def newest(self, name: str) -> str | None:
+        return next((key for key in reversed(self._means) if key.endswith(f"/{name}")), None)
+
+    def fetch(self, key: str) -> dict[str, Array]:
+        return self._means[key]
+
+
+def on_two_ranks(body: Body, folder: Path, default_timeout: float = 60) -> list[Any]:
+    """Answers of both ranks, each a process of one gloo group."""
+    multiprocessing.spawn(_rank, (body, folder, default_timeout), nprocs=2)
+    return [pickle.loads((folder / f"answer{rank}").read_bytes()) for rank in range(2)]
+
+
+def _rank(rank: int, body: Body, folder: Path, default_timeout: float) -> None:
+    # both are there before a short timeout begins to count
+    (folder / f"ready{rank}").touch()
+    while not (folder / f"ready{1 - rank}").exists():
+        time.sleep(0.05)
+    dist.init_process_group(
+        "gloo", f"file://{folder}/meeting", timedelta(seconds=default_timeout), world_size=2, rank=rank
+    )
+    assert is_distributed()
+    leaving = patient_group(1)
+    (folder / f"answer{rank}").write_bytes(pickle.dumps(body()))
+    dist.barrier(leaving)  # a rank that still talks to one that has ended is aborted
+    dist.destroy_process_group()
+
+
+def _every_verb() -> dict[str, Any]:
+    rank = dist.get_rank()
+    seat = RankZeroSeat(OneSite() if rank == 0 else None, "a", ("a",), patient_group(1))
+    # each rank asks with values of its own; those of rank 0 count
+    answers = {
+        "nothing yet": seat.newest("model"),
+        "mean": seat.mean("round-0000/model", {"w": np.float32([[rank + 1, -0.0]]), "s": np.array(rank + 0.5)}, 2.0),
+        "sum": seat.sum("round-0000/counts", np.array([rank, 2**62])),
+        "gather": seat.gather("round-0000/digests", {"rank": rank}),
+        "newest": seat.newest("model"),
+        "fetch": seat.fetch("round-0000/model"),
+    }
+    return {**answers, "site": seat.site, "sites": seat.sites}
+
+
+def test_every_rank_gets_the_answers_of_rank_0(tmp_path: Path) -> None:
+    zero, one = on_two_ranks(_every_verb, tmp_path)
+    for answer in (zero, one):
+        assert answer["nothing yet"] is None
+        assert answer["newest"] == "round-0000/model"
+        assert answer["gather"] == {"a": {"rank": 0}}
+        assert (answer["sum"].dtype, answer["sum"].tolist()) == (np.int64, [0, 2**62])
+        assert (answer["site"], answer["sites"]) == ("a", ("a",))
+        for name in ("mean", "fetch"):
+            assert answer[name]["w"].dtype == np.float32
+            assert answer[name]["w"].tobytes() == np.float32([[1, -0.0]]).tobytes()
+            assert (answer[name]["s"].shape, float(answer[name]["s"])) == ((), 0.5)
+
+
+class Failing(OneSite):
+    """Every verb fails with the error that its key names."""
+
+    def gather(self, key: str, value: Any) -> dict[str, Any]:
+        raise getattr(errors, key)(f"{key} at rank 0: 'name it'")
+
+
+def _every_error() -> list[tuple[str, str]]:
+    seat = RankZeroSeat(Failing() if dist.get_rank() == 0 else None, "a", ("a",), patient_group(1))
+    caught = []
+    for kind in ERRORS:
+        try:
+            seat.gather(kind.__name__, None)
+        except FederationError as error:
+            caught.append((type(error).__name__, str(error)))
+    # and the ranks are still in step
+    seat.mean("r/m", {"w": np.zeros(1)}, 1)
+    return caught
+
+
+def test_an_error_of_rank_0_is_raised_on_every_rank(tmp_path: Path) -> None:
+    zero, one = on_two_ranks(_every_error, tmp_path)
+    assert zero == one == [(kind.__name__, f"{kind.__name__} at rank 0: 'name it'") for kind in ERRORS]
+
+
+def _slow() -> str:
+    time.sleep(4)
+    return "patience"
+
+
+def _wait_with_and_without_patience() -> tuple[str, str]:
+    group = patient_group(1)
+    patient = from_rank_zero(_slow if dist.get_rank() == 0 else _never, group)
+    impatient = "gave up"
+    with suppress(RuntimeError):
+        impatient = from_rank_zero(_slow if dist.get_rank() == 0 else _never)
+    return patient, impatient
+
+
+def _never() -> str:
+    raise AssertionError("only rank 0 is asked")
+
+
+def test_ranks_wait_for_rank_0_longer_than_the_default_group_would(tmp_path: Path) -> None:
+    _, one = on_two_ranks(_wait_with_and_without_patience, tmp_path, default_timeout=2)
+    assert one == ("patience", "gave up"), "the second shows that the default group's timeout was at work"
+
+
+def test_without_distribution_the_seat_is_just_asked() -> None:
+    assert not is_distributed()
+    assert patient_group(1) is None
+    assert from_rank_zero(lambda: 3) == 3
+    seat = RankZeroSeat(OneSite(), "a", ("a",))
+    assert seat.mean("r/model", {"w": np.float32([4])}, 1)["w"] == 4
+    assert seat.newest("model") == "r/model"
+    with pytest.raises(RefusedError, match="weight"):
+        seat.mean("r/other", {"w": np.float32([4])}, -1)
+    with pytest.raises(RuntimeError, match="no seat"):
+        RankZeroSeat(None, "a", ("a",)).gather("r/g", 1)

@@ -1,0 +1,1 @@
+"""What only FedSM's trainer needs."""

@@ -1,0 +1,1 @@
+"""What only GCML's trainer needs."""

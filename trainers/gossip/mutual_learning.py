@@ -1,0 +1,136 @@
+"""Two models on the same batches, each with the other as its teacher, by nnU-Net's own training step."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, get_args
+
+import torch
+
+from nnunet_fed.errors import ConfigurationError
+from nnunet_fed.methods.gcml import Contrast, MutualLoss, Outputs, Plan, execution_plan, ramped_weight
+from nnunet_fed.study.method_tables import GCML
+from nnunet_fed.trainers.gossip.peer_model import Computed, Incoming, without_numbers_that_are_none
+from nnunet_fed.trainers.parts.study_trainer import StudyTrainer
+
+PLAN_VARIABLE = "nnUNet_fed_mutual_plan"
+"""``simultaneous`` or ``two_pass``: how mutual steps run, whatever memory is free."""
+
+
+class MutualTrainer(StudyTrainer):
+    """Trains as nnU-Net does, and while there is an incoming model trains that one, too. Source: GCML's notes, 5.3."""
+
+    network: Any
+    optimizer: Any
+    grad_scaler: Any
+    loss: Any
+
+    def configure_study(self) -> None:
+        """Take the method's options."""
+        super().configure_study()
+        assert isinstance(self.study.method, GCML)
+        self.options = self.study.method
+        self._incoming: Incoming | None = None
+        self._step_bytes: int | None = None
+
+    def _build_loss(self) -> MutualLoss:
+        options, labels = self.options, self.label_manager
+        contrast = Contrast(
+            softmax=not labels.has_regions, contrast=options.contrast, contrast_weight=options.contrast_weight,
+            margin=options.margin, background_weight=options.background_weight, temperature=options.temperature,
+            roi=options.roi, class_mean=options.class_mean, ignore_label=labels.ignore_label,
+        )  # fmt: skip
+        return MutualLoss(super()._build_loss(), contrast, heads=options.contrast_heads, mix=options.mix)
+
+    def on_train_epoch_start(self) -> None:
+        """Give the incoming model the site's learning rate."""
+        super().on_train_epoch_start()
+        if self._incoming is not None:
+            self._incoming.network.train()
+            for group in self._incoming.optimizer.param_groups:
+                group["lr"] = self.optimizer.param_groups[0]["lr"]
+
+    def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
+        """Note, once, what a plain step needs."""
+        super().on_train_epoch_end(train_outputs)
+        if self._incoming is None and self._step_bytes is None and self.device.type == "cuda":
+            self._step_bytes = torch.cuda.max_memory_allocated(self.device)
+
+    def _make_incoming(self, **facts: Any) -> Incoming:
+        """A second network like the site's own, with an optimizer and a gradient scaler."""
+        network: Any = copy.deepcopy(self.bare(self.network))
+        if self._do_i_compile():
+            network = torch.compile(network)
+        own, self.network = self.network, network
+        try:
+            optimizer, _ = self.configure_optimizers()
+        finally:
+            self.network = own
+        if self.is_ddp:
+            network = torch.nn.parallel.DistributedDataParallel(network, device_ids=[self.local_rank])
+        scaler = None
+        if self.grad_scaler is not None:
+            scaler = torch.amp.GradScaler("cuda")
+            scaler.load_state_dict(self.grad_scaler.state_dict())
+        return Incoming(network=network, optimizer=optimizer, grad_scaler=scaler, **facts)
+
+    def _plan_of_choice(self) -> Plan:
+        chosen: Any = os.environ.get(PLAN_VARIABLE)
+        if chosen:
+            if chosen not in get_args(Plan):
+                raise ConfigurationError(f"{PLAN_VARIABLE} is {chosen!r}: use one of {', '.join(get_args(Plan))}.")
+            plan: Plan = chosen
+            return plan
+        if self._step_bytes is None:  # no plain epoch was measured, or there is nothing to measure with
+            return "two_pass"
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return execution_plan(free, self._step_bytes)
+
+    def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """nnU-Net's step; in a mutual phase one of each model, with what the other said before either of them."""
+        incoming = self._incoming
+        if incoming is None:
+            return super().train_step(batch)
+        self.loss.weight = ramped_weight(incoming.steps, self.options.mutual_weight, self.options.ramp_steps)
+        incoming.steps += 1
+        batch = {**batch, **{name: self._on_device(batch[name]) for name in ("data", "target")}}
+        at_once = incoming.plan == "simultaneous"
+        with torch.autocast("cuda") if self.device.type == "cuda" else nullcontext(), torch.set_grad_enabled(at_once):
+            outputs = incoming.network(batch["data"])
+        network: Any = Computed(incoming.network, outputs) if at_once else incoming.network
+        result, said = self._taught_step(batch, self.loss.lesson(outputs))
+        with self._in_place_of_own(network, incoming):
+            self._taught_step(batch, said)
+        return result
+
+    def _taught_step(self, batch: dict[str, Any], teacher: Outputs) -> tuple[dict[str, Any], Outputs]:
+        """nnU-Net's step with a teacher; also what the model itself said, for the other one."""
+        mutual, said = self.loss, []
+
+        def loss(outputs: Outputs, targets: Outputs) -> torch.Tensor:
+            said.append(mutual.lesson(outputs))
+            value: torch.Tensor = mutual(outputs, targets, without_numbers_that_are_none(teacher, outputs))
+            return value
+
+        self.loss = loss
+        try:
+            return super().train_step(batch), said[0]
+        finally:
+            self.loss = mutual
+
+    def _on_device(self, tensors: Any) -> Any:
+        if isinstance(tensors, list):
+            return [self._on_device(tensor) for tensor in tensors]
+        return tensors.to(self.device, non_blocking=True)
+
+    @contextmanager
+    def _in_place_of_own(self, network: Any, incoming: Incoming) -> Iterator[None]:
+        own = self.network, self.optimizer, self.grad_scaler
+        self.network, self.optimizer, self.grad_scaler = network, incoming.optimizer, incoming.grad_scaler
+        try:
+            yield
+        finally:
+            self.network, self.optimizer, self.grad_scaler = own

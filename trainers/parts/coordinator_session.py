@@ -1,0 +1,110 @@
+"""A training's membership in its federation: the seat, the record beside the checkpoints, and what others are told."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from nnunet_fed.errors import ConfigurationError
+from nnunet_fed.exchange.outgoing_log import FILE, OutgoingLog
+from nnunet_fed.study.federation import Federation
+from nnunet_fed.trainers.parts.study_trainer import own_site
+from nnunet_fed.trainers.parts.training_record import Record
+from nnunet_fed.transport.site.client import GrpcCommunicator
+
+
+class Membership:
+    """What rank 0 of a training has of the federation.
+
+    Args:
+        study: the study in the plans.
+        configuration: of nnU-Net.
+        trainer: name of the trainer class.
+        fold: what the command trains.
+        folder: where the record and the list of all that is sent go.
+        continues: the command said ``--c``.
+        attempt: the attempt of the checkpoint from which the training continues; ``None``: there is no checkpoint.
+
+    Raises:
+        ConfigurationError: site.toml is missing or wrong, or fold or attempt are not the federation's.
+        RefusedError: see :meth:`nnunet_fed.coordinator.coordinator.Coordinator.join`.
+        UnreachableError: no coordinator answers.
+    """
+
+    def __init__(
+        self,
+        study: Federation,
+        configuration: str,
+        trainer: str,
+        fold: int | str,
+        folder: Path,
+        continues: bool,
+        attempt: int | None,
+    ):
+        site = own_site(study, fold)
+        self.seat = GrpcCommunicator(site, outgoing=OutgoingLog(folder / FILE))
+        self.study = self.seat.join("training", study.digest, configuration, trainer, fresh=not continues)
+        """The study as the coordinator has it now."""
+        if attempt is not None and attempt != self.seat.attempt:
+            raise ConfigurationError(
+                f"The checkpoint in {folder} belongs to attempt {attempt}, the coordinator has opened attempt "
+                f"{self.seat.attempt}. Start this training without --c."
+            )
+        self.attempt = self.seat.attempt
+        self._is_over = False
+        self._record = Record(folder / "federation.json", continues)
+
+    def describe(self, training_cases: int) -> None:
+        """Begin or continue the record."""
+        self._record.describe(
+            study=self.study.model_dump(mode="json"), digest=self.study.digest, run=self.seat.run,
+            attempt=self.attempt, site=self.seat.site, training_cases=training_cases,
+        )  # fmt: skip
+
+    @contextmanager
+    def exchanging(self, scope: str) -> Iterator[dict[str, float]]:
+        """Note what the exchange within costs, and the method's figures that are put into the yielded mapping."""
+        started, sent, received = time.monotonic(), self.seat.bytes_sent, self.seat.bytes_received
+        figures: dict[str, float] = {}
+        yield figures
+        self._record.exchanged(
+            scope,
+            self.seat.weights,
+            self.seat.bytes_sent - sent,
+            self.seat.bytes_received - received,
+            time.monotonic() - started,
+            figures,
+        )
+
+    def note_facts(self, **facts: Any) -> None:
+        """Note facts of the training in this site's record."""
+        self._record.note(**facts)
+
+    def happened(self, text: str) -> None:
+        """Note an event here and, while the site has its seat, at the coordinator."""
+        self._record.happened(text)
+        if not self._is_over:
+            self.seat.note(text)
+
+    def report(self, progress: dict[str, Any], wait: bool = False) -> None:
+        """Tell those who watch, while the site has its seat."""
+        if not self._is_over:
+            self.seat.report(progress, wait)
+
+    def leave(self, reason: str) -> None:
+        """Take leave in order: no later round waits for this site."""
+        if not self._is_over:
+            self.seat.leave(reason)
+
+    def close(self) -> None:
+        """From here on nothing is sent."""
+        self.seat.close()
+        self._is_over = True
+
+    def part(self, reason: str) -> None:
+        """Leave, and send nothing more."""
+        self.leave(reason)
+        self.close()

@@ -1,0 +1,335 @@
+"""Federated rounds inside nnU-Net's training loop: what every federated trainer shares."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
+
+from nnunet_fed.agreement.plan_digest import plans_digest
+from nnunet_fed.errors import (
+    DeadlineError,
+    DisagreementError,
+    RoundClosedError,
+)
+from nnunet_fed.methods.tensors import digest_of_tensors
+from nnunet_fed.study.federation import Federation, Site
+from nnunet_fed.trainers.parts import checkpoint
+from nnunet_fed.trainers.parts.coordinator_session import Membership
+from nnunet_fed.trainers.parts.cross_site_evaluation import evaluate_across_sites, is_complete
+from nnunet_fed.trainers.parts.ranks import RankZeroSeat, from_rank_zero, patient_group
+from nnunet_fed.trainers.parts.rounds import common_start, pad_log, require_agreement, round_of, scope_of_round
+from nnunet_fed.trainers.parts.study_trainer import StudyTrainer, sentences_for_users
+from nnunet_fed.trainers.parts.training_record import logged_by
+
+
+class _TrainingOver(Exception):  # noqa: N818
+    """The last round is over, though nnU-Net's loop has epochs left, because this site skipped some."""
+
+
+class FederatedTrainer(StudyTrainer):
+    """nnU-Net's trainer with an exchange at the end of every round.
+
+    A method overrides :meth:`exchange` and the few hooks that it needs. One round is ``local_epochs`` epochs of
+    nnU-Net; the study comes from the plans. Prediction and ``--val`` need no network and no coordinator.
+    """
+
+    MODEL: ClassVar[str] = "model"
+    """Name of the mean that a late site continues from, in every scope."""
+
+    communicator: RankZeroSeat
+    """The verbs, on every rank; set when the training starts."""
+
+    def configure_study(self) -> None:
+        """Take what the trainer needs from the study, at the end of construction."""
+        self._membership: Membership | None = None
+        self._study_now = self.study
+        self._figures: dict[str, float] = {}
+        self.diagnostics: dict[str, float] = {}
+        """The method's figures of the round, for the log and the record; set them in :meth:`exchange`."""
+
+    # ------------------------------------------------------------------------------------------- for the methods
+
+    def exchange(self, scope: str) -> None:
+        """Exchange with the other sites at the end of a round; called on every rank.
+
+        Args:
+            scope: first part of this round's keys. The last collective is the mean ``SCOPE/model``, and it holds what a
+                late site continues from.
+        """
+        raise NotImplementedError
+
+    def prepare(self) -> None:
+        """Agree on what the method needs before the first round; called on every rank, never after ``--c``.
+
+        A site that comes late calls it too: use scopes of its own, and fetch what closed without this site.
+        """
+
+    def catch_up(self, scope: str) -> None:
+        """Take what else a site needs that now holds the model of ``scope`` but missed its exchange."""
+
+    @property
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """All optimizers of the method."""
+        return [self.optimizer]
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether this process trains with the others; after ``--val``, and ``--c`` after the end, it does not."""
+        return "communicator" in vars(self)
+
+    @property
+    def validates_together(self) -> bool:
+        """Whether the site needs the others after the validation; otherwise it leaves when the training ends."""
+        return self._evaluates_across_sites
+
+    def happened(self, text: str) -> None:
+        """Note an event in the log, in this site's record and at the coordinator."""
+        self.print_to_log_file(text)
+        if self._membership is not None:
+            self._membership.happened(text)
+
+    def note_facts(self, **facts: Any) -> None:
+        """Note facts of the training in this site's record."""
+        if self._membership is not None:
+            self._membership.note_facts(**facts)
+
+    # ------------------------------------------------------------------------------------------- nnU-Net's hooks
+
+    def get_dataloaders(self) -> Any:
+        """nnU-Net's loaders, then the seat: who has used gRPC must not fork, and nnU-Net forks its workers here.
+
+        A training that is refused has written nothing yet but its log.
+        """
+        loaders = super().get_dataloaders()
+        if self.current_epoch < self.study.epochs:
+            try:
+                self._study_now = from_rank_zero(self._join)
+            except BaseException:
+                for loader in loaders:
+                    if isinstance(loader, NonDetMultiThreadedAugmenter):
+                        loader._finish()
+                raise
+        return loaders
+
+    def run_training(self) -> None:
+        """nnU-Net's loop; a site that skipped rounds leaves it early. Errors of the federation end in a sentence."""
+        with sentences_for_users(), logged_by(self.print_to_log_file):
+            try:
+                try:
+                    super().run_training()
+                except _TrainingOver:
+                    self.on_train_end()
+            except BaseException:
+                self._report("failed", wait=True)  # not why: an error's text may name files and cases
+                raise
+
+    def on_train_start(self) -> None:
+        """Let nnU-Net start, join, then agree on initial weights or go on where the federation is."""
+        if self.current_epoch >= self.study.epochs:  # --c after the rounds: nothing left for which to need the others
+            super().on_train_start()
+            self._restore_random_states()
+            return
+        super().on_train_start()  # joins in get_dataloaders
+        self._take_seat()
+        if self._resumed is None:
+            self._start_together()
+        else:
+            self.happened(f"continued with --c in epoch {self.current_epoch}")
+            self._continue()
+            self._restore_random_states()
+
+    def on_epoch_start(self) -> None:
+        """Skip the epochs of rounds that went on without this site."""
+        if self._next_epoch > self.current_epoch:
+            self._take_newest()
+            if self._next_epoch > self.current_epoch:
+                self._skip_to(self._next_epoch)
+        if self.current_epoch >= self.num_epochs:
+            raise _TrainingOver
+        if self.current_epoch >= self.study.epochs and self._membership is not None and not self.validates_together:
+            self._membership.part("finished its rounds")  # what follows needs nobody
+        super().on_epoch_start()
+        self._report("training")
+
+    def on_train_epoch_start(self) -> None:
+        """Do not train again what a killed training had done but not exchanged."""
+        super().on_train_epoch_start()
+        if self._pending is not None:
+            self.num_iterations_per_epoch = 0
+
+    def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
+        """Exchange at a round's end, so that this epoch's validation and checkpoints describe the model after it."""
+        resent = self._pending is not None
+        if self._pending is not None:
+            train_outputs, self.num_iterations_per_epoch = self._pending, self.study.iterations_per_epoch
+        super().on_train_epoch_end(train_outputs)
+        if self.current_epoch < self.study.epochs and (self.current_epoch + 1) % self.study.local_epochs == 0:
+            if not resent:
+                self._save_pending(train_outputs)
+            self._exchange_round(self.current_epoch // self.study.local_epochs)
+        self._pending = None
+
+    def on_epoch_end(self) -> None:
+        """Tell those who watch how the epoch went."""
+        super().on_epoch_end()
+        names = {"loss": "train_losses", "dice": "mean_fg_dice"}
+        self._figures = {name: float(self.logger.get_value(key, step=-1)) for name, key in names.items()}
+        self._report("training")
+
+    def on_train_end(self) -> None:
+        """nnU-Net's final checkpoint, the global model beside it, and leave."""
+        super().on_train_end()
+        if self.local_rank == 0 and not self.disable_checkpointing:
+            self.save_models(Path(self.output_folder))
+        if not self.validates_together:
+            self._leave()
+
+    def save_models(self, folder: Path) -> None:
+        """Write what a site has besides ``checkpoint_final.pth``: the global model, which is the same one here."""
+        part = folder / "checkpoint_global.pth.part"
+        shutil.copyfile(folder / "checkpoint_final.pth", part)
+        part.replace(folder / "checkpoint_global.pth")
+
+    def _leave(self) -> None:
+        if self._membership is not None:
+            self._membership.leave("finished")
+
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        """The validation, watched by those who watch."""
+        if not self.skips_validation:
+            self._report("validating")
+        super().perform_actual_validation(save_probabilities)
+        if self._evaluates_across_sites and not self.skips_validation:
+            with sentences_for_users(), logged_by(self.print_to_log_file):
+                self._evaluate_across_sites(save_probabilities)
+        self._report("done", wait=True)
+        if self.validates_together:
+            self._leave()
+        if self._membership is not None:
+            self._membership.close()
+
+    # ------------------------------------------------------------------------------------------- the federation
+
+    @property
+    def _continues(self) -> bool:
+        """Whether the command said ``--c``."""
+        return bool(self.logger.resume)
+
+    def _join(self) -> Federation:
+        """Take the seat (on rank 0); returns the study as the coordinator has it."""
+        self._membership = Membership(
+            self.study,
+            self.configuration_name,
+            type(self).__name__,
+            self.fold,
+            Path(self.output_folder),
+            continues=self._continues,
+            attempt=None if self._resumed is None else self._resumed["attempt"],
+        )
+        self._attempt = self._membership.attempt
+        return self._membership.study
+
+    def _take_seat(self) -> None:
+        """Let every rank have the verbs, once rank 0 has joined."""
+        study = self._study_now
+        seat, site = None, Site.from_environment().name
+        if self._membership is not None:
+            seat = self._membership.seat
+            self._membership.describe(self._training_cases)
+        self.communicator = RankZeroSeat(seat, site, study.sites, patient_group(study.deadline_minutes + 10))
+
+    @property
+    def _evaluates_across_sites(self) -> bool:
+        return self.study.cross_site and self._study_now.cross_site
+
+    def _evaluate_across_sites(self, save_probabilities: bool) -> None:
+        """Evaluate across sites; --c after the end joins again for what is missing, and --val needs nobody."""
+        if not self.is_connected:
+            if not self._continues or is_complete(self):
+                return
+            self._study_now = from_rank_zero(self._join)
+            self._take_seat()
+        if self._evaluates_across_sites:
+            evaluate_across_sites(self, save_probabilities, self._report)
+
+    def _start_together(self) -> None:
+        """Agree on initial weights; a site that comes late starts with the newest model."""
+        try:
+            scope, arrays = common_start(self.communicator, self.MODEL, self.shared_arrays)
+            self.load_shared(arrays)
+            digests = {
+                "plans": plans_digest(self.plans_manager.plans),
+                "initial weights": digest_of_tensors(self.shared()),
+            }
+            require_agreement(self.communicator, scope, digests)
+        except RoundClosedError:
+            self._take_newest()
+        self.prepare()
+
+    def _continue(self) -> None:
+        """Go on from a checkpoint, or from the newest model when the federation has moved on meanwhile."""
+        key = self.communicator.newest(self.MODEL)
+        own = self.current_epoch // self.study.local_epochs
+        if key is not None and round_of(key) >= own + (self._pending is not None):
+            self._pending = None
+            self._take_newest()
+
+    def _restore_random_states(self) -> None:
+        if self._resumed is not None and self.local_rank == 0:  # the other ranks draw their own patches
+            checkpoint.restore_random_states(self._resumed["random"])
+
+    def _exchange_round(self, number: int) -> None:
+        scope = scope_of_round(number)
+        self._report("exchanging")
+        self.diagnostics = {}
+        noted: AbstractContextManager[dict[str, float]] = nullcontext({})
+        if self._membership is not None:
+            noted = self._membership.exchanging(scope)
+        with noted as entry:
+            try:
+                self.exchange(scope)
+            except RoundClosedError:
+                self.happened(f"{scope} went on without this site")
+                self._take_newest(number)
+            else:
+                entry.update(self.diagnostics)
+        if self.diagnostics:
+            figures = ", ".join(f"{name} {value:.5g}" for name, value in self.diagnostics.items())
+            self.print_to_log_file(f"{self.method} in {scope}: {figures}")
+            if self.tracker is not None:
+                self.tracker.round_over(number + 1, self.diagnostics)
+        if self.study.momentum_on_round == "reset":
+            for optimizer in self.optimizers:
+                optimizer.state.clear()
+
+    def _take_newest(self, number: int = -1) -> None:
+        """Load the federation's newest model, of round ``number`` or later, and note the epoch from which to go on."""
+        end = time.monotonic() + 60 * self._study_now.deadline_minutes
+        while (key := self.communicator.newest(self.MODEL)) is None or round_of(key) < number:
+            if key is None and number < 0:
+                raise DisagreementError("The federation has no model yet from which this site could go on.")
+            if time.monotonic() > end:  # the site missed an earlier collective of the round
+                raise DeadlineError(
+                    f"The others did not finish {scope_of_round(number)}, which began without this site."
+                )
+            time.sleep(1)
+        self.load_shared(self.communicator.fetch(key))
+        self.catch_up(key.partition("/")[0])
+        self._next_epoch = (round_of(key) + 1) * self.study.local_epochs
+
+    def _skip_to(self, epoch: int) -> None:
+        self.happened(f"caught up from epoch {self.current_epoch} to epoch {epoch} with the federation's newest model")
+        pad_log(self.logger.get_checkpoint(), epoch)
+        self.current_epoch = epoch
+
+    def _report(self, phase: str, wait: bool = False) -> None:
+        if self._membership is not None:
+            number = min(self.current_epoch // self.study.local_epochs + 1, self.study.rounds)
+            progress = {"phase": phase, "round": number, "rounds": self.study.rounds, "epoch": self.current_epoch}
+            self._membership.report({**progress, **self._figures}, wait)

@@ -1,0 +1,108 @@
+"""One seat for all ranks of a distributed training: rank 0 talks to the federation, the others hear the answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, Protocol, TypeVar
+
+from torch import distributed as dist
+
+from nnunet_fed.errors import FederationError
+from nnunet_fed.exchange.communicator import Collectives
+from nnunet_fed.exchange.payload import Array, Tensors
+
+T = TypeVar("T")
+
+
+class Seat(Collectives, Protocol):
+    """The collectives, and what a trainer needs besides to find its way back after an absence."""
+
+    def newest(self, name: str) -> str | None:
+        """Key of the newest closed mean called ``SCOPE/name``; ``None``: there is none."""
+        ...
+
+    def fetch(self, key: str) -> dict[str, Array]:
+        """The stored result of a closed mean."""
+        ...
+
+
+def is_distributed() -> bool:
+    """Whether this process is one rank of several."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def from_rank_zero(function: Callable[[], T], group: Any = None) -> T:
+    """Call ``function`` on rank 0; every rank returns its value or raises its error.
+
+    Without ``torch.distributed`` it is just called. Values travel by pickle between the processes of one training.
+    """
+    if not is_distributed():
+        return function()
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = function()
+        except FederationError as error:
+            outcome[1] = error
+        except Exception as error:  # the others must not wait for an answer that will not come
+            outcome[1] = RuntimeError(f"rank 0: {type(error).__name__}: {error}")
+    dist.broadcast_object_list(outcome, src=0, group=group)
+    if outcome[1] is not None:
+        raise outcome[1]
+    value: T = outcome[0]
+    return value
+
+
+def wait_for_all() -> None:
+    """Return once every rank has come here, for example to read what rank 0 wrote before."""
+    if is_distributed():
+        dist.barrier()
+
+
+def patient_group(minutes: float) -> Any:
+    """A gloo group on which ranks may wait that long for rank 0; ``None`` without ``torch.distributed``.
+
+    NCCL's own timeout is shorter than a round may take, and its kernels would spin on the GPU meanwhile.
+    """
+    if not is_distributed():
+        return None
+    return dist.new_group(backend="gloo", timeout=timedelta(minutes=minutes))
+
+
+class RankZeroSeat:
+    """A :class:`Seat` that every rank calls alike; only rank 0 has the real one."""
+
+    def __init__(self, seat: Seat | None, site: str, sites: tuple[str, ...], group: Any = None):
+        self._seat = seat
+        self._group = group
+        self.site = site
+        self.sites = sites
+
+    def _ask(self, question: Callable[[Seat], T]) -> T:
+        def answer() -> T:
+            if self._seat is None:
+                raise RuntimeError("rank 0 has no seat in the federation")
+            return question(self._seat)
+
+        return from_rank_zero(answer, self._group)
+
+    def mean(self, key: str, tensors: Tensors, weight: float, exact: bool = False) -> dict[str, Array]:
+        """See :meth:`nnunet_fed.exchange.communicator.Collectives.mean`."""
+        return self._ask(lambda seat: seat.mean(key, tensors, weight, exact))
+
+    def sum(self, key: str, array: Array) -> Array:
+        """See :meth:`nnunet_fed.exchange.communicator.Collectives.sum`."""
+        return self._ask(lambda seat: seat.sum(key, array))
+
+    def gather(self, key: str, value: Any) -> dict[str, Any]:
+        """See :meth:`nnunet_fed.exchange.communicator.Collectives.gather`."""
+        return self._ask(lambda seat: seat.gather(key, value))
+
+    def newest(self, name: str) -> str | None:
+        """See :meth:`Seat.newest`."""
+        return self._ask(lambda seat: seat.newest(name))
+
+    def fetch(self, key: str) -> dict[str, Array]:
+        """See :meth:`Seat.fetch`."""
+        return self._ask(lambda seat: seat.fetch(key))

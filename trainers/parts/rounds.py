@@ -1,0 +1,84 @@
+"""How rounds sit in epochs: names of scopes, the common start, and a log that skips what a site has missed."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+from nnunet_fed.errors import DisagreementError, NoContributionError
+from nnunet_fed.exchange.communicator import Collectives
+from nnunet_fed.exchange.payload import Array, Tensors
+
+START = "start"
+
+
+def scope_of_round(number: int) -> str:
+    """First part of the keys of a round, counted from 0."""
+    return f"round-{number:04d}"
+
+
+def start_scope(source: int) -> str:
+    """Scope in which the initial weights are those of the so manyth site, counted from 0."""
+    return START if source == 0 else f"{START}-{source}"
+
+
+def round_of(key: str) -> int:
+    """The round of a key; -1 for the start."""
+    scope = key.partition("/")[0]
+    return -1 if scope.startswith(START) else int(scope.removeprefix("round-"))
+
+
+def common_start(communicator: Collectives, name: str, tensors: Callable[[], Tensors]) -> tuple[str, dict[str, Array]]:
+    """The initial weights of the first site that takes part, in the order of the names, for all.
+
+    Args:
+        communicator: this site's seat.
+        name: name of the mean.
+        tensors: gives this site's own initial weights.
+
+    Returns:
+        The scope in which the sites agreed, and the tensors.
+    """
+    for number, source in enumerate(communicator.sites):
+        scope = start_scope(number)
+        mine = communicator.site == source
+        try:
+            return scope, communicator.mean(f"{scope}/{name}", tensors() if mine else {}, float(mine))
+        except NoContributionError:
+            continue
+    raise NoContributionError("No site contributed initial weights.")
+
+
+def require_agreement(communicator: Collectives, scope: str, digests: dict[str, str]) -> None:
+    """Compare what must be equal at all sites before training.
+
+    Raises:
+        DisagreementError: names what differs, and which site has what.
+    """
+    gathered = communicator.gather(f"{scope}/agreement", digests)
+    for what in dict.fromkeys(name for told in gathered.values() for name in told):
+        values = {site: values.get(what) for site, values in gathered.items()}
+        if len(set(values.values())) > 1:
+            listed = ", ".join(f"{site}: {str(value)[:12]}" for site, value in values.items())
+            raise DisagreementError(
+                f"The sites differ in their {what} ({listed}). Run 'nnunet_fed plan_and_preprocess' at all sites "
+                "again, with the same versions of nnunet_fed, nnunetv2 and torch."
+            )
+
+
+def pad_log(log: dict[str, list[Any]], epochs: int) -> None:
+    """Fill nnU-Net's log up to ``epochs`` entries, since it takes exactly one a list and epoch.
+
+    The last value is repeated. Where there is none yet, the Dice is 0, the time is now, and a loss is not a number.
+    """
+    for name, values in log.items():
+        filler: Any = math.nan
+        if name.endswith("timestamps"):
+            filler = time.time()
+        elif "dice" in name:
+            filler = [0.0] if name == "dice_per_class_or_region" else 0.0
+        while len(values) < epochs:
+            values.append(copy.copy(values[-1]) if values else filler)

@@ -1,0 +1,293 @@
+"""nnU-Net's trainer with the settings of a study, and checkpoints that a killed training goes on from exactly."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from torch._dynamo import OptimizedModule
+
+from nnunet_fed.coordinator.tracking import SiteTracker
+from nnunet_fed.errors import ConfigurationError, FederationError
+from nnunet_fed.exchange.payload import Array
+from nnunet_fed.methods.fedavg import site_weight
+from nnunet_fed.methods.tensors import load_arrays, shared_tensors, to_arrays
+from nnunet_fed.study.federation import PLANS_KEY, Federation, Site
+from nnunet_fed.trainers.parts import checkpoint
+from nnunet_fed.trainers.parts.lesion_report import evaluate_lesions
+from nnunet_fed.trainers.parts.training_record import logged_by
+
+DEBUG_VARIABLE = "nnUNet_fed_debug"
+THREADS_VARIABLE = "nnUNet_fed_threads"
+"""Number of torch's threads; stock nnU-Net takes every core for each process on the CPU."""
+SKIP_VALIDATION_VARIABLE = "nnUNet_fed_skip_validation"
+
+
+@contextmanager
+def sentences_for_users() -> Iterator[None]:
+    """End the process with the error's sentence instead of a traceback, unless ``nnUNet_fed_debug`` is set."""
+    try:
+        yield
+    except FederationError as error:
+        if os.environ.get(DEBUG_VARIABLE):
+            raise
+        raise SystemExit(f"Error: {error}") from None
+
+
+def own_site(study: Federation, fold: int | str) -> Site:
+    """This site's settings.
+
+    Raises:
+        ConfigurationError: site.toml is missing or wrong, or the fold is not the one that this site trains.
+    """
+    site = Site.from_environment()
+    if fold not in (study.fold, "all", site.fold):
+        raise ConfigurationError(
+            f"The study trains fold {study.fold}, this command fold {fold}. Train fold {study.fold} or 'all', or "
+            f"set 'fold = {fold}' in site.toml."
+        )
+    return site
+
+
+def _all_in(transform: Any) -> Iterator[Any]:
+    """A transform, and those that it is made of."""
+    yield transform
+    for part in (*getattr(transform, "transforms", ()), getattr(transform, "transform", None)):
+        if part is not None:
+            yield from _all_in(part)
+
+
+class StudyTrainer(nnUNetTrainer):
+    """What a federated trainer is without the other sites.
+
+    What is exchanged is saved before it is sent: ``checkpoint_latest.pth`` first holds the state *before* the exchange,
+    so that a killed training contributes the same bytes again (rule 2 of the protocol), then the state after the epoch.
+    """
+
+    method: ClassVar[str]
+    """Name of the method, as in the study's table."""
+    PREDICTED_AS: ClassVar[str] = nnUNetTrainer.__name__
+    """The trainer that checkpoints name: the one whose network it is. The stock one predicts without nnunet_fed."""
+
+    current_epoch: int
+
+    def __init__(
+        self,
+        plans: dict[str, Any],
+        configuration: str,
+        fold: int,
+        dataset_json: dict[str, Any],
+        device: torch.device = torch.device("cuda"),  # noqa: B008 (nnU-Net's own signature, which it inspects)
+    ):
+        with sentences_for_users():
+            self.study = self._study_of(plans)
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.initial_lr = self.study.initial_lr
+        self.num_iterations_per_epoch = self.study.iterations_per_epoch
+        self.num_val_iterations_per_epoch = self.study.val_iterations_per_epoch
+        self.num_epochs = self.study.epochs
+        self.save_every = self.study.local_epochs
+        if self.device.type == "cpu" and os.environ.get(THREADS_VARIABLE):
+            torch.set_num_threads(int(os.environ[THREADS_VARIABLE]))
+        self.tracker: SiteTracker | None = None
+        self._training_cases = 0
+        self._attempt: int | None = None
+        self._resumed: dict[str, Any] | None = None
+        self._pending: list[dict[str, Any]] | None = None
+        self._next_epoch = 0
+        with sentences_for_users():
+            self.configure_study()
+
+    def configure_study(self) -> None:
+        """Take what the trainer needs from the study, at the end of construction; raises :class:`FederationError`."""
+
+    def _study_of(self, plans: dict[str, Any]) -> Federation:
+        name = plans.get("plans_name")
+        if PLANS_KEY not in plans:
+            raise ConfigurationError(
+                f"The plans '{name}' were not made for a federation. Run 'nnunet_fed plan_and_preprocess' and train "
+                "with the plans that it names, for example -p nnUNetFedPlans."
+            )
+        study = Federation.model_validate(plans[PLANS_KEY]["study"])
+        if study.method.name != self.method:
+            raise ConfigurationError(
+                f"The plans '{name}' were made for the method '{study.method.name}', {type(self).__name__} does "
+                f"'{self.method}'. Use the trainer of that method, or plan for another study."
+            )
+        return study
+
+    # ------------------------------------------------------------------------------------------- for the methods
+
+    def method_state(self) -> dict[str, Any]:
+        """The method's own state, for the checkpoint; part of what a resumed training must have to send the same."""
+        return {}
+
+    def load_method_state(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`method_state`; the network and the optimizer are restored already."""
+
+    @staticmethod
+    def bare(network: torch.nn.Module) -> torch.nn.Module:
+        """A network without the wrappers of ``DistributedDataParallel`` and ``torch.compile``."""
+        if isinstance(network, torch.nn.parallel.DistributedDataParallel):
+            network = network.module
+        return network._orig_mod if isinstance(network, OptimizedModule) else network
+
+    @property
+    def shared_network(self) -> torch.nn.Module:
+        """The network whose tensors the sites share: the one that is trained, unless a method has another."""
+        return self.bare(self.network)
+
+    def shared(self) -> dict[str, torch.Tensor]:
+        """The tensors that this site shares, by name."""
+        return shared_tensors(self.shared_network)
+
+    def shared_arrays(self) -> dict[str, Array]:
+        """The tensors that this site shares, as arrays."""
+        return to_arrays(self.shared())
+
+    def load_shared(self, arrays: dict[str, Array]) -> None:
+        """Take received tensors into the network, in place."""
+        load_arrays(self.shared(), arrays)
+
+    @property
+    def site_weight(self) -> float:
+        """This site's weight in a mean."""
+        return site_weight(self.study.weighting, self._training_cases)
+
+    @property
+    def initial_seed(self) -> int:
+        """From which the network is built and everything else is drawn."""
+        return self.study.seed
+
+    # ------------------------------------------------------------------------------------------- nnU-Net's hooks
+
+    def initialize(self) -> None:
+        """Build the network from the study's seed."""
+        checkpoint.seed_everything(self.initial_seed + self.local_rank)
+        super().initialize()
+
+    def configure_optimizers(self) -> Any:
+        """nnU-Net's optimizer and schedule, with the study's momentum."""
+        optimizer, schedule = super().configure_optimizers()
+        for group in optimizer.param_groups:
+            group["momentum"] = self.study.momentum
+        return optimizer, schedule
+
+    @staticmethod
+    def get_training_transforms(*arguments: Any, **options: Any) -> Any:
+        """nnU-Net's augmentation, the same whenever it is repeated (rule 7 of the protocol).
+
+        nnU-Net's blur takes the faster of two ways by a stopwatch, and their results differ in the last bits. Here it
+        takes the direct one, which is the faster one for nnU-Net's kernels of at most 7 voxels.
+        """
+        transforms = nnUNetTrainer.get_training_transforms(*arguments, **options)
+        for transform in _all_in(transforms):
+            if isinstance(transform, GaussianBlurTransform):
+                transform.benchmark = False
+        return transforms
+
+    def on_train_start(self) -> None:
+        """nnU-Net's start, then TensorBoard if site.toml asks for it: its thread must not be there at a fork."""
+        super().on_train_start()
+        going_on = self.current_epoch < self.num_epochs  # a finished training needs no site.toml
+        if self.local_rank == 0 and going_on and Site.from_environment().tensorboard:
+            self.tracker = SiteTracker(Path(self.output_folder), self.current_epoch)
+            self.logger.loggers.append(self.tracker)
+
+    def get_tr_and_val_datasets(self) -> Any:
+        """nnU-Net's data sets; notes the number of training cases.
+
+        Raises:
+            ConfigurationError: there is no training or no validation case.
+        """
+        training, validation = super().get_tr_and_val_datasets()
+        for kind, cases in (("training", training), ("validation", validation)):
+            if not cases.identifiers:
+                raise ConfigurationError(
+                    f"Fold {self.fold} has no {kind} case. Correct splits_final.json in "
+                    f"{self.preprocessed_dataset_folder_base}, or train fold 'all', which validates on all cases."
+                )
+        self._training_cases = len(training.identifiers)
+        return training, validation
+
+    def save_checkpoint(self, filename: str) -> None:
+        """nnU-Net's checkpoint with our state added; it replaces an older one only once it is complete."""
+        state = {
+            "attempt": self._attempt if self._resumed is None else self._resumed["attempt"],
+            "pending": self._pending,
+            "next_epoch": self._next_epoch,
+            "random": checkpoint.random_states(),
+            "method": self.method_state(),
+        }
+        self.save_for_prediction(filename, {checkpoint.FEDERATION: state})
+
+    def save_for_prediction(self, filename: str, additions: dict[str, Any] | None = None) -> None:
+        """nnU-Net's checkpoint of the current network.
+
+        It names the trainer :attr:`PREDICTED_AS`.
+
+        Args:
+            filename: replaced once the new file is complete.
+            additions: further entries.
+        """
+        if self.local_rank != 0 or self.disable_checkpointing:
+            super().save_checkpoint(filename)
+            return
+        part = Path(filename + ".part")
+        super().save_checkpoint(str(part))
+        checkpoint.amend(part, Path(filename), {**(additions or {}), "trainer_name": self.PREDICTED_AS})
+
+    def load_checkpoint(self, filename_or_checkpoint: Any) -> None:
+        """nnU-Net's checkpoint and our state; the random states wait until the training has started."""
+        super().load_checkpoint(filename_or_checkpoint)
+        state = checkpoint.federation_state(Path(filename_or_checkpoint))
+        if state is None:
+            return
+        self._resumed = state
+        self._pending = state["pending"]
+        self._next_epoch = state["next_epoch"]
+        if self._pending is not None:
+            for values in self.logger.get_checkpoint().values():
+                del values[self.current_epoch :]
+        self.load_method_state(state["method"])
+
+    @property
+    def skips_validation(self) -> bool:
+        """Whether who started the command wants no validation."""
+        return bool(os.environ.get(SKIP_VALIDATION_VARIABLE))
+
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        """:meth:`validate`, unless it is to be skipped."""
+        if self.skips_validation:
+            self.print_to_log_file(f"Validation is skipped, since {SKIP_VALIDATION_VARIABLE} is set.")
+            self._stop_tracking()
+            return
+        with sentences_for_users(), logged_by(self.print_to_log_file):
+            self.validate(save_probabilities)
+        self._stop_tracking()
+
+    def _stop_tracking(self) -> None:
+        if self.tracker is not None:
+            self.logger.loggers.remove(self.tracker)
+            self.tracker.close()
+            self.tracker = None
+
+    def validate(self, save_probabilities: bool) -> None:
+        """nnU-Net's validation of :attr:`network`, then the same by lesion size."""
+        super().perform_actual_validation(save_probabilities)
+        evaluate_lesions(self)
+
+    def _save_pending(self, train_outputs: list[dict[str, Any]]) -> None:
+        """Save the state before the exchange, as of an epoch that is not over."""
+        self._pending = train_outputs
+        self.current_epoch -= 1  # nnU-Net writes the number of the next epoch
+        try:
+            self.save_checkpoint(str(Path(self.output_folder) / "checkpoint_latest.pth"))
+        finally:
+            self.current_epoch += 1

@@ -1,0 +1,97 @@
+"""Call a coordinator until it answers: what another try may mend, and how long to try."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections import deque
+from collections.abc import Callable
+from datetime import datetime
+from typing import TypeVar
+
+import grpc
+
+from nnunet_fed.errors import RefusedError, UnreachableError
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+REFUSALS = {
+    grpc.StatusCode.FAILED_PRECONDITION,
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.PERMISSION_DENIED,
+    grpc.StatusCode.UNAUTHENTICATED,
+    grpc.StatusCode.UNIMPLEMENTED,
+    grpc.StatusCode.NOT_FOUND,
+}
+"""Answers that another try would not change."""
+
+PAUSES = (0.2, 30.0)
+"""First and longest pause between two tries, in seconds."""
+
+
+SURE = 3
+"""So many tries in a row must fail for the same reason before it is taken for one that stays."""
+
+
+class DamagedError(Exception):
+    """A download did not match its digest."""
+
+
+def insist(
+    function: Callable[[], T],
+    patience: float,
+    address: str,
+    jitter: random.Random,
+    reached: Callable[[], int] = lambda: 0,
+    diagnose: Callable[[], str | None] = lambda: None,
+) -> T:
+    """Try until an answer comes or the patience ends, with growing, jittered pauses.
+
+    Args:
+        function: the call.
+        patience: seconds from the first failure, or from the last that had brought a transfer further than any before.
+            A call may take longer than that, or wake in a process that was suspended: it is tried again nevertheless.
+        address: the coordinator's, for what the user reads.
+        jitter: source of the pauses' jitter.
+        reached: how far a transfer has come. It may fall back, to where the bytes arrived. A try that brought it
+            further than any before is not a failure: patience and pauses begin anew.
+        diagnose: asked for a reason that lasts (:func:`nnunet_fed.transport.channel.tls.diagnose`) when nobody answers.
+
+    Raises:
+        RefusedError: the coordinator refuses; its text says why.
+        UnreachableError: no answer within the patience, or none to be expected.
+    """
+    end: float | None = None
+    pause, furthest, told = PAUSES[0], reached(), ""
+    reasons: deque[str | None] = deque(maxlen=SURE)
+    while True:
+        try:
+            return function()
+        except (grpc.RpcError, DamagedError, ValueError) as error:
+            code = error.code() if isinstance(error, grpc.RpcError) else grpc.StatusCode.DATA_LOSS
+            details = str(error.details()) if isinstance(error, grpc.RpcError) else "a transfer was damaged"
+            if code in REFUSALS:
+                raise RefusedError(details) from None
+            reasons.append(diagnose() if code == grpc.StatusCode.UNAVAILABLE else None)
+            full = code == grpc.StatusCode.RESOURCE_EXHAUSTED
+            trouble = f"takes nothing more at present: {details}" if full else f"does not answer ({details})"
+            now = reached()
+            if end is None or now > furthest:
+                end, pause, furthest = time.monotonic() + patience, PAUSES[0], max(now, furthest)
+            remaining = end - time.monotonic()
+            if reasons[-1] is not None and (remaining <= 0 or reasons.count(reasons[-1]) == SURE):
+                raise UnreachableError(reasons[-1]) from None
+            if remaining <= 0:
+                raise UnreachableError(
+                    f"The coordinator at {address} {trouble}; gave up after {patience / 60:g} minutes. "
+                    + ("" if full else "Is it running, and is the address in site.toml right?")
+                ) from None
+            if str(code) != told:
+                told = str(code)
+                until = datetime.fromtimestamp(time.time() + remaining).strftime("%Y-%m-%d %H:%M:%S")
+                logger.warning("the coordinator at %s %s; trying until %s", address, trouble, until)
+            time.sleep(min(remaining, pause * jitter.uniform(0.5, 1.0)))
+            pause = min(2 * pause, PAUSES[1])

@@ -1,0 +1,1 @@
+"""The coordinator's end: its services, its HTTP pages and its metrics."""

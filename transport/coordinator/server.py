@@ -1,0 +1,232 @@
+"""The coordinator on gRPC."""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import cast, get_args
+
+import grpc
+
+from nnunet_fed.coordinator.admission import Verb
+from nnunet_fed.coordinator.coordinator import Coordinator, Purpose, Verdict
+from nnunet_fed.coordinator.store import Collective
+from nnunet_fed.errors import ConfigurationError
+from nnunet_fed.exchange.payload import chunks
+from nnunet_fed.exchange.uploads import Upload
+from nnunet_fed.transport.channel.listener import Listener, Refusals, refuse
+from nnunet_fed.transport.channel.options import PROTOCOL, message_bytes
+from nnunet_fed.transport.channel.tls import KeyFiles, Keys
+from nnunet_fed.transport.channel.transfer import received
+from nnunet_fed.transport.channel.zero_copy_streams import serve
+from nnunet_fed.transport.coordinator.check_service import serve_checks
+from nnunet_fed.transport.coordinator.health import serve_health
+from nnunet_fed.transport.coordinator.metrics import Meter
+from nnunet_fed.transport.proto import federation_pb2 as pb
+from nnunet_fed.transport.proto.federation_pb2_grpc import CoordinatorServicer
+
+LONGEST_WAIT = 20.0
+"""Seconds for which one call may wait for a collective; the site then asks again. Short enough for any proxy."""
+
+
+class CoordinatorServer:
+    """Serve a coordinator.
+
+    Args:
+        coordinator: the state machine.
+        address: ``host:port``; port 0 takes a free one.
+        insecure: plain text, on a loopback address only; names are then believed.
+        keys: with which the coordinator shows who it is; whoever calls must show a certificate too.
+        revoked: file of the certificates that are no longer accepted (:mod:`nnunet_fed.certificates.deny_list`).
+        meter: counts calls and bytes.
+
+    Raises:
+        ConfigurationError: the address is in use, or not allowed without TLS; a file for it is missing or wrong.
+    """
+
+    def __init__(
+        self,
+        coordinator: Coordinator,
+        address: str,
+        insecure: bool = False,
+        keys: KeyFiles | None = None,
+        revoked: Path | None = None,
+        meter: Meter | None = None,
+    ):
+        if insecure == (keys is not None) or (insecure and revoked is not None):
+            raise ConfigurationError(
+                "Give either --cert, --key and --ca (and perhaps --revoked), with which the sites and the coordinator "
+                "show each other who they are ('nnunet_fed certs' makes these files), or --insecure, for this machine "
+                "only."
+            )
+        sites = coordinator.study.sites
+        self._coordinator = coordinator
+
+        def register(server: grpc.Server) -> None:
+            serve(_Service(coordinator), server)
+            serve_checks(coordinator, server)
+            serve_health(server)
+
+        self._listener = Listener(
+            address,
+            register,
+            sites,
+            f"is not a site of the study '{coordinator.study.name}'. Use the certificate of a site, or add the site to "
+            "federation.toml at the coordinator and restart it.",
+            keys,
+            lambda own: _check_certificate(own, sites),
+            revoked,
+            meter,
+            message_bytes(len(sites)),
+        )
+        self.address = self._listener.address
+
+    def start(self) -> None:
+        """Start to answer."""
+        self._listener.start()
+
+    def stop(self, grace: float = 20.0) -> None:
+        """Take no more calls, let running ones end for ``grace`` seconds, then stop. Who waits is sent away at once."""
+        self._listener.stop(grace, meanwhile=self._coordinator.drain)
+
+
+def _check_certificate(keys: Keys, sites: Sequence[str]) -> None:
+    if keys.owner.name in sites:
+        raise ConfigurationError(
+            f"{keys.files.certificate} is the certificate of site '{keys.owner.name}': the coordinator needs one of "
+            "its own ('nnunet_fed certs site DIR coordinator --host NAME')."
+        )
+
+
+class _Service(CoordinatorServicer):  # type: ignore[misc]
+    def __init__(self, coordinator: Coordinator):
+        self._coordinator = coordinator
+        self._message_bytes = message_bytes(len(coordinator.study.sites))
+
+    def Join(self, request: pb.JoinRequest, context: grpc.ServicerContext) -> pb.JoinReply:  # noqa: N802
+        if request.protocol != PROTOCOL:
+            refuse(
+                context,
+                f"Site '{request.site}' speaks version {request.protocol} of the protocol, the coordinator version "
+                f"{PROTOCOL}. Install the same version of nnunet_fed everywhere.",
+            )
+        with Refusals(context, "The coordinator's disk"):
+            if request.purpose not in get_args(Purpose):
+                refuse(context, f"A run cannot be for {request.purpose!r}.")
+            seat = self._coordinator.join(
+                request.site,
+                cast(Purpose, request.purpose),
+                request.digest,
+                request.configuration,
+                request.trainer,
+                request.fresh,
+            )
+            return pb.JoinReply(run=seat["run"], attempt=seat["attempt"], study=json.dumps(seat["study"]))
+
+    def Offer(self, request: pb.OfferRequest, context: grpc.ServicerContext) -> pb.OfferReply:  # noqa: N802
+        with Refusals(context, "The coordinator's disk"):
+            verdict = self._offer(request, context)
+            position = self._coordinator.spool.position(_upload(request)) if verdict == "send" else 0
+            return pb.OfferReply(verdict=verdict, position=position)
+
+    def _offer(self, offer: pb.OfferRequest, context: grpc.ServicerContext) -> Verdict:
+        if offer.verb not in get_args(Verb):
+            refuse(context, f"There is no verb {offer.verb!r}.")
+        return self._coordinator.offer(
+            offer.run, offer.key, offer.site, cast(Verb, offer.verb), offer.weight, offer.digest, offer.size
+        )
+
+    def Upload(  # noqa: N802
+        self, requests: Iterator[pb.UploadChunk | memoryview], context: grpc.ServicerContext
+    ) -> pb.OfferReply:
+        with Refusals(context, "The coordinator's disk"):
+            first = next(requests, None)
+            if not isinstance(first, pb.UploadChunk):
+                refuse(context, "An upload begins with an offer.", grpc.StatusCode.INVALID_ARGUMENT)
+            offer, started = first.offer, time.monotonic()
+            verdict = self._offer(offer, context)
+            if verdict != "send":
+                return pb.OfferReply(verdict=verdict)
+            payload = self._receive(offer, requests, context)
+            verdict = self._coordinator.accept(
+                offer.run, offer.key, offer.site, cast(Verb, offer.verb), offer.weight, offer.digest, payload,
+                time.monotonic() - started,
+            )  # fmt: skip
+            return pb.OfferReply(verdict=verdict)
+
+    def _receive(
+        self, offer: pb.OfferRequest, requests: Iterator[pb.UploadChunk | memoryview], context: grpc.ServicerContext
+    ) -> Path:
+        payload = received(self._coordinator.spool, _upload(offer), offer.position, requests)
+        if payload is None:
+            text = f"The upload of '{offer.key}' did not arrive as it was offered."
+            refuse(context, text, grpc.StatusCode.DATA_LOSS)
+        return payload
+
+    def Result(  # noqa: N802
+        self, request: pb.ResultRequest, context: grpc.ServicerContext
+    ) -> Iterator[pb.ResultChunk | memoryview]:
+        with Refusals(context, "The coordinator's disk"):
+            seconds = min(max(request.wait_seconds, 0.0), LONGEST_WAIT) if math.isfinite(request.wait_seconds) else 0.0
+            collective = self._coordinator.wait(request.run, request.key, seconds)
+            if collective is None:
+                refuse(context, f"Nobody has contributed to '{request.key}'.", grpc.StatusCode.NOT_FOUND)
+            header, result = self._header(collective, request.site), memoryview(b"")
+            if collective.status == "closed":
+                try:
+                    with self._coordinator.result_file(collective).open("rb") as file:
+                        result = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+                except FileNotFoundError:  # deleted since
+                    header.status = "pruned"
+                if request.digest == collective.digest and request.position <= len(result):
+                    header.position = request.position
+            yield pb.ResultChunk(header=header)
+            for chunk in chunks([result[header.position :]], self._message_bytes):
+                yield memoryview(chunk)
+            self._coordinator.closing.wait_until_saved(collective)
+
+    def _header(self, collective: Collective, site: str) -> pb.ResultHeader:
+        waiting = collective.status == "open"
+        missing = self._coordinator.closing.missing(collective) if waiting else []
+        return pb.ResultHeader(
+            status=collective.status,
+            digest=collective.digest or "",
+            size=collective.size or 0,
+            error=collective.error or "",
+            missing=[self._coordinator.doing(site) for site in missing],
+            closes_at=self._coordinator.closing.closes_at(collective) if waiting else 0.0,
+            weights=self._coordinator.weights(collective),
+            wanted=site in missing,
+        )
+
+    def Newest(self, request: pb.NewestRequest, context: grpc.ServicerContext) -> pb.NewestReply:  # noqa: N802
+        with Refusals(context, "The coordinator's disk"):
+            return pb.NewestReply(key=self._coordinator.newest(request.run, request.name) or "")
+
+    def Report(self, request: pb.ReportRequest, context: grpc.ServicerContext) -> pb.Empty:  # noqa: N802
+        with Refusals(context, "The coordinator's disk"):
+            if request.progress:
+                try:
+                    self._coordinator.report(request.site, json.loads(request.progress))
+                except (ValueError, RecursionError):
+                    refuse(context, "A site's progress is JSON.", grpc.StatusCode.INVALID_ARGUMENT)
+            if request.note:
+                self._coordinator.note(request.run, request.site, request.note)
+            return pb.Empty()
+
+    def Leave(self, request: pb.LeaveRequest, context: grpc.ServicerContext) -> pb.Empty:  # noqa: N802
+        with Refusals(context, "The coordinator's disk"):
+            self._coordinator.leave(request.run, request.site, request.reason)
+            return pb.Empty()
+
+    def Status(self, request: pb.StatusRequest, context: grpc.ServicerContext) -> pb.StatusReply:  # noqa: N802
+        with Refusals(context, "The coordinator's disk"):
+            return pb.StatusReply(status=json.dumps(self._coordinator.status(request.record)))
+
+
+def _upload(offer: pb.OfferRequest) -> Upload:
+    return Upload(offer.run, offer.key, offer.site, offer.digest, offer.size)

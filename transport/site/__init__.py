@@ -1,0 +1,1 @@
+"""A site's end towards the coordinator."""
