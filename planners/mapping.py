@@ -13,8 +13,8 @@ import numpy.typing as npt
 from nnunetv2.paths import nnUNet_raw
 from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
 
-from nnunet_fed.datasets.split import link
 from nnunet_fed.errors import ConfigurationError
+from nnunet_fed.files import link
 from nnunet_fed.planners.dataset import RawDataset, find_dataset
 from nnunet_fed.planners.inspection import foreign_values, inspect, known_values
 from nnunet_fed.study.federation import digest_of

@@ -30,8 +30,8 @@ from nnunet_fed.certificates.x509 import (
     write_file,
     write_private_key,
 )
-from nnunet_fed.datasets.split import new_folder
 from nnunet_fed.errors import ConfigurationError
+from nnunet_fed.files import new_folder
 from nnunet_fed.study.federation import COORDINATOR, SITE_NAME
 
 AUTHORITY_DAYS = 3653

@@ -24,9 +24,9 @@ from rich.console import Console
 
 from nnunet_fed.comparison import pooled_data
 from nnunet_fed.comparison.pooled_data import Planned, fix_folds, pool
-from nnunet_fed.datasets.split import new_folder
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.evaluation.summary import result_table
+from nnunet_fed.files import new_folder
 from nnunet_fed.simulation.simulate import Simulation, simulate
 from nnunet_fed.study.federation import Federation, explain
 from nnunet_fed.study.labels import Sources

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nnunet_fed.datasets.split import link
 from nnunet_fed.errors import ConfigurationError
+from nnunet_fed.files import link
 from nnunet_fed.simulation.reuse_plans import plans_of
 from nnunet_fed.simulation.simulate import FOLDS, Place
 from nnunet_fed.study.federation import Federation

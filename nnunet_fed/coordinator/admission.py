@@ -5,23 +5,20 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
-from nnunet_fed.coordinator.store import Store, name_of
+from nnunet_fed.coordinator.store import Store
 from nnunet_fed.errors import RefusedError
-from nnunet_fed.exchange.payload import BLOCK, Array, Tensors, is_floating, layout_of, open_payload, schema_of
+from nnunet_fed.exchange.communicator import Verb
+from nnunet_fed.exchange.keys import MODEL, name_of
+from nnunet_fed.exchange.payload import Array, blocks, check_finite, is_floating, layout_of, open_payload, schema_of
 from nnunet_fed.study.federation import Federation
-
-Verb = Literal["mean", "sum", "gather"]
 
 LARGEST_VALUE = 1 << 26
 """Bytes of a sum's or a gathered value's payload. Those of a mean are bounded by the first one of their name."""
-MODEL = "model"
-"""Name of a round's last mean (rule 5 of the protocol), whose updates ``max_update_norm`` bounds."""
 RECENT = 5
 """Rounds over whose update norms the median is taken."""
 
@@ -47,27 +44,15 @@ def check_content(verb: Verb, path: Path) -> str | None:
     return json.dumps(schema_of(layout_of(tensors)), sort_keys=True)
 
 
-def check_finite(tensors: Tensors) -> None:
-    """Raise :class:`RefusedError` with the name of a tensor that holds an infinity or what is no number."""
-    for name, array in tensors.items():
-        if is_floating(array) and not all(np.isfinite(block).all() for block in _blocks(array)):
-            raise RefusedError(f"The tensor '{name}' holds a number that is not finite: a diverged training?")
-
-
 def _refuse_constant(constant: str) -> None:
     raise ValueError(constant)
-
-
-def _blocks(array: Array) -> Iterator[Array]:
-    flat = array.reshape(-1)
-    return (flat[start : start + BLOCK] for start in range(0, flat.size, BLOCK))
 
 
 def distance(one: Mapping[str, Array], other: Mapping[str, Array]) -> float:
     """L2 norm of the difference of two sets of tensors of equal names and shapes, in float64."""
     squared = 0.0
     for name, array in one.items():
-        for block, counterpart in zip(_blocks(array), _blocks(other[name]), strict=True):
+        for block, counterpart in zip(blocks(array), blocks(other[name]), strict=True):
             difference = block.astype(np.float64) - counterpart.astype(np.float64)
             squared += float(np.dot(difference, difference))
     return math.sqrt(squared)

@@ -13,14 +13,15 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-from nnunet_fed.coordinator.admission import Admission, QuarantinedError, Verb, check_content, distance
+from nnunet_fed.coordinator.admission import Admission, QuarantinedError, check_content, distance
 from nnunet_fed.coordinator.history import happened
 from nnunet_fed.coordinator.round_closer import Closing
 from nnunet_fed.coordinator.status import Tally, status_of
-from nnunet_fed.coordinator.store import Agreed, Collective, Contribution, Store, scope_of
+from nnunet_fed.coordinator.store import Agreed, Collective, Contribution, Store
 from nnunet_fed.coordinator.tracking import FederationTracker
 from nnunet_fed.errors import ConfigurationError, RefusedError
-from nnunet_fed.exchange.communicator import check_weight
+from nnunet_fed.exchange.communicator import Verb, check_weight
+from nnunet_fed.exchange.keys import KEY, LONGEST_KEY, scope_of
 from nnunet_fed.exchange.payload import open_payload
 from nnunet_fed.exchange.uploads import Spool
 from nnunet_fed.logs import about
@@ -28,8 +29,6 @@ from nnunet_fed.study.federation import Federation
 
 logger = logging.getLogger(__name__)
 
-KEY = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)+")
-LONGEST_KEY = 200
 KEY_PART = re.compile(r"[A-Za-z0-9_.-]{1,100}")
 DIGEST = re.compile(r"[0-9a-f]{32}")
 LONGEST_TEXT = 10_000

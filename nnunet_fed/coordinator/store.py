@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import sqlite3
 import time
@@ -16,6 +15,7 @@ from typing import Any
 import xxhash
 
 from nnunet_fed.errors import ConfigurationError
+from nnunet_fed.exchange.keys import name_of, scope_of
 
 FORMAT = 2
 """Version of the state directory's format."""
@@ -88,16 +88,6 @@ class Agreed:
 
     schema: str
     size: int
-
-
-def scope_of(key: str) -> str:
-    """The part of a key before the first slash."""
-    return key.partition("/")[0]
-
-
-def name_of(key: str) -> str:
-    """The part of a key after the first slash."""
-    return key.partition("/")[2]
 
 
 class Store:
@@ -287,13 +277,3 @@ class Store:
         """Where the result of a collective stands."""
         readable = re.sub(r"[^A-Za-z0-9_-]", "_", key)[:100]
         return self.results / f"{readable}.{xxhash.xxh3_64_hexdigest(json.dumps([run, key]).encode())}"
-
-
-def make_durable(path: Path) -> None:
-    """Have a file and its name on disk, not only in the system's memory."""
-    for each in (path, path.parent):
-        descriptor = os.open(each, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -14,9 +14,9 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from nnunet_fed.coordinator.admission import MODEL
 from nnunet_fed.coordinator.store import Collective, Store
 from nnunet_fed.errors import ConfigurationError
+from nnunet_fed.exchange.keys import MODEL
 
 FOLDER = "tensorboard"
 """Beside a site's checkpoints."""

@@ -19,8 +19,8 @@ from rich.progress import track
 from scipy.ndimage import gaussian_filter
 
 from nnunet_fed.datasets.phantom_bodies import LABELS, Anatomy, Floats, Organ, ellipsoid, labels_of
-from nnunet_fed.datasets.split import new_folder
 from nnunet_fed.errors import ConfigurationError
+from nnunet_fed.files import new_folder
 
 FIELD_OF_VIEW = 48.0
 """Edge of the imaged cube in mm, up to half a voxel."""

@@ -12,7 +12,6 @@ import json
 import logging
 import math
 import re
-import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from io import StringIO
@@ -24,6 +23,7 @@ import numpy as np
 from rich.progress import track
 
 from nnunet_fed.errors import ConfigurationError
+from nnunet_fed.files import link, new_folder
 from nnunet_fed.study.federation import SITE_NAME
 
 logger = logging.getLogger(__name__)
@@ -103,17 +103,6 @@ def split_at_random(
     cases = _shuffled(pool.files, f"assign {seed}")
     assigned = {f"site_{i}": cases[a:b] for i, (a, b) in enumerate(pairwise(edges), start=1)}
     return _write(pool, out, assigned, limit, seed)
-
-
-def new_folder(out: Path) -> None:
-    """Make ``out`` with its parents, or take it if it is empty; else raise :class:`ConfigurationError`."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        empty = not any(out.iterdir())
-    except OSError as error:
-        raise ConfigurationError(f"{out} cannot be made: {error.strerror}. Name another folder.") from None
-    if not empty:
-        raise ConfigurationError(f"{out} is not empty: name a new folder, or remove this one first.")
 
 
 @dataclass(frozen=True)
@@ -259,14 +248,3 @@ def _write_folds(path: Path, folds: list[dict[str, list[str]]], cases: set[str])
         _write_json(path, own)
     else:
         logger.warning("%s is left out: a fold has no training or no validation case of this site.", path)
-
-
-def link(source: Path, target: Path) -> None:
-    """Symbolic link to a file or folder, or a copy on a system or file system without."""
-    try:
-        target.symlink_to(source.resolve(), source.is_dir())
-    except (OSError, NotImplementedError):
-        if source.is_dir():
-            shutil.copytree(source, target)
-        else:
-            shutil.copy2(source, target)

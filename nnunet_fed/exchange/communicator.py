@@ -12,7 +12,7 @@ import math
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 
@@ -21,6 +21,8 @@ from nnunet_fed.exchange.payload import Array, Tensors, layout_of, schema_of
 from nnunet_fed.exchange.reduction import exact_sum, weighted_mean
 
 T = TypeVar("T")
+Verb = Literal["mean", "sum", "gather"]
+"""Kinds of collectives."""
 
 
 class Collectives(Protocol):

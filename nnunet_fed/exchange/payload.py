@@ -188,3 +188,16 @@ def open_payload(path: Path) -> dict[str, Array]:
 def is_floating(array: Array) -> bool:
     """Whether it holds floating-point numbers; NumPy does not count bfloat16 among them."""
     return bool(np.issubdtype(array.dtype, np.floating)) or array.dtype == BFLOAT16
+
+
+def blocks(array: Array) -> Iterator[Array]:
+    """Its elements in turn, :data:`BLOCK` at a time."""
+    flat = array.reshape(-1)
+    return (flat[start : start + BLOCK] for start in range(0, flat.size, BLOCK))
+
+
+def check_finite(tensors: Tensors) -> None:
+    """Raise :class:`RefusedError` with the name of a tensor that holds an infinity or what is no number."""
+    for name, array in tensors.items():
+        if is_floating(array) and not all(np.isfinite(block).all() for block in blocks(array)):
+            raise RefusedError(f"The tensor '{name}' holds a number that is not finite: a diverged training?")

@@ -27,7 +27,7 @@ from nnunet_fed.exchange.payload import (
     measure,
     open_payload,
 )
-from nnunet_fed.exchange.uploads import PARTIAL
+from nnunet_fed.files import PARTIAL
 
 THREADS = min(4, os.cpu_count() or 1)
 """Of a mean."""

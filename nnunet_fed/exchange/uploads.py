@@ -20,8 +20,8 @@ from typing import BinaryIO
 import xxhash
 
 from nnunet_fed.errors import NoRoomError
+from nnunet_fed.files import PARTIAL
 
-PARTIAL = ".part"
 OLDEST = 24 * 3600.0
 """Seconds without a byte after which a restart of the coordinator deletes a partial file."""
 UPLOADS = 2

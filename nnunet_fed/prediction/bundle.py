@@ -23,12 +23,11 @@ from nnunet_fed.methods.familiarity import Familiarity
 from nnunet_fed.methods.fedsm import GLOBAL
 from nnunet_fed.methods.selector import Selector, SelectorConfiguration
 from nnunet_fed.methods.selector_validation import SelectorValidation
+from nnunet_fed.prediction.checkpoint_files import FINAL_CHECKPOINT, GLOBAL_CHECKPOINT
 from nnunet_fed.study.federation import SITE_NAME, explain
 from nnunet_fed.study.method_tables import Table
 
 BUNDLE = "fedsm_bundle.json"
-FINAL_CHECKPOINT = "checkpoint_final.pth"
-GLOBAL_CHECKPOINT = "checkpoint_global.pth"
 SELECTOR_FILE = "fedsm_selector.pth"
 READ_BY_NNUNET = ("network_weights", "init_args", "trainer_name", "inference_allowed_mirroring_axes")
 

@@ -17,13 +17,12 @@ from nnunet_fed.methods.fedsm import GLOBAL, check_gamma
 from nnunet_fed.methods.selector import header_features
 from nnunet_fed.prediction.bundle import (
     BUNDLE,
-    FINAL_CHECKPOINT,
-    GLOBAL_CHECKPOINT,
     FoldBundle,
     load_tensors,
     read_bundle,
     verify_fold,
 )
+from nnunet_fed.prediction.checkpoint_files import FINAL_CHECKPOINT, GLOBAL_CHECKPOINT
 from nnunet_fed.prediction.routing import Router, RoutingLog
 
 ROUTING = "routing.json"

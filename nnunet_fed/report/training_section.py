@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from datetime import datetime, timezone
 from typing import Any
 
+from nnunet_fed.exchange.keys import MODEL
 from nnunet_fed.report.blocks import (
     NOTHING,
     Figure,
@@ -26,7 +27,6 @@ from nnunet_fed.report.gather import Run
 MOST_ROUNDS = 20
 """Rows of a table by round; of more rounds some are shown."""
 MOST_EVENTS = 200
-MODEL = "model"
 """The mean that ends a round (docs/protocol.md)."""
 
 

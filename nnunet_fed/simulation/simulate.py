@@ -22,9 +22,9 @@ from typing import Any, Literal
 from rich.console import Console
 
 from nnunet_fed.coordinator.watch import watch
-from nnunet_fed.datasets.split import new_folder
 from nnunet_fed.errors import ConfigurationError, FederationError, UnreachableError
 from nnunet_fed.evaluation.summary import lesion_table, result_table, site_summary, summarise
+from nnunet_fed.files import new_folder
 from nnunet_fed.processes import Process, Step, Worker, raise_first, signals_interrupt, stop, stop_workers
 from nnunet_fed.simulation.reuse_plans import DATASET, adopt, check_same_planning
 from nnunet_fed.study.federation import SITE_FILE_VARIABLE, Federation, Site

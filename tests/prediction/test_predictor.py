@@ -24,8 +24,6 @@ from nnunet_fed.methods.selector import Selector, SelectorConfiguration, draw_pa
 from nnunet_fed.methods.selector_validation import SelectorValidation
 from nnunet_fed.prediction.bundle import (
     BUNDLE,
-    FINAL_CHECKPOINT,
-    GLOBAL_CHECKPOINT,
     SELECTOR_FILE,
     ValidationDice,
     load_tensors,
@@ -35,6 +33,7 @@ from nnunet_fed.prediction.bundle import (
     write_fold,
     write_selector,
 )
+from nnunet_fed.prediction.checkpoint_files import FINAL_CHECKPOINT, GLOBAL_CHECKPOINT
 from nnunet_fed.prediction.predictor import ROUTING, SuperModelPredictor
 
 SITES = ("a", "b", "c")

@@ -25,6 +25,7 @@ from nnunet_fed.preflight import site_checks as checks
 from nnunet_fed.preflight.site_checks import Finding, State
 from nnunet_fed.simulation.simulate import plugin_folder
 from nnunet_fed.study.federation import PLANS_KEY, SITE_FILE_VARIABLE, Federation
+from nnunet_fed.transport.channel.noise import noise
 from nnunet_fed.transport.channel.tls import KeyFiles
 from nnunet_fed.transport.coordinator import check_service
 from nnunet_fed.transport.proto import check_pb2 as pb
@@ -227,7 +228,7 @@ def test_who_is_not_a_site_may_not_check(serve: Serve, authority: Authority) -> 
                 ),
             ]
             if name != "a":  # noise says no name
-                calls.append(lambda stub=stub: stub.Send(check_service.noise(9), timeout=10))
+                calls.append(lambda stub=stub: stub.Send(noise(9), timeout=10))
             for call in calls:
                 with pytest.raises(grpc.RpcError, match="PERMISSION_DENIED"):
                     call()
@@ -255,7 +256,7 @@ def test_more_than_a_check_may_send(serve: Serve) -> None:
     with grpc.insecure_channel(served.server.address) as channel:
         stub = CheckStub(channel)
         for call in (
-            lambda: stub.Send(check_service.noise(too_much), timeout=60),
+            lambda: stub.Send(noise(too_much), timeout=60),
             lambda: list(stub.Receive(pb.NoiseRequest(site="a", size=too_much), timeout=60)),
         ):
             with pytest.raises(grpc.RpcError, match="INVALID_ARGUMENT"):

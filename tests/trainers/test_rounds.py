@@ -13,10 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from nnunetv2.training.logging.nnunet_logger import MetaLogger
 
-from nnunet_fed.coordinator.coordinator import KEY
-from nnunet_fed.coordinator.store import scope_of
 from nnunet_fed.errors import DisagreementError, NoContributionError
 from nnunet_fed.exchange.communicator import Array, LocalCommunicator, LocalFederation
+from nnunet_fed.exchange.keys import KEY, scope_of
 from nnunet_fed.trainers.parts import checkpoint
 from nnunet_fed.trainers.parts.rounds import START, common_start, pad_log, require_agreement, round_of, scope_of_round
 

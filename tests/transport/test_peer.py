@@ -28,7 +28,7 @@ from recording_proxy import RecordingProxy
 from nnunet_fed.certificates.authority import Authority
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.exchange.payload import CHUNK, Tensors, encode, measure, open_payload
-from nnunet_fed.exchange.uploads import PARTIAL
+from nnunet_fed.files import PARTIAL
 from nnunet_fed.gossip import mailbox as mailbox_module
 from nnunet_fed.gossip.mailbox import Letter, Mailbox, State, described
 from nnunet_fed.gossip.schedule import Schedule, Version

@@ -24,7 +24,8 @@ from nnunet_fed.coordinator.coordinator import Coordinator
 from nnunet_fed.coordinator.store import Store
 from nnunet_fed.errors import ConfigurationError, DeadlineError, RefusedError, UnreachableError
 from nnunet_fed.exchange.payload import CHUNK, Tensors, encode, measure
-from nnunet_fed.exchange.uploads import OLDEST, PARTIAL, InterruptedUploadError, Upload
+from nnunet_fed.exchange.uploads import OLDEST, InterruptedUploadError, Upload
+from nnunet_fed.files import PARTIAL
 from nnunet_fed.transport.channel.options import SMALLEST_MESSAGE, UNDER_WAY, message_bytes
 from nnunet_fed.transport.channel.transfer import Outbound
 from nnunet_fed.transport.channel.zero_copy_streams import reader, write

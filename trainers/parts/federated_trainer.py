@@ -17,7 +17,10 @@ from nnunet_fed.errors import (
     DisagreementError,
     RoundClosedError,
 )
+from nnunet_fed.exchange import keys
+from nnunet_fed.files import PARTIAL
 from nnunet_fed.methods.tensors import digest_of_tensors
+from nnunet_fed.prediction.checkpoint_files import FINAL_CHECKPOINT, GLOBAL_CHECKPOINT
 from nnunet_fed.study.federation import Federation, Site
 from nnunet_fed.trainers.parts import checkpoint
 from nnunet_fed.trainers.parts.coordinator_session import Membership
@@ -39,7 +42,7 @@ class FederatedTrainer(StudyTrainer):
     nnU-Net; the study comes from the plans. Prediction and ``--val`` need no network and no coordinator.
     """
 
-    MODEL: ClassVar[str] = "model"
+    MODEL: ClassVar[str] = keys.MODEL
     """Name of the mean that a late site continues from, in every scope."""
 
     communicator: RankZeroSeat
@@ -192,9 +195,9 @@ class FederatedTrainer(StudyTrainer):
 
     def save_models(self, folder: Path) -> None:
         """Write what a site has besides ``checkpoint_final.pth``: the global model, which is the same one here."""
-        part = folder / "checkpoint_global.pth.part"
-        shutil.copyfile(folder / "checkpoint_final.pth", part)
-        part.replace(folder / "checkpoint_global.pth")
+        part = folder / f"{GLOBAL_CHECKPOINT}{PARTIAL}"
+        shutil.copyfile(folder / FINAL_CHECKPOINT, part)
+        part.replace(folder / GLOBAL_CHECKPOINT)
 
     def _leave(self) -> None:
         if self._membership is not None:

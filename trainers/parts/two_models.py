@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from nnunet_fed.methods.tensors import load_arrays, shared_tensors
-from nnunet_fed.prediction.bundle import GLOBAL_CHECKPOINT
+from nnunet_fed.prediction.checkpoint_files import GLOBAL_CHECKPOINT
 from nnunet_fed.trainers.parts.federated_trainer import FederatedTrainer
 from nnunet_fed.trainers.parts.further_validation import validate_below
 

@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import grpc
 from google.protobuf.message import Message
+from grpc_health.v1.health import SERVICE_NAME as HEALTH
 
 from nnunet_fed.certificates.deny_list import DenyList
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.study.federation import COORDINATOR, WATCHER
-from nnunet_fed.transport.coordinator.health import CHECK as HEALTH_CHECK
 
 if TYPE_CHECKING:
     from nnunet_fed.certificates.x509 import Certificate  # it imports a library that plain text does not need
 
 logger = logging.getLogger(__name__)
 
-READING = {"/nnunet_fed.v1.Coordinator/Status", HEALTH_CHECK}
+READING = {"/nnunet_fed.v1.Coordinator/Status", f"/{HEALTH}/Check"}
 """The methods that :data:`COORDINATOR` and :data:`WATCHER` may call too."""
 
 

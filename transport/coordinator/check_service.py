@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterator
 
@@ -12,20 +11,13 @@ import grpc
 from nnunet_fed import __version__
 from nnunet_fed.coordinator.coordinator import Coordinator
 from nnunet_fed.errors import FederationError
-from nnunet_fed.exchange.payload import CHUNK
+from nnunet_fed.transport.channel.noise import noise
 from nnunet_fed.transport.channel.options import PROTOCOL
 from nnunet_fed.transport.proto import check_pb2 as pb
 from nnunet_fed.transport.proto.check_pb2_grpc import CheckServicer, add_CheckServicer_to_server
 
 MOST_NOISE = 64 * 2**20
 """Bytes that one call may send, or ask for."""
-
-
-def noise(size: int) -> Iterator[pb.Noise]:
-    """Random bytes, which no line on the way can compress, in messages of at most :data:`CHUNK` bytes."""
-    block = os.urandom(min(size, CHUNK))
-    for start in range(0, size, CHUNK):
-        yield pb.Noise(data=block[: size - start])
 
 
 class CheckService(CheckServicer):  # type: ignore[misc]

@@ -5,8 +5,6 @@ from __future__ import annotations
 import grpc
 from grpc_health.v1 import health, health_pb2_grpc
 
-CHECK = f"/{health.SERVICE_NAME}/Check"
-
 
 class HealthService(health.HealthServicer):  # type: ignore[misc]
     """The library's, but for ``Watch``: each watcher would hold one of the server's threads for ever."""

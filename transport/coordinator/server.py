@@ -12,10 +12,10 @@ from typing import cast, get_args
 
 import grpc
 
-from nnunet_fed.coordinator.admission import Verb
 from nnunet_fed.coordinator.coordinator import Coordinator, Purpose, Verdict
 from nnunet_fed.coordinator.store import Collective
 from nnunet_fed.errors import ConfigurationError
+from nnunet_fed.exchange.communicator import Verb
 from nnunet_fed.exchange.payload import chunks
 from nnunet_fed.exchange.uploads import Upload
 from nnunet_fed.transport.channel.listener import Listener, Refusals, refuse

@@ -13,9 +13,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from types import MappingProxyType
 
-from nnunet_fed.coordinator.admission import check_finite
 from nnunet_fed.errors import RefusedError
-from nnunet_fed.exchange.payload import open_payload
+from nnunet_fed.exchange.payload import check_finite, open_payload
 from nnunet_fed.exchange.uploads import Spool, Upload
 from nnunet_fed.gossip.mailbox import Letter, Mailbox, State, described
 from nnunet_fed.gossip.schedule import Version, judge

@@ -13,9 +13,8 @@ from typing import Any, TypeVar
 
 import grpc
 
-from nnunet_fed.coordinator.admission import Verb
 from nnunet_fed.errors import DeadlineError, NoContributionError, RefusedError, RoundClosedError
-from nnunet_fed.exchange.communicator import check_weight
+from nnunet_fed.exchange.communicator import Verb, check_weight
 from nnunet_fed.exchange.outgoing_log import Outgoing, array_entry, tensors_entry, value_entry
 from nnunet_fed.exchange.payload import Array, Tensors, decode, encode
 from nnunet_fed.exchange.precision import narrow, widen

@@ -13,6 +13,7 @@ from nnunet_fed.errors import ConfigurationError, RefusedError
 from nnunet_fed.exchange.outgoing_log import Outgoing
 from nnunet_fed.preflight.site_checks import Finding, State
 from nnunet_fed.study.federation import Site
+from nnunet_fed.transport.channel.noise import noise
 from nnunet_fed.transport.channel.options import PROTOCOL
 from nnunet_fed.transport.channel.proxy import VARIABLES, proxy_for
 from nnunet_fed.transport.channel.retry import insist
@@ -26,7 +27,6 @@ from nnunet_fed.transport.channel.tls import (
     host_and_port,
     open_channel,
 )
-from nnunet_fed.transport.coordinator.check_service import noise
 from nnunet_fed.transport.proto import check_pb2 as pb
 from nnunet_fed.transport.proto.check_pb2_grpc import CheckStub
 
