@@ -1,4 +1,4 @@
-"""Log lines that a machine can read: a JSON object each, with run, round, key and site where there are any."""
+"""What is logged for machines: lines of JSON with run, round, key and site, and scalars for TensorBoard."""
 
 from __future__ import annotations
 
@@ -6,10 +6,15 @@ import json
 import logging
 import re
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
+
+from nnunet_fed.errors import ConfigurationError
 
 FIELDS = ("run", "round", "key", "site")
 ROUND = re.compile(r"round-(\d+)")
+FLUSH_SECONDS = 10
+"""What is lost of TensorBoard's scalars at most if the process is killed."""
 
 
 def about(run: str | None = None, key: str | None = None, site: str | None = None) -> dict[str, Any]:
@@ -36,3 +41,24 @@ def log_as_json() -> None:
     """Let all handlers of the root logger write JSON lines."""
     for handler in logging.getLogger().handlers:
         handler.setFormatter(JsonLines())
+
+
+def open_tensorboard(folder: Path, purge_step: int | None = None) -> Any:
+    """A writer of TensorBoard's scalars.
+
+    Args:
+        folder: for the event files.
+        purge_step: TensorBoard hides what earlier files hold from this step on, as after a continued training.
+
+    Raises:
+        ConfigurationError: tensorboardX is not installed.
+    """
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        raise ConfigurationError(
+            "TensorBoard scalars are asked for, but tensorboardX is not installed: install it with 'pip install "
+            "nnunet_fed[tensorboard]', or take 'tensorboard = true' out of site.toml (at the coordinator: leave out "
+            "--tensorboard)."
+        ) from None
+    return SummaryWriter(str(folder), purge_step=purge_step, flush_secs=FLUSH_SECONDS)

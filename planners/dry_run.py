@@ -14,7 +14,8 @@ from nnunet_fed.exchange.communicator import LocalCommunicator, LocalFederation
 from nnunet_fed.exchange.outgoing_log import FILE, Outgoing, array_entry, value_entry
 from nnunet_fed.exchange.payload import Array, encode, measure
 from nnunet_fed.planners.planning import DESCRIPTIONS, agree
-from nnunet_fed.study.federation import Federation, Site, canonical_json
+from nnunet_fed.study.federation import Federation, canonical_json
+from nnunet_fed.study.site import Site
 
 INDEPENDENT = (DESCRIPTIONS,)
 """Keys of what a site sends whatever the others answer."""

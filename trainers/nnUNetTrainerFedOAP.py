@@ -15,8 +15,9 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.methods.fedoap import FedOAPArchitecture, is_private, wrap_network
 from nnunet_fed.methods.perturbed_boundary import PerturbedBoundaryLoss, with_perturbed_boundary
-from nnunet_fed.study.federation import PLANS_KEY, Federation, Site
+from nnunet_fed.study.federation import PLANS_KEY, Federation
 from nnunet_fed.study.method_tables import FedOAP
+from nnunet_fed.study.site import Site
 from nnunet_fed.trainers.nnUNetTrainerFedAvg import nnUNetTrainerFedAvg
 from nnunet_fed.trainers.parts.checkpoint import network_weights
 from nnunet_fed.trainers.parts.study_trainer import sentences_for_users

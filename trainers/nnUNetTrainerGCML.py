@@ -22,7 +22,8 @@ from nnunet_fed.gossip.mailbox import Letter, State, described
 from nnunet_fed.gossip.schedule import Candidate, Version, kept, merged, uniform
 from nnunet_fed.methods.tensors import digest_of_tensors, load_arrays, shared_tensors, to_arrays
 from nnunet_fed.processes import Process, Step
-from nnunet_fed.study.federation import Site, digest_of
+from nnunet_fed.study.federation import digest_of
+from nnunet_fed.study.site import Site
 from nnunet_fed.trainers.gossip.gossip_session import Correspondence, Standing
 from nnunet_fed.trainers.gossip.mutual_learning import MutualTrainer
 from nnunet_fed.trainers.gossip.patch_dice import foreground_dice

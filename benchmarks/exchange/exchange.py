@@ -94,7 +94,8 @@ def site_process(
     settings: dict[str, Any], study: dict[str, Any], shapes: dict[str, tuple[int, ...]], rounds: int, results: Any
 ) -> None:
     """Take part in all rounds; puts the name, a list of (start, end) and the bytes of a round into the queue."""
-    from nnunet_fed.study.federation import Federation, Site
+    from nnunet_fed.study.federation import Federation
+    from nnunet_fed.study.site import Site
     from nnunet_fed.transport.site.client import GrpcCommunicator
 
     seat, name = GrpcCommunicator(Site(connect_minutes=1, **settings)), settings["name"]

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 from rich.table import Table
 
-from nnunet_fed.study.federation import Site
+from nnunet_fed.study.site import Site
 from nnunet_fed.transport.site.client import GrpcCommunicator
 
 ALLOWED = {"anonymous memory, MB": 1.25, "file descriptors": 1.25, "disk without the journal, MB": 1.25}

@@ -117,7 +117,8 @@ def serve(folder: Path, plans: dict[str, Any], stack: ExitStack) -> None:
     """Start a coordinator on loopback in this process, and point the site at it."""
     from nnunet_fed.coordinator.coordinator import Coordinator
     from nnunet_fed.coordinator.store import Store
-    from nnunet_fed.study.federation import PLANS_KEY, SITE_FILE_VARIABLE, Federation
+    from nnunet_fed.study.federation import PLANS_KEY, Federation
+    from nnunet_fed.study.site import SITE_FILE_VARIABLE
     from nnunet_fed.transport.coordinator.server import CoordinatorServer
 
     store = Store(folder / "coordinator")

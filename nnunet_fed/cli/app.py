@@ -27,7 +27,9 @@ from nnunet_fed.cli.peer_command import peer
 from nnunet_fed.cli.predict_command import predict
 from nnunet_fed.cli.report_command import report
 from nnunet_fed.errors import ConfigurationError, DisagreementError, FederationError
-from nnunet_fed.study.federation import WATCHER, Federation, Site, explain
+from nnunet_fed.study.federation import WATCHER, Federation
+from nnunet_fed.study.site import Site
+from nnunet_fed.study.toml import explain
 
 DEBUG_VARIABLE = "nnUNet_fed_debug"
 

@@ -18,7 +18,8 @@ import typer
 from nnunet_fed.errors import FederationError
 from nnunet_fed.preflight import site_checks as checks
 from nnunet_fed.preflight.site_checks import Finding, State
-from nnunet_fed.study.federation import PLANS_KEY, SITE_FILE_VARIABLE, Federation, Site
+from nnunet_fed.study.federation import PLANS_KEY, Federation
+from nnunet_fed.study.site import SITE_FILE_VARIABLE, Site
 
 
 class Device(str, Enum):

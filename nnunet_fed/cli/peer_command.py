@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from nnunet_fed.study.federation import Site
+from nnunet_fed.study.site import Site
 
 
 class Exchange(str, Enum):

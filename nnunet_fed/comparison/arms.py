@@ -28,10 +28,10 @@ from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.evaluation.summary import result_table
 from nnunet_fed.files import new_folder
 from nnunet_fed.simulation.simulate import Simulation, simulate
-from nnunet_fed.study.federation import Federation, explain
+from nnunet_fed.study.federation import Federation
 from nnunet_fed.study.labels import Sources
 from nnunet_fed.study.method_tables import METHOD_TABLES
-from nnunet_fed.study.toml import to_toml
+from nnunet_fed.study.toml import explain, to_toml
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -1,8 +1,4 @@
-"""Scalars for TensorBoard, at a site and at the coordinator. Written with tensorboardX, which needs no torch.
-
-Source: ours. nnU-Net's own logger hands every value on to those in its ``loggers``; a site's is one of them, as the one
-for Weights & Biases is.
-"""
+"""Scalars for TensorBoard at the coordinator. Written with tensorboardX, which needs no torch. Source: ours."""
 
 from __future__ import annotations
 
@@ -15,79 +11,11 @@ from queue import SimpleQueue
 from typing import Any
 
 from nnunet_fed.coordinator.store import Collective, Store
-from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.exchange.keys import MODEL
+from nnunet_fed.logs import open_tensorboard
 
-FOLDER = "tensorboard"
-"""Beside a site's checkpoints."""
-FLUSH_SECONDS = 10
-"""What is lost at most if the process is killed."""
 CLOSING_SECONDS = 10.0
 _ROUND = re.compile(r"round-(\d+)")
-_NOT_SHOWN = ("epoch_start_timestamps", "epoch_end_timestamps")
-
-
-def open_writer(folder: Path, purge_step: int | None = None) -> Any:
-    """A tensorboardX writer.
-
-    Args:
-        folder: for the event files.
-        purge_step: TensorBoard hides what earlier files hold from this step on, as after a continued training.
-
-    Raises:
-        ConfigurationError: tensorboardX is not installed.
-    """
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError:
-        raise ConfigurationError(
-            "TensorBoard scalars are asked for, but tensorboardX is not installed: install it with 'pip install "
-            "nnunet_fed[tensorboard]', or take 'tensorboard = true' out of site.toml (at the coordinator: leave out "
-            "--tensorboard)."
-        ) from None
-    return SummaryWriter(str(folder), purge_step=purge_step, flush_secs=FLUSH_SECONDS)
-
-
-class SiteTracker:
-    """One of nnU-Net's loggers: takes what nnU-Net logs in every epoch, and what a method tells in every round.
-
-    Args:
-        folder: of the fold; the event files go into a folder in it.
-        epoch: the first one that is trained now.
-
-    Raises:
-        ConfigurationError: tensorboardX is not installed.
-    """
-
-    def __init__(self, folder: Path, epoch: int):
-        self._writer = open_writer(folder / FOLDER, epoch or None)
-        self._summaries: set[str] = set()
-
-    def update_config(self, config: dict[str, Any]) -> None:
-        """Nothing: the settings are in the plans and in ``federation.json``."""
-
-    def log(self, key: str, value: float, step: int) -> None:
-        """One of nnU-Net's values of an epoch."""
-        if key not in _NOT_SHOWN:
-            self._writer.add_scalar(f"nnunet/{key}", float(value), step)
-
-    def log_summary(self, key: str, value: Any) -> None:
-        """A value of the whole training, such as the Dice of the validation.
-
-        Only the first of a key: it describes the model that the site deploys, later ones those validated besides.
-        """
-        if isinstance(value, int | float) and key not in self._summaries:
-            self._summaries.add(key)
-            self._writer.add_scalar(key, float(value), 0)
-
-    def round_over(self, number: int, figures: Mapping[str, float]) -> None:
-        """The method's figures of a round, counted from 1."""
-        for name, value in figures.items():
-            self._writer.add_scalar(f"federation/{name}", value, number)
-
-    def close(self) -> None:
-        """Have everything on disk, after the validation of the model that the site deploys."""
-        self._writer.close()
 
 
 class FederationTracker:
@@ -103,7 +31,7 @@ class FederationTracker:
     """
 
     def __init__(self, folder: Path):
-        self._writer = open_writer(folder)
+        self._writer = open_tensorboard(folder)
         self._told: dict[str, int] = {}
         self._scalars: SimpleQueue[tuple[str, float, int] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._write, name="tensorboard", daemon=True)

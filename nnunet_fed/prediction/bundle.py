@@ -24,8 +24,9 @@ from nnunet_fed.methods.fedsm import GLOBAL
 from nnunet_fed.methods.selector import Selector, SelectorConfiguration
 from nnunet_fed.methods.selector_validation import SelectorValidation
 from nnunet_fed.prediction.checkpoint_files import FINAL_CHECKPOINT, GLOBAL_CHECKPOINT
-from nnunet_fed.study.federation import SITE_NAME, explain
+from nnunet_fed.study.federation import SITE_NAME
 from nnunet_fed.study.method_tables import Table
+from nnunet_fed.study.toml import explain
 
 BUNDLE = "fedsm_bundle.json"
 SELECTOR_FILE = "fedsm_selector.pth"

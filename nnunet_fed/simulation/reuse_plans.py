@@ -12,8 +12,9 @@ from operator import attrgetter
 from pathlib import Path
 
 from nnunet_fed.errors import ConfigurationError
-from nnunet_fed.study.federation import PLANS_KEY, Federation, Site
+from nnunet_fed.study.federation import PLANS_KEY, Federation
 from nnunet_fed.study.labels import Sources
+from nnunet_fed.study.site import Site
 
 DATASET = 1
 """nnU-Net's number of a simulated site's own data set."""

@@ -27,9 +27,10 @@ from nnunet_fed.evaluation.summary import lesion_table, result_table, site_summa
 from nnunet_fed.files import new_folder
 from nnunet_fed.processes import Process, Step, Worker, raise_first, signals_interrupt, stop, stop_workers
 from nnunet_fed.simulation.reuse_plans import DATASET, adopt, check_same_planning
-from nnunet_fed.study.federation import SITE_FILE_VARIABLE, Federation, Site
+from nnunet_fed.study.federation import Federation
 from nnunet_fed.study.labels import LabelMap, Sources
 from nnunet_fed.study.method_tables import GCML
+from nnunet_fed.study.site import SITE_FILE_VARIABLE, Site
 from nnunet_fed.study.toml import to_toml
 from nnunet_fed.transport.site.client import GrpcCommunicator
 

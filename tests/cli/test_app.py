@@ -19,7 +19,8 @@ from nnunet_fed.cli.app import DEBUG_VARIABLE, main
 from nnunet_fed.cli.option_values import named_labels, repeat_option
 from nnunet_fed.coordinator.coordinator import Coordinator
 from nnunet_fed.coordinator.store import Store
-from nnunet_fed.study.federation import SITE_FILE_VARIABLE, Federation, Site
+from nnunet_fed.study.federation import Federation
+from nnunet_fed.study.site import SITE_FILE_VARIABLE, Site
 
 NOBODY = "127.0.0.1:9"
 """An address at which nothing listens."""

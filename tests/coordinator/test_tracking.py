@@ -22,10 +22,11 @@ from tiny import DESCRIPTION, tiny_plans, write_preprocessed
 
 from nnunet_fed.coordinator.coordinator import Coordinator
 from nnunet_fed.coordinator.store import Store
-from nnunet_fed.coordinator.tracking import FOLDER, FederationTracker, SiteTracker
+from nnunet_fed.coordinator.tracking import FederationTracker
 from nnunet_fed.errors import ConfigurationError
-from nnunet_fed.study.federation import SITE_FILE_VARIABLE, Site
+from nnunet_fed.study.site import SITE_FILE_VARIABLE, Site
 from nnunet_fed.trainers.nnUNetTrainerFedGS import nnUNetTrainerFedGS
+from nnunet_fed.trainers.parts.site_tracker import FOLDER, SiteTracker
 from nnunet_fed.trainers.parts.study_trainer import SKIP_VALIDATION_VARIABLE
 from nnunet_fed.transport.coordinator.server import CoordinatorServer
 from nnunet_fed.transport.site.client import GrpcCommunicator

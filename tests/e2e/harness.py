@@ -19,7 +19,8 @@ import torch
 from warm import QUICK, Forked
 
 from nnunet_fed.simulation.simulate import TRAINERS, free_ports, plugin_folder
-from nnunet_fed.study.federation import Federation, Site
+from nnunet_fed.study.federation import Federation
+from nnunet_fed.study.site import Site
 from nnunet_fed.study.toml import to_toml
 from nnunet_fed.transport.site.client import GrpcCommunicator
 

@@ -14,7 +14,7 @@ from faults import REPETITIONS, Exchange, Link, exchange, small_disks_can_be_mou
 from harness import until
 
 from nnunet_fed.exchange.uploads import Upload
-from nnunet_fed.study.federation import Site
+from nnunet_fed.study.site import Site
 from nnunet_fed.transport.site.client import GrpcCommunicator
 
 pytestmark = pytest.mark.e2e

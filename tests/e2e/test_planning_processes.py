@@ -16,7 +16,8 @@ import pytest
 from harness import PATIENCE, PLANS, command, environment, until
 from warm import Forked
 
-from nnunet_fed.study.federation import Federation, Site
+from nnunet_fed.study.federation import Federation
+from nnunet_fed.study.site import Site
 from nnunet_fed.study.toml import to_toml
 from nnunet_fed.transport.site.client import GrpcCommunicator
 

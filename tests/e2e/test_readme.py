@@ -12,7 +12,7 @@ import pytest
 from documents import blocks, shell
 from harness import PATIENCE, PLANS, environment, run, stock_environment, until
 
-from nnunet_fed.study.federation import Site
+from nnunet_fed.study.site import Site
 from nnunet_fed.transport.site.client import GrpcCommunicator
 
 pytestmark = pytest.mark.e2e

@@ -31,13 +31,15 @@ with atheris.instrument_imports(include=["nnunet_fed"]):
     from nnunet_fed.exchange.payload import encode, measure
     from nnunet_fed.gossip.mailbox import Mailbox, State, described
     from nnunet_fed.gossip.schedule import Version
-    from nnunet_fed.study.federation import Federation, Site
+    from nnunet_fed.study.federation import Federation
+    from nnunet_fed.study.site import Site
     from nnunet_fed.transport.channel.rate_limit import Pace
     from nnunet_fed.transport.channel.zero_copy_streams import serve, serve_peer, write
     from nnunet_fed.transport.coordinator import server
     from nnunet_fed.transport.coordinator.check_service import serve_checks
     from nnunet_fed.transport.peers import peer
-    from nnunet_fed.transport.peers.reception import Contacts, Reception
+    from nnunet_fed.transport.peers.contacts import Contacts
+    from nnunet_fed.transport.peers.reception import Reception
     from nnunet_fed.transport.proto import check_pb2
     from nnunet_fed.transport.proto import federation_pb2 as pb
 

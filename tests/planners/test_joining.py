@@ -28,7 +28,7 @@ from nnunet_fed.exchange.outgoing_log import OutgoingLog
 from nnunet_fed.planners.dry_run import rehearse
 from nnunet_fed.planners.joining import join_and_preprocess
 from nnunet_fed.planners.planning import PUBLISHED, plan_and_preprocess
-from nnunet_fed.study.federation import Site
+from nnunet_fed.study.site import Site
 
 Serve = Callable[..., Served]
 DATASETS = {"a": SITE_A, "b": SITE_B, "c": OTHER}

@@ -18,8 +18,8 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.planners.dataset import find_dataset, reader_of
 from nnunet_fed.planners.mapping import prepare_dataset
-from nnunet_fed.study.federation import Site
 from nnunet_fed.study.labels import LabelMap
+from nnunet_fed.study.site import Site
 
 OWN = {"background": 0, "liver": 1, "tumour": 2, "cyst": 3}
 LESIONS = LabelMap(501, {"lesion": ("tumour", 3)})

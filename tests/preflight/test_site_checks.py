@@ -24,7 +24,8 @@ from nnunet_fed.preflight import resources as footprint_module
 from nnunet_fed.preflight import site_checks as checks
 from nnunet_fed.preflight.site_checks import Finding, State
 from nnunet_fed.simulation.simulate import plugin_folder
-from nnunet_fed.study.federation import PLANS_KEY, SITE_FILE_VARIABLE, Federation
+from nnunet_fed.study.federation import PLANS_KEY, Federation
+from nnunet_fed.study.site import SITE_FILE_VARIABLE
 from nnunet_fed.transport.channel.noise import noise
 from nnunet_fed.transport.channel.tls import KeyFiles
 from nnunet_fed.transport.coordinator import check_service

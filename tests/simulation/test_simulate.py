@@ -26,8 +26,9 @@ from nnunet_fed.evaluation.lesions import CaseResult, Lesion, aggregate
 from nnunet_fed.evaluation.summary import lesion_table, result_table, site_summary, summarise
 from nnunet_fed.simulation import simulate
 from nnunet_fed.simulation.simulate import Simulation, count_cases, plugin_folder, training_command
-from nnunet_fed.study.federation import Federation, Site
+from nnunet_fed.study.federation import Federation
 from nnunet_fed.study.labels import LabelMap
+from nnunet_fed.study.site import Site
 
 LABELS = {"background": 0, "whole": [1, 2], "core": 2, "edge": 3}
 MODEL = "nnUNetTrainerFedAvg__nnUNetFedSmallPlans__3d_fullres"

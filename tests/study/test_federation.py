@@ -14,17 +14,11 @@ from pydantic import ValidationError
 from serving import make_study
 
 from nnunet_fed.errors import ConfigurationError
-from nnunet_fed.study import federation
-from nnunet_fed.study.federation import (
-    OPERATIONAL,
-    SITE_FILE_VARIABLE,
-    Federation,
-    Site,
-    canonical_json,
-    digest_of,
-    explain,
-)
+from nnunet_fed.study import toml
+from nnunet_fed.study.federation import OPERATIONAL, Federation, canonical_json, digest_of
 from nnunet_fed.study.method_tables import METHOD_TABLES
+from nnunet_fed.study.site import SITE_FILE_VARIABLE, Site
+from nnunet_fed.study.toml import explain
 
 OTHER_VALUES: dict[str, tuple[Any, bool]] = {
     # another value, and whether it changes the mathematics
@@ -333,7 +327,7 @@ def template(name: str) -> str:
 def mentioned(text: str) -> dict[str, Any]:
     """Keys of a template, those in comments ("# key = value") included, with their values."""
     lines = [line.removeprefix("# ") if line.startswith("# ") and " = " in line else line for line in text.splitlines()]
-    return federation.tomllib.loads("\n".join(lines))
+    return toml.tomllib.loads("\n".join(lines))
 
 
 @pytest.mark.parametrize(("name", "model"), [("federation.toml", Federation), ("site.toml", Site)])
@@ -361,6 +355,6 @@ def test_templates_show_the_defaults() -> None:
 
 
 def test_templates_belong_together() -> None:
-    study = Federation.model_validate(federation.tomllib.loads(template("federation.toml")))
-    site = Site.model_validate(federation.tomllib.loads(template("site.toml")))
+    study = Federation.model_validate(toml.tomllib.loads(template("federation.toml")))
+    site = Site.model_validate(toml.tomllib.loads(template("site.toml")))
     assert site.name in study.sites

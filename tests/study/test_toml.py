@@ -4,7 +4,8 @@ from pathlib import Path
 
 from serving import make_study
 
-from nnunet_fed.study.federation import Federation, Site
+from nnunet_fed.study.federation import Federation
+from nnunet_fed.study.site import Site
 from nnunet_fed.study.toml import to_toml
 
 

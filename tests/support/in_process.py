@@ -23,7 +23,8 @@ from nnunet_fed.errors import DeadlineError
 from nnunet_fed.exchange.communicator import Array, LocalCommunicator, LocalFederation
 from nnunet_fed.exchange.payload import Tensors
 from nnunet_fed.methods.tensors import shared_tensors, to_arrays
-from nnunet_fed.study.federation import Federation, Site
+from nnunet_fed.study.federation import Federation
+from nnunet_fed.study.site import Site
 from nnunet_fed.trainers.parts import checkpoint, federated_trainer
 from nnunet_fed.trainers.parts.study_trainer import SKIP_VALIDATION_VARIABLE
 from nnunet_fed.trainers.parts.training_record import Record

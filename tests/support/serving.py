@@ -8,7 +8,8 @@ from typing import Any
 from nnunet_fed.coordinator.coordinator import SPOOL_QUOTA, Coordinator
 from nnunet_fed.coordinator.store import Store
 from nnunet_fed.exchange.outgoing_log import Outgoing
-from nnunet_fed.study.federation import Federation, Site
+from nnunet_fed.study.federation import Federation
+from nnunet_fed.study.site import Site
 from nnunet_fed.transport.coordinator.server import CoordinatorServer
 from nnunet_fed.transport.site.client import GrpcCommunicator
 

@@ -28,7 +28,8 @@ from nnunet_fed.gossip.mailbox import Letter, Mailbox, State, described
 from nnunet_fed.gossip.schedule import Version
 from nnunet_fed.methods.gcml import Plan, divergence
 from nnunet_fed.methods.tensors import digest_of_tensors, load_arrays, shared_tensors, to_arrays
-from nnunet_fed.study.federation import SITE_FILE_VARIABLE, Federation
+from nnunet_fed.study.federation import Federation
+from nnunet_fed.study.site import SITE_FILE_VARIABLE
 from nnunet_fed.trainers.gossip.mutual_learning import PLAN_VARIABLE
 from nnunet_fed.trainers.gossip.patch_dice import foreground_dice
 from nnunet_fed.trainers.gossip.peer_model import without_numbers_that_are_none

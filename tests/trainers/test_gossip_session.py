@@ -17,7 +17,8 @@ from serving import make_study
 from nnunet_fed.gossip.mailbox import Mailbox, State, described
 from nnunet_fed.gossip.schedule import Version
 from nnunet_fed.simulation.simulate import free_ports
-from nnunet_fed.study.federation import Federation, Site
+from nnunet_fed.study.federation import Federation
+from nnunet_fed.study.site import Site
 from nnunet_fed.trainers.gossip.gossip_session import Correspondence, Standing
 from nnunet_fed.trainers.parts.training_record import Record
 from nnunet_fed.transport.peers.peer import PeerProcess

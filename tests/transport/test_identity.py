@@ -30,7 +30,7 @@ from nnunet_fed.certificates.x509 import Certificate
 from nnunet_fed.cli.app import app
 from nnunet_fed.errors import ConfigurationError, RefusedError, UnreachableError
 from nnunet_fed.files import PARTIAL
-from nnunet_fed.study.federation import Site
+from nnunet_fed.study.site import Site
 from nnunet_fed.transport.channel.tls import KeyFiles, diagnose
 from nnunet_fed.transport.coordinator import server as server_module
 from nnunet_fed.transport.coordinator.server import CoordinatorServer

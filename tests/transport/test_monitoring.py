@@ -28,7 +28,7 @@ from nnunet_fed.coordinator.coordinator import Coordinator
 from nnunet_fed.coordinator.store import Store
 from nnunet_fed.errors import ConfigurationError, RefusedError
 from nnunet_fed.logs import JsonLines, about
-from nnunet_fed.study.federation import Site
+from nnunet_fed.study.site import Site
 from nnunet_fed.transport.channel.tls import KeyFiles
 from nnunet_fed.transport.coordinator.http import StatusServer
 from nnunet_fed.transport.coordinator.server import CoordinatorServer

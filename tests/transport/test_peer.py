@@ -32,15 +32,15 @@ from nnunet_fed.files import PARTIAL
 from nnunet_fed.gossip import mailbox as mailbox_module
 from nnunet_fed.gossip.mailbox import Letter, Mailbox, State, described
 from nnunet_fed.gossip.schedule import Schedule, Version
-from nnunet_fed.study.federation import Site
+from nnunet_fed.study.site import Site
 from nnunet_fed.study.toml import to_toml
 from nnunet_fed.transport.channel import zero_copy_streams
 from nnunet_fed.transport.channel.rate_limit import Pace
 from nnunet_fed.transport.channel.tls import open_channel
 from nnunet_fed.transport.channel.zero_copy_streams import PeerStub
-from nnunet_fed.transport.peers import peer, peer_client, reception
+from nnunet_fed.transport.peers import peer, peer_client, stalled_transfers
+from nnunet_fed.transport.peers.model_message import message_of
 from nnunet_fed.transport.peers.peer import PeerProcess
-from nnunet_fed.transport.peers.reception import message_of
 from nnunet_fed.transport.proto import federation_pb2 as pb
 
 RUN = "0123456789abcdef" * 4
@@ -519,7 +519,7 @@ def test_a_pace_is_kept_in_the_long_run_and_idle_time_is_not_saved_up(monkeypatc
 def test_a_transfer_that_stalls_is_given_up(
     peers: Peers, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(reception.given_up_if_stalled.__wrapped__, "__defaults__", (0.3,))
+    monkeypatch.setattr(stalled_transfers.given_up_if_stalled.__wrapped__, "__defaults__", (0.3,))
     peers.start("b")
     released = threading.Event()
 

@@ -13,7 +13,7 @@ from serving import Served, make_study
 
 from nnunet_fed.certificates.authority import Authority
 from nnunet_fed.errors import ConfigurationError, UnreachableError
-from nnunet_fed.study.federation import Site
+from nnunet_fed.study.site import Site
 from nnunet_fed.transport.channel.proxy import proxy_for
 from nnunet_fed.transport.channel.tls import KeyFiles, diagnose
 from nnunet_fed.transport.site import connection_checks

@@ -22,7 +22,7 @@ from nnunet_fed.errors import (
     UnreachableError,
 )
 from nnunet_fed.exchange.communicator import Array, LocalFederation
-from nnunet_fed.study.federation import Site
+from nnunet_fed.study.site import Site
 from nnunet_fed.transport.coordinator.server import CoordinatorServer
 from nnunet_fed.transport.proto import federation_pb2 as pb
 from nnunet_fed.transport.proto.federation_pb2_grpc import CoordinatorStub

@@ -21,7 +21,8 @@ from nnunet_fed.exchange import keys
 from nnunet_fed.files import PARTIAL
 from nnunet_fed.methods.tensors import digest_of_tensors
 from nnunet_fed.prediction.checkpoint_files import FINAL_CHECKPOINT, GLOBAL_CHECKPOINT
-from nnunet_fed.study.federation import Federation, Site
+from nnunet_fed.study.federation import Federation
+from nnunet_fed.study.site import Site
 from nnunet_fed.trainers.parts import checkpoint
 from nnunet_fed.trainers.parts.coordinator_session import Membership
 from nnunet_fed.trainers.parts.cross_site_evaluation import evaluate_across_sites, is_complete

@@ -13,14 +13,15 @@ from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransfo
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch._dynamo import OptimizedModule
 
-from nnunet_fed.coordinator.tracking import SiteTracker
 from nnunet_fed.errors import ConfigurationError, FederationError
 from nnunet_fed.exchange.payload import Array
 from nnunet_fed.methods.fedavg import site_weight
 from nnunet_fed.methods.tensors import load_arrays, shared_tensors, to_arrays
-from nnunet_fed.study.federation import PLANS_KEY, Federation, Site
+from nnunet_fed.study.federation import PLANS_KEY, Federation
+from nnunet_fed.study.site import Site
 from nnunet_fed.trainers.parts import checkpoint
 from nnunet_fed.trainers.parts.lesion_report import evaluate_lesions
+from nnunet_fed.trainers.parts.site_tracker import SiteTracker
 from nnunet_fed.trainers.parts.training_record import logged_by
 
 DEBUG_VARIABLE = "nnUNet_fed_debug"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 
 from nnunet_fed.errors import ConfigurationError
-from nnunet_fed.study.federation import Site
+from nnunet_fed.study.site import Site
 from nnunet_fed.transport.channel.allocator import SITE, keep_buffers
 from nnunet_fed.transport.channel.options import CHANNEL_OPTIONS, require_loopback
 from nnunet_fed.transport.channel.proxy import VARIABLES, ProxyRefusalError, proxy_for, proxy_options

@@ -21,22 +21,18 @@ from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.exchange.outgoing_log import FILE, OutgoingLog, tensors_entry
 from nnunet_fed.exchange.payload import chunks, decode
 from nnunet_fed.gossip.mailbox import Mailbox
-from nnunet_fed.study.federation import Site
+from nnunet_fed.study.site import Site
 from nnunet_fed.transport.channel.listener import AddressError, Listener, Refusals, refuse
 from nnunet_fed.transport.channel.options import PROTOCOL, require_loopback
 from nnunet_fed.transport.channel.rate_limit import Pace
 from nnunet_fed.transport.channel.retry import DamagedError
 from nnunet_fed.transport.channel.tls import KeyFiles, Keys, check_name
 from nnunet_fed.transport.channel.zero_copy_streams import serve_peer
+from nnunet_fed.transport.peers.contacts import Contacts
+from nnunet_fed.transport.peers.model_message import incompatibility, message_of
 from nnunet_fed.transport.peers.peer_client import Courier, Mode
-from nnunet_fed.transport.peers.reception import (
-    GLANCE_SECONDS,
-    Contacts,
-    Reception,
-    given_up_if_stalled,
-    incompatibility,
-    message_of,
-)
+from nnunet_fed.transport.peers.reception import Reception
+from nnunet_fed.transport.peers.stalled_transfers import GLANCE_SECONDS, given_up_if_stalled
 from nnunet_fed.transport.proto import federation_pb2 as pb
 from nnunet_fed.transport.proto.federation_pb2_grpc import PeerServicer
 

@@ -23,14 +23,17 @@ from nnunet_fed.exchange.outgoing_log import Outgoing, tensors_entry
 from nnunet_fed.exchange.payload import decode
 from nnunet_fed.exchange.uploads import InterruptedUploadError
 from nnunet_fed.gossip.mailbox import Letter, Mailbox
-from nnunet_fed.study.federation import Site
+from nnunet_fed.study.site import Site
 from nnunet_fed.transport.channel.options import PROTOCOL
 from nnunet_fed.transport.channel.rate_limit import Pace
 from nnunet_fed.transport.channel.retry import DamagedError
 from nnunet_fed.transport.channel.tls import open_channel
 from nnunet_fed.transport.channel.transfer import Outbound, seconds_allowed
 from nnunet_fed.transport.channel.zero_copy_streams import PeerStub
-from nnunet_fed.transport.peers.reception import Contacts, Reception, given_up_if_stalled, message_of
+from nnunet_fed.transport.peers.contacts import Contacts
+from nnunet_fed.transport.peers.model_message import message_of
+from nnunet_fed.transport.peers.reception import Reception
+from nnunet_fed.transport.peers.stalled_transfers import given_up_if_stalled
 from nnunet_fed.transport.proto import federation_pb2 as pb
 
 logger = logging.getLogger(__name__)

@@ -6,121 +6,28 @@ The same for a model that is pushed here and for one that this site has pulled.
 from __future__ import annotations
 
 import logging
-import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from types import MappingProxyType
 
 from nnunet_fed.errors import RefusedError
 from nnunet_fed.exchange.payload import check_finite, open_payload
 from nnunet_fed.exchange.uploads import Spool, Upload
 from nnunet_fed.gossip.mailbox import Letter, Mailbox, State, described
-from nnunet_fed.gossip.schedule import Version, judge
-from nnunet_fed.study.federation import Site
-from nnunet_fed.transport.channel.options import PROTOCOL
+from nnunet_fed.gossip.schedule import judge
+from nnunet_fed.study.site import Site
 from nnunet_fed.transport.channel.rate_limit import Pace
 from nnunet_fed.transport.channel.retry import DamagedError
 from nnunet_fed.transport.channel.transfer import received
+from nnunet_fed.transport.peers.model_message import incompatibility, letter_of
+from nnunet_fed.transport.peers.stalled_transfers import given_up_if_stalled
 from nnunet_fed.transport.proto import federation_pb2 as pb
 
 logger = logging.getLogger(__name__)
 
 ARRIVALS = 2
 """Models that may arrive at a time, one of a peer."""
-STALL_SECONDS = 60.0
-"""A transfer in which nothing has moved for so long is given up (notes' 5.5)."""
-GLANCE_SECONDS = 0.2
-LARGEST_NUMBER = 2**53
-"""Of counters and epochs: what JSON holds everywhere."""
-DIGEST = re.compile(r"[0-9a-f]{32}")
-
-
-def message_of(letter: Letter) -> pb.Model:
-    """A letter on the wire."""
-    return pb.Model(
-        protocol=PROTOCOL, site=letter.version.site, run=letter.run, vector=letter.version.vector,
-        epoch=letter.version.epoch, training_cases=letter.training_cases, initial=letter.initial, schema=letter.schema,
-        digest=letter.digest, size=letter.size,
-    )  # fmt: skip
-
-
-def letter_of(model: pb.Model) -> Letter:
-    """A letter off the wire; raises :class:`RefusedError` if it says what none of ours would."""
-    version = Version(model.site, dict(sorted(model.vector.items())), model.epoch)
-    numbers = (*version.vector.values(), version.epoch, model.training_cases)
-    if (
-        not DIGEST.fullmatch(model.digest)
-        or version.counter < 1
-        or model.training_cases < 1
-        or max(numbers) > LARGEST_NUMBER
-    ):
-        raise RefusedError(f"Site '{model.site}' describes its model by what cannot be.")
-    return Letter(
-        model.run, version, model.training_cases, model.initial, model.schema, model.digest, model.size
-    )  # fmt: skip
-
-
-@contextmanager
-def given_up_if_stalled(
-    cancel: Callable[[], object], reached: Callable[[], int], stopped: threading.Event, seconds: float = STALL_SECONDS
-) -> Iterator[None]:
-    """Cancel what goes on within if nothing has moved for so many seconds, or once ``stopped`` is set."""
-    done = threading.Event()
-
-    def watch() -> None:
-        last, since = reached(), time.monotonic()
-        while not done.wait(GLANCE_SECONDS):
-            if (now := reached()) != last:
-                last, since = now, time.monotonic()
-            if stopped.is_set() or time.monotonic() - since > seconds:
-                cancel()
-                return
-
-    threading.Thread(target=watch, daemon=True).start()
-    try:
-        yield
-    finally:
-        done.set()
-
-
-class Contacts:
-    """Which peers answer, and how many training cases they have; the training reads it in the mailbox. Thread-safe."""
-
-    def __init__(self, mailbox: Mailbox):
-        self._mailbox = mailbox
-        self._lock = threading.Lock()
-        self._failures = mailbox.contacts()
-        self._members: dict[str, int] = {}
-        mailbox.publish_contacts(self._failures, self._members)
-
-    def members(self) -> set[str]:
-        """Names of the peers heard of that have not left."""
-        with self._lock:
-            return set(self._members)
-
-    def reached(self, peer: str) -> None:
-        """A peer has called or answered: its failures are forgotten."""
-        self._change(peer, failed=False)
-
-    def missed(self, peer: str) -> None:
-        """A peer was not reached."""
-        self._change(peer, failed=True)
-
-    def introduced(self, peer: str, training_cases: int, leaving: bool) -> None:
-        """A peer takes part with so many training cases, or no more."""
-        cases = training_cases if 0 < training_cases <= LARGEST_NUMBER and not leaving else None
-        self._change(peer, False, {peer: cases})
-
-    def _change(self, peer: str, failed: bool, introduced: Mapping[str, int | None] = MappingProxyType({})) -> None:
-        with self._lock:
-            failures = {**self._failures, peer: self._failures.get(peer, 0) + 1 if failed else 0}
-            known = {**self._members, **introduced}
-            members = {name: cases for name, cases in known.items() if cases is not None}
-            if (failures[peer], members) != (self._failures.get(peer, 0), self._members):
-                self._mailbox.publish_contacts(failures, members)
-            self._failures, self._members = failures, members
 
 
 class Reception:
@@ -256,23 +163,6 @@ class Reception:
         site, counter = letter.version.site, letter.version.counter
         nothing = {"bytes": 0, "seconds": 0.0}
         self._mailbox.record(event=event, peer=site, site=site, counter=counter, **{**nothing, **facts})
-
-
-def incompatibility(theirs: pb.Model | pb.PullRequest, state: State, name: str) -> str:
-    """Why the model, or the request for one, does not go with this site's training; empty: it does."""
-    if theirs.protocol != PROTOCOL:
-        return (
-            f"Site '{theirs.site}' speaks version {theirs.protocol} of the protocol, site '{name}' version {PROTOCOL}. "
-            "Install the same version of nnunet_fed everywhere."
-        )
-    if theirs.run != state.run:
-        return (
-            f"Site '{theirs.site}' trains in another run ({theirs.run[:12]}) than site '{name}' ({state.run[:12]}): "
-            "study, configuration and attempt must be the same."
-        )
-    if theirs.schema != state.schema:
-        return f"The network of site '{theirs.site}' has other tensors than that of site '{name}'."
-    return ""
 
 
 def _upload(letter: Letter) -> Upload:

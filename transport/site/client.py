@@ -18,7 +18,8 @@ from nnunet_fed.exchange.communicator import Verb, check_weight
 from nnunet_fed.exchange.outgoing_log import Outgoing, array_entry, tensors_entry, value_entry
 from nnunet_fed.exchange.payload import Array, Tensors, decode, encode
 from nnunet_fed.exchange.precision import narrow, widen
-from nnunet_fed.study.federation import Federation, Site, canonical_json
+from nnunet_fed.study.federation import Federation, canonical_json
+from nnunet_fed.study.site import Site
 from nnunet_fed.transport.channel.options import PROTOCOL, message_bytes
 from nnunet_fed.transport.channel.retry import DamagedError, insist
 from nnunet_fed.transport.channel.tls import check_name, check_security, diagnose, open_channel

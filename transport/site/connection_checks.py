@@ -12,7 +12,7 @@ from typing import TypeVar
 from nnunet_fed.errors import ConfigurationError, RefusedError
 from nnunet_fed.exchange.outgoing_log import Outgoing
 from nnunet_fed.preflight.site_checks import Finding, State
-from nnunet_fed.study.federation import Site
+from nnunet_fed.study.site import Site
 from nnunet_fed.transport.channel.noise import noise
 from nnunet_fed.transport.channel.options import PROTOCOL
 from nnunet_fed.transport.channel.proxy import VARIABLES, proxy_for
