@@ -1,0 +1,67 @@
+"""``nnunet_fed plan_and_preprocess``: at a site, before it trains."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from nnunet_fed.errors import ConfigurationError, DisagreementError
+from nnunet_fed.study.federation import Federation
+from nnunet_fed.study.site import Site
+
+
+def plan_and_preprocess(
+    dataset: Annotated[int, typer.Option("-d", metavar="ID", help="nnU-Net's number of this site's data set.")],
+    configurations: Annotated[
+        list[str] | None,
+        typer.Option("-c", metavar="CONFIG ...", help="Configurations to preprocess; default: the study's."),
+    ] = None,
+    processes: Annotated[int, typer.Option("-np", help="Processes for extraction and preprocessing.")] = 4,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what this site would send, and stop.")] = False,
+    join: Annotated[bool, typer.Option("--join", help="Take the plans of a federation that has planned.")] = False,
+) -> None:
+    """Agree with the other sites on plans, and preprocess this site's data by them."""
+    from nnunet_fed.exchange.outgoing_log import FILE, OutgoingLog
+    from nnunet_fed.planners.dataset import preprocessed_folder
+    from nnunet_fed.planners.dry_run import rehearse
+    from nnunet_fed.planners.explanation import explanation_table
+    from nnunet_fed.planners.joining import join_and_preprocess
+    from nnunet_fed.planners.planning import plan_and_preprocess as plan
+    from nnunet_fed.transport.site.client import GrpcCommunicator
+
+    if dry_run and join:
+        raise ConfigurationError("--dry-run goes without --join, which sends nothing of this site's data.")
+    site = Site.from_environment()
+    if dry_run:
+        seat = GrpcCommunicator(site)
+        rehearse(
+            site, Federation.model_validate(seat.status()["study"]), dataset, processes, partial(print, file=sys.stdout)
+        )
+        return
+    outgoing = OutgoingLog(preprocessed_folder(dataset) / FILE)
+    seat = GrpcCommunicator(site, outgoing=outgoing)
+    study = seat.join("planning")
+
+    def report(phase: str) -> None:
+        seat.report({"phase": phase, "rounds": study.rounds}, wait=True)
+
+    run = join_and_preprocess if join else plan
+    try:
+        result = run(seat, study, dataset, configurations, processes, report, labels=site.label_map)
+    except BaseException as error:
+        report("failed")
+        if isinstance(error, DisagreementError) and (join or seat.site == study.sites[0]):  # once is enough
+            seat.note(str(error))
+        raise
+    if result.explanation:
+        Console().print(explanation_table(result.explanation))
+    planned_by = "as the federation published them" if join else f"the same at all {len(study.sites)} sites"
+    print(
+        f"{result.dataset_name}: {result.local_cases} cases, plans {result.plans_name} ({result.plans_digest[:12]}) of "
+        f"{result.total_cases} cases, {planned_by}; preprocessed: {', '.join(result.configurations)}\n"
+        f"All that this site has sent is listed in {outgoing.path}."
+    )

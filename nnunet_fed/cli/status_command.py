@@ -1,0 +1,66 @@
+"""``nnunet_fed status``: what goes on in a study."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+
+from nnunet_fed.cli.key_options import AuthorityFile, CertificateFile, KeyFile
+from nnunet_fed.errors import ConfigurationError
+from nnunet_fed.study.federation import WATCHER
+from nnunet_fed.study.site import Site
+from nnunet_fed.study.toml import explain
+
+
+def status(
+    address: Annotated[
+        str | None, typer.Option("--coordinator", metavar="HOST:PORT", help="Default: the one in site.toml.")
+    ] = None,
+    cert: CertificateFile = None,
+    key: KeyFile = None,
+    ca: AuthorityFile = None,
+    server_name: Annotated[
+        str | None, typer.Option(metavar="HOST", help="The coordinator's name in its certificate, if it differs.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the whole record once, as JSON.")] = False,
+    once: Annotated[bool, typer.Option("--once", help="Print the table once.")] = False,
+) -> None:
+    """Watch a coordinator: who is doing what, and for whom the others wait."""
+    from nnunet_fed.coordinator.watch import status_table, watch
+    from nnunet_fed.transport.site.client import GrpcCommunicator
+
+    seat = GrpcCommunicator(_watcher(address, cert, key, ca, server_name))
+    if as_json:
+        print(json.dumps(seat.status(record=True), indent=2))
+    elif once:
+        Console().print(status_table(seat.status()))
+    else:
+        watch(seat.status, lambda: True, Console())
+
+
+def _watcher(
+    address: str | None, cert: Path | None, key: Path | None, ca: Path | None, server_name: str | None
+) -> Site:
+    """Settings of a seat that only looks: as in site.toml, or as given."""
+    from nnunet_fed.transport.channel.tls import KeyFiles
+
+    keys = KeyFiles.given(cert, key, ca)
+    if (keys and address is None) or (server_name and keys is None):
+        raise ConfigurationError(
+            "--coordinator, --cert, --key and --ca go together, and --server-name goes with them. Without them, what "
+            "stands in site.toml is used."
+        )
+    if address is None:
+        return Site.from_environment()
+    try:
+        return Site(
+            name=WATCHER, coordinator=address, certificate=cert, key=key, ca=ca, server_name=server_name,
+            insecure=keys is None,
+        )  # fmt: skip
+    except ValidationError as error:
+        raise ConfigurationError(f"--{explain(error, Site)}") from None
