@@ -32,7 +32,7 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	rm -rf build
 	$(BIN)/python -m pip install --quiet --no-deps --target build/typed .
-	cd build/typed && $(abspath $(BIN))/mypy --config-file $(abspath pyproject.toml) -p nnunet_fed
+	bin=$$(cd "$(BIN)" && pwd) && cd build/typed && "$$bin/mypy" --config-file "$(CURDIR)/pyproject.toml" -p nnunet_fed
 
 # After a change of transport/proto/*.proto.
 proto: $(VENV)/.installed

@@ -217,7 +217,7 @@ def check_trainer(plugin: Path, trainer: str | None, expected: str | None) -> Fi
     folders = [Path(part).resolve() for part in given.split(os.pathsep) if part]
     if plugin.resolve() not in folders:
         text = f"{EXTERNAL_TRAINERS} is {given or 'not set'}: nnU-Net would not find the federated trainers."
-        remedy = f"Say: export {EXTERNAL_TRAINERS}=$(nnunet_fed plugin-path)"
+        remedy = f'Say: export {EXTERNAL_TRAINERS}="$(nnunet_fed plugin-path)"'
         return Finding("trainer", State.failed, text, remedy)
     if trainer and expected and trainer != expected:
         return Finding("trainer", State.failed, f"the study needs {expected}, not {trainer}.", f"Use -tr {expected}.")
