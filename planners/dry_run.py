@@ -33,7 +33,7 @@ Only if the plans differed nevertheless would each site also send its plans. In 
 stands in {FILE}."""
 
 
-class RehearsalSeat(LocalCommunicator):
+class DryRunCommunicator(LocalCommunicator):
     """The seat of a site that is alone, and shows what it would send.
 
     Args:
@@ -61,7 +61,9 @@ class RehearsalSeat(LocalCommunicator):
         self._show({"key": key, "verb": verb, "bytes": size, **content})
 
 
-def rehearse(site: Site, study: Federation, dataset_id: int, processes: int, write: Callable[[str], None]) -> None:
+def dry_run_planning(
+    site: Site, study: Federation, dataset_id: int, processes: int, write: Callable[[str], None]
+) -> None:
     """Plan as if this site were alone, up to preprocessing, and tell all that it would contribute.
 
     Nothing is sent, and nothing in ``nnUNet_preprocessed`` is changed; a mapped data set is built. What does not stand
@@ -89,7 +91,7 @@ def rehearse(site: Site, study: Federation, dataset_id: int, processes: int, wri
 
     write(_BEFORE.format(site=site))
     with _preprocessed_elsewhere(), redirect_stdout(sys.stderr):  # for what nnU-Net prints
-        agree(RehearsalSeat(site.name, study.sites, show), study, dataset_id, processes, labels=site.label_map)
+        agree(DryRunCommunicator(site.name, study.sites, show), study, dataset_id, processes, labels=site.label_map)
     write(_AFTER)
 
 

@@ -24,14 +24,14 @@ from nnunet_fed.methods.tensors import digest_of_tensors, load_arrays, shared_te
 from nnunet_fed.processes import Process, Step
 from nnunet_fed.study.federation import digest_of
 from nnunet_fed.study.site import Site
-from nnunet_fed.trainers.gossip.gossip_session import Correspondence, Standing
+from nnunet_fed.trainers.gossip.gossip_session import GossipSession, Standing
 from nnunet_fed.trainers.gossip.mutual_learning import MutualTrainer
 from nnunet_fed.trainers.gossip.patch_dice import foreground_dice
-from nnunet_fed.trainers.gossip.peer_model import Incoming, plain_values
+from nnunet_fed.trainers.gossip.peer_model import PeerModel, plain_values
 from nnunet_fed.trainers.parts import checkpoint
 from nnunet_fed.trainers.parts.ranks import from_rank_zero, patient_group
 from nnunet_fed.trainers.parts.study_trainer import own_site, sentences_for_users
-from nnunet_fed.trainers.parts.training_record import Record, logged_by
+from nnunet_fed.trainers.parts.training_record import TrainingRecord, logged_by
 
 T = TypeVar("T")
 
@@ -54,7 +54,7 @@ class nnUNetTrainerGCML(MutualTrainer):  # noqa: N801
         super().configure_study()
         self._warm_up = self.options.warm_up(self.study.epochs)
         self._standing: Standing
-        self._correspondence: Correspondence | None = None
+        self._session: GossipSession | None = None
         self._group: Any = None
 
     # ------------------------------------------------------------------------------------------- start and end
@@ -88,7 +88,7 @@ class nnUNetTrainerGCML(MutualTrainer):  # noqa: N801
         if self._resumed is None:
             self._standing = Standing(Version(site.name, {}, 0), digest_of_tensors(self.shared()))
         if self.local_rank == 0:
-            self._correspondence = self._correspond(site)
+            self._session = self._open_session(site)
         if self.options.lockstep and not self._standing.members:
             self._standing.members = self._from_rank_zero(lambda here: here.await_members())
         if self._resumed is not None and self.local_rank == 0:
@@ -97,10 +97,10 @@ class nnUNetTrainerGCML(MutualTrainer):  # noqa: N801
             self._here().happened(f"continued with --c in epoch {self.current_epoch}")
             checkpoint.restore_random_states(self._resumed["random"])
 
-    def _correspond(self, site: Site) -> Correspondence:
+    def _open_session(self, site: Site) -> GossipSession:
         folder = Path(self.output_folder)
         continues = self._resumed is not None
-        record = Record(folder / "federation.json", continues)
+        record = TrainingRecord(folder / "federation.json", continues)
         record.describe(
             study=self.study.model_dump(mode="json"), digest=self.study.digest, site=site.name,
             training_cases=self._training_cases, initial_weights=self._standing.initial,
@@ -115,7 +115,7 @@ class nnUNetTrainerGCML(MutualTrainer):  # noqa: N801
             training_cases=self._training_cases, initial=self._standing.initial, schema=schema, size=size,
             max_epoch_distance=self.options.max_epoch_distance or None, lockstep=self.options.lockstep,
         )  # fmt: skip
-        return Correspondence(self.study, self._standing, folder / MAILBOX, record, state, self.start_peer, continues)
+        return GossipSession(self.study, self._standing, folder / MAILBOX, record, state, self.start_peer, continues)
 
     def start_peer(self) -> Process:
         """Start the process that talks to the peers; it ends with this one, whatever ends it."""
@@ -127,9 +127,9 @@ class nnUNetTrainerGCML(MutualTrainer):  # noqa: N801
     def on_train_end(self) -> None:
         """nnU-Net's final checkpoint, and the last model to a peer that still wants it."""
         super().on_train_end()
-        if self._correspondence is not None:
-            self._correspondence.round_over(self.shared_arrays())
-            self._correspondence.leave()
+        if self._session is not None:
+            self._session.round_over(self.shared_arrays())
+            self._session.leave()
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """The validation; meanwhile the last model is on its way."""
@@ -139,21 +139,21 @@ class nnUNetTrainerGCML(MutualTrainer):  # noqa: N801
             self._close()
 
     def _close(self) -> None:
-        if self._correspondence is not None:
-            self._correspondence.close()
-            self._correspondence = None
+        if self._session is not None:
+            self._session.close()
+            self._session = None
 
-    def _here(self) -> Correspondence:
-        if self._correspondence is None:
+    def _here(self) -> GossipSession:
+        if self._session is None:
             raise RuntimeError("rank 0 alone has the mailbox, and only while it trains")
-        return self._correspondence
+        return self._session
 
-    def _from_rank_zero(self, question: Callable[[Correspondence], T]) -> T:
+    def _from_rank_zero(self, question: Callable[[GossipSession], T]) -> T:
         return from_rank_zero(lambda: question(self._here()), self._group)
 
     def _happened(self, text: str) -> None:
-        if self._correspondence is not None:
-            self._correspondence.happened(text)
+        if self._session is not None:
+            self._session.happened(text)
 
     # ------------------------------------------------------------------------------------------- rounds
 
@@ -170,8 +170,8 @@ class nnUNetTrainerGCML(MutualTrainer):  # noqa: N801
         if self._exchanges(self.current_epoch):
             if self.options.lockstep:
                 self._from_rank_zero(lambda here: here.await_senders(self.current_epoch))
-            if self._incoming is None and self.current_epoch + self.options.mutual_epochs <= self.num_epochs:
-                delivery = self._from_rank_zero(Correspondence.next_letter)
+            if self._peer_model is None and self.current_epoch + self.options.mutual_epochs <= self.num_epochs:
+                delivery = self._from_rank_zero(GossipSession.next_letter)
                 if delivery is not None:
                     self._begin_phase(*delivery)
         super().on_epoch_start()
@@ -179,10 +179,10 @@ class nnUNetTrainerGCML(MutualTrainer):  # noqa: N801
     def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
         """End a phase, so that this epoch's validation and checkpoints describe the model that was kept."""
         super().on_train_epoch_end(train_outputs)
-        if self._incoming is not None:
-            self._incoming.epochs_left -= 1
-            if self._incoming.epochs_left == 0:
-                self._end_phase(self._incoming)
+        if self._peer_model is not None:
+            self._peer_model.epochs_left -= 1
+            if self._peer_model.epochs_left == 0:
+                self._end_phase(self._peer_model)
 
     def on_epoch_end(self) -> None:
         """nnU-Net's checkpoints, then the mail: what has left is always in a checkpoint."""
@@ -190,8 +190,8 @@ class nnUNetTrainerGCML(MutualTrainer):  # noqa: N801
         sends = self._exchanges(epoch)
         self._standing.version = version.published(epoch) if sends else replace(version, epoch=epoch)
         super().on_epoch_end()
-        if self._correspondence is not None and self._ends_round(epoch) and epoch < self.num_epochs:
-            self._correspondence.round_over(self.shared_arrays() if sends else None)
+        if self._session is not None and self._ends_round(epoch) and epoch < self.num_epochs:
+            self._session.round_over(self.shared_arrays() if sends else None)
 
     # ------------------------------------------------------------------------------------------- a mutual phase
 
@@ -200,32 +200,32 @@ class nnUNetTrainerGCML(MutualTrainer):  # noqa: N801
             arrays = widen(open_payload(payload))
             _require_finite(arrays)
             before = {name: array.copy() for name, array in self.shared_arrays().items()}
-            self._incoming = self._make_incoming(
+            self._peer_model = self._make_peer_model(
                 version=letter.version, initial=letter.initial, size=letter.size, plan=self._plan_of_choice(),
                 began=self.current_epoch, epochs_left=self.options.mutual_epochs,
                 before=before if self.options.keep == "best" else None,
             )  # fmt: skip
-            load_arrays(shared_tensors(self.bare(self._incoming.network)), arrays)
+            load_arrays(shared_tensors(self.bare(self._peer_model.network)), arrays)
         except FederationError as error:  # whatever a peer sends, this training goes on
-            self._incoming = None
+            self._peer_model = None
             self._standing.received[letter.version.site] = letter.version.counter
             self._happened(f"the model of {letter.version.site} cannot be used. {error}")
         else:
             self._happened(
                 f"trains with the model that {letter.version.site} had after {letter.version.epoch} epochs "
-                f"({self._incoming.plan})"
+                f"({self._peer_model.plan})"
             )
 
-    def _end_phase(self, incoming: Incoming) -> None:
+    def _end_phase(self, peer_model: PeerModel) -> None:
         """Decide which model stays, and forget the peer's."""
-        options, standing, site = self.options, self._standing, incoming.version.site
-        own, theirs = self.shared_arrays(), to_arrays(shared_tensors(self.bare(incoming.network)))
+        options, standing, site = self.options, self._standing, peer_model.version.site
+        own, theirs = self.shared_arrays(), to_arrays(shared_tensors(self.bare(peer_model.network)))
         models: dict[Candidate, Tensors] = {"incoming": theirs}
-        if incoming.before is not None:
-            models["before"] = incoming.before
-        if options.keep != "local" and incoming.initial == standing.initial:
+        if peer_model.before is not None:
+            models["before"] = peer_model.before
+        if options.keep != "local" and peer_model.initial == standing.initial:
             models["merged"] = merged(
-                own, theirs, options.merge_weight, own_initial=standing.initial, incoming_initial=incoming.initial
+                own, theirs, options.merge_weight, own_initial=standing.initial, incoming_initial=peer_model.initial
             )
         scores = self._scores(models) if options.keep == "best" else {}
         choice = kept(options.keep, scores, options.keep_tolerance)
@@ -234,21 +234,22 @@ class nnUNetTrainerGCML(MutualTrainer):  # noqa: N801
         if choice != "local" or self.study.momentum_on_round == "reset":
             self.optimizer.state.clear()
         if choice != "before":
-            standing.version = standing.version.influenced_by(incoming.version)
-        standing.received[site] = incoming.version.counter
+            standing.version = standing.version.influenced_by(peer_model.version)
+        standing.received[site] = peer_model.version.counter
         standing.used[site] = standing.used.get(site, 0) + 1
         phase = {
-            "from": site, "counter": incoming.version.counter, "epoch": incoming.version.epoch, "bytes": incoming.size,
-            "began": incoming.began, "ended": self.current_epoch, "plan": incoming.plan, "kept": choice,
+            "from": site, "counter": peer_model.version.counter, "epoch": peer_model.version.epoch,
+            "bytes": peer_model.size, "began": peer_model.began, "ended": self.current_epoch,
+            "plan": peer_model.plan, "kept": choice,
             "scores": {name: score for name, score in scores.items() if np.isfinite(score)},
         }  # fmt: skip
         standing.phases.append(phase)
         self._happened(f"keeps the {choice} model after the phase with {site}'s")
-        self._incoming = None
+        self._peer_model = None
         empty_cache(self.device)
 
     def _scores(self, models: dict[Candidate, Tensors]) -> dict[Candidate, float]:
-        def on_rank_zero(here: Correspondence) -> dict[Candidate, float]:
+        def on_rank_zero(here: GossipSession) -> dict[Candidate, float]:
             own = self.bare(self.network)
             networks: dict[Candidate, torch.nn.Module] = {"local": own}
             for name, arrays in models.items():
@@ -262,16 +263,16 @@ class nnUNetTrainerGCML(MutualTrainer):  # noqa: N801
 
     def method_state(self) -> dict[str, Any]:
         """Where the training stands in the gossip, and the incoming model with its optimizer while there is one."""
-        incoming = None if self._incoming is None else self._incoming.state()
-        return {**super().method_state(), "standing": self._standing.plain(), "incoming": incoming}
+        peer_model = None if self._peer_model is None else self._peer_model.state()
+        return {**super().method_state(), "standing": self._standing.plain(), "incoming": peer_model}
 
     def load_method_state(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`method_state`."""
         super().load_method_state(state)
         self._standing = Standing.from_plain(state["standing"])
         if state["incoming"] is not None:
-            self._incoming = self._make_incoming(**plain_values(state["incoming"]))
-            self._incoming.load_state(state["incoming"])
+            self._peer_model = self._make_peer_model(**plain_values(state["incoming"]))
+            self._peer_model.load_state(state["incoming"])
 
 
 def _require_finite(arrays: dict[str, Array]) -> None:

@@ -27,7 +27,7 @@ def plan_and_preprocess(
     """Agree with the other sites on plans, and preprocess this site's data by them."""
     from nnunet_fed.exchange.outgoing_log import FILE, OutgoingLog
     from nnunet_fed.planners.dataset import preprocessed_folder
-    from nnunet_fed.planners.dry_run import rehearse
+    from nnunet_fed.planners.dry_run import dry_run_planning
     from nnunet_fed.planners.explanation import explanation_table
     from nnunet_fed.planners.joining import join_and_preprocess
     from nnunet_fed.planners.planning import plan_and_preprocess as plan
@@ -38,7 +38,7 @@ def plan_and_preprocess(
     site = Site.from_environment()
     if dry_run:
         seat = GrpcCommunicator(site)
-        rehearse(
+        dry_run_planning(
             site, Federation.model_validate(seat.status()["study"]), dataset, processes, partial(print, file=sys.stdout)
         )
         return

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from nnunet_fed.coordinator.admission import Admission, QuarantinedError, check_content, distance
 from nnunet_fed.coordinator.history import happened
-from nnunet_fed.coordinator.round_closer import Closing
+from nnunet_fed.coordinator.round_closer import RoundCloser
 from nnunet_fed.coordinator.status import Tally, status_of
 from nnunet_fed.coordinator.store import Agreed, Collective, Contribution, Store
 from nnunet_fed.coordinator.tracking import FederationTracker
@@ -73,7 +73,7 @@ class Coordinator:
         self._admission = Admission(study, store, spool_quota)
         self._draining = False
         self._changed = threading.Condition()
-        self.closing = Closing(study, store, self.spool, self._changed, tracker)
+        self.round_closer = RoundCloser(study, store, self.spool, self._changed, tracker)
         self._seen: dict[str, float] = {}
         self._progress: dict[str, dict[str, Any]] = {}
         known = store.latest_study()
@@ -90,7 +90,7 @@ class Coordinator:
                 store.set_fact("attempt", (store.fact("attempt") or 0) + 1)
                 store.add_event(None, None, f"attempt {store.fact('attempt')} opened")
         self.attempt: int = store.fact("attempt")
-        self.closing.recover()
+        self.round_closer.recover()
 
     def drain(self) -> None:
         """Let nobody wait any longer; a call that waits is answered with what is known."""
@@ -101,7 +101,7 @@ class Coordinator:
     def close(self) -> None:
         """Finish what is under way in the background, and close the store."""
         self.drain()
-        self.closing.shutdown()
+        self.round_closer.shutdown()
         with self._changed:
             self._store.close()
         if self._tracker is not None:
@@ -225,7 +225,7 @@ class Coordinator:
                 self._admission.check_size(run, key, site, verb, size)
                 return "send"
             self._accept(Contribution(run, key, site, 0.0, digest, 0, None, time.time(), 0.0, None), verb, None)
-        self.closing.close_if_due(run, key)
+        self.round_closer.close_if_due(run, key)
         return "stands"
 
     def _require_joined(self, run: str, site: str) -> None:
@@ -263,7 +263,7 @@ class Coordinator:
         finally:
             if not accepted:
                 payload.unlink(missing_ok=True)
-            self.closing.close_if_due(run, key)  # also after a refusal, which may leave nobody to wait for
+            self.round_closer.close_if_due(run, key)  # also after a refusal, which may leave nobody to wait for
         return verdict
 
     def _quarantine(self, run: str, site: str, sentence: str) -> None:
@@ -276,13 +276,13 @@ class Coordinator:
         """The collective once it is no longer open, or as it is after so many seconds; ``None``: never heard of."""
         end = time.time() + seconds
         while True:
-            self.closing.close_if_due(run, key)
+            self.round_closer.close_if_due(run, key)
             with self._changed:
                 collective = self._store.collective(run, key)
                 now = time.time()
                 if collective is None or collective.status != "open" or now >= end or self._draining:
                     return collective
-                self._changed.wait(max(0.01, min(end, self.closing.closes_at(collective)) - now))
+                self._changed.wait(max(0.01, min(end, self.round_closer.closes_at(collective)) - now))
 
     def doing(self, site: str) -> str:
         """A site's name and what it said last of what it is doing, for those who wait for it."""
@@ -333,18 +333,18 @@ class Coordinator:
             keys = [collective.key for collective in self._store.collectives(run, "open")]
         self.spool.forget_site(run, site)
         for key in keys:
-            self.closing.close_if_due(run, key)
+            self.round_closer.close_if_due(run, key)
 
     def status(self, record: bool = False) -> dict[str, Any]:
         """What is going on, as JSON; with ``record`` also all that happened, collective by collective."""
         with self._changed:
-            now = status_of(self.study, self.attempt, self._store, self.closing, self._seen, self._progress)
+            now = status_of(self.study, self.attempt, self._store, self.round_closer, self._seen, self._progress)
             return {**now, **happened(self._store)} if record else now
 
     def tally(self) -> Tally:
         """Totals for those who measure; the rounds are the journal's, the reductions those since the start."""
         with self._changed:
-            return Tally(self._store.count_rounds(), self.closing.reductions, self.closing.reduction_seconds)
+            return Tally(self._store.count_rounds(), self.round_closer.reductions, self.round_closer.reduction_seconds)
 
     def _welcome_back(self, run: str, site: str) -> None:
         if self._store.standing(run)[site] == "absent":

@@ -26,7 +26,7 @@ from nnunet_fed.study.federation import Federation
 logger = logging.getLogger(__name__)
 
 
-class Closing:
+class RoundCloser:
     """Closes the collectives of a study. Thread-safe.
 
     Args:

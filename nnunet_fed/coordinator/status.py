@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from nnunet_fed.coordinator.round_closer import Closing
+from nnunet_fed.coordinator.round_closer import RoundCloser
 from nnunet_fed.coordinator.store import Store
 from nnunet_fed.study.federation import Federation
 
@@ -24,7 +24,7 @@ def status_of(
     study: Federation,
     attempt: int,
     store: Store,
-    closing: Closing,
+    round_closer: RoundCloser,
     seen: Mapping[str, float],
     progress: Mapping[str, dict[str, Any]],
 ) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def status_of(
         study: the study.
         attempt: that is open.
         store: the coordinator's memory.
-        closing: knows for whom open collectives wait.
+        round_closer: knows for whom open collectives wait.
         seen: when each site called last, in seconds since the epoch.
         progress: what each site said last of what it is doing.
     """
@@ -49,7 +49,7 @@ def status_of(
             for site in study.sites
         },
         "open": [
-            {"run": run, "key": c.key, "missing": closing.missing(c), "closes_at": closing.closes_at(c)}
+            {"run": run, "key": c.key, "missing": round_closer.missing(c), "closes_at": round_closer.closes_at(c)}
             for run in store.runs()
             for c in store.collectives(run, "open")
         ],

@@ -33,7 +33,7 @@ with atheris.instrument_imports(include=["nnunet_fed"]):
     from nnunet_fed.gossip.schedule import Version
     from nnunet_fed.study.federation import Federation
     from nnunet_fed.study.site import Site
-    from nnunet_fed.transport.channel.rate_limit import Pace
+    from nnunet_fed.transport.channel.rate_limit import RateLimit
     from nnunet_fed.transport.channel.zero_copy_streams import serve, serve_peer, write
     from nnunet_fed.transport.coordinator import server
     from nnunet_fed.transport.coordinator.check_service import serve_checks
@@ -110,8 +110,8 @@ class Target:
         self.mailbox.publish_state(State(RUN, Version("a", {"a": 1}, 1), {}, 10, "i", *described(TENSORS)))
         stopped = threading.Event()
         contacts, reception = Contacts(self.mailbox), Reception(site, self.mailbox, stopped)
-        outgoing, pace = OutgoingLog(folder / "outgoing.jsonl"), Pace(None, stopped)
-        serve_peer(peer._Service(site, self.mailbox, reception, contacts, outgoing, pace, stopped), handlers)
+        outgoing, limit = OutgoingLog(folder / "outgoing.jsonl"), RateLimit(None, stopped)
+        serve_peer(peer._Service(site, self.mailbox, reception, contacts, outgoing, limit, stopped), handlers)
         self.names, self._handlers = sorted(handlers.of), handlers.of
         of_model, size_of_model = described(TENSORS)
         self.words = ["a", "b", "x", "", self.run, RUN, "r/model", "mean", "{}", of_study, digest, of_model, "../a"]

@@ -1,4 +1,4 @@
-"""A site that joins later takes the plans as they are; a rehearsal sends nothing; both through a real coordinator."""
+"""A site that joins later takes the plans as they are; a dry run sends nothing; both through a real coordinator."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from test_transport import together
 
 from nnunet_fed.errors import ConfigurationError, DisagreementError, RoundClosedError
 from nnunet_fed.exchange.outgoing_log import OutgoingLog
-from nnunet_fed.planners.dry_run import rehearse
+from nnunet_fed.planners.dry_run import dry_run_planning
 from nnunet_fed.planners.joining import join_and_preprocess
 from nnunet_fed.planners.planning import PUBLISHED, plan_and_preprocess
 from nnunet_fed.study.site import Site
@@ -114,7 +114,7 @@ def test_a_rehearsal_shows_what_a_site_alone_would_send(serve: Serve, tmp_path: 
     study = make_study("a", geometry=geometry)
     told: list[str] = []
     before = str(nnUNet_preprocessed)
-    rehearse(Site(name="a", coordinator="127.0.0.1:9", insecure=True), study, SITE_A, 1, told.append)
+    dry_run_planning(Site(name="a", coordinator="127.0.0.1:9", insecure=True), study, SITE_A, 1, told.append)
     assert str(nnUNet_preprocessed) == before
     assert not list(Path(before).iterdir())
     assert "Nothing is sent now" in told[0]

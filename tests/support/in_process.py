@@ -27,7 +27,7 @@ from nnunet_fed.study.federation import Federation
 from nnunet_fed.study.site import Site
 from nnunet_fed.trainers.parts import checkpoint, federated_trainer
 from nnunet_fed.trainers.parts.study_trainer import SKIP_VALIDATION_VARIABLE
-from nnunet_fed.trainers.parts.training_record import Record
+from nnunet_fed.trainers.parts.training_record import TrainingRecord
 
 CASES = {"a": 4, "b": 6}
 STEPS = 3
@@ -82,14 +82,14 @@ class Seat(LocalCommunicator):
         return self._federation.means[key]
 
 
-class LocalMembership:
+class LocalSession:
     """In the place of the seat at a coordinator."""
 
     attempt = 1
 
     def __init__(self, rooms: Rooms, site: str, study: Federation, folder: Path, continues: bool):
         self.seat, self.study = Seat(rooms, site), study
-        self.note_facts = Record(folder / "federation.json", continues).note
+        self.note_facts = TrainingRecord(folder / "federation.json", continues).note
 
     def describe(self, training_cases: int) -> None:
         self.note_facts(training_cases=training_cases)
@@ -127,10 +127,10 @@ class InProcess:
         monkeypatch.setattr(LocalLogger, "plot_progress_png", lambda logger, folder: None)
         monkeypatch.setattr(Site, "from_environment", lambda: self._settings())
 
-        def join(study: Federation, *rest: Any, continues: bool, attempt: int | None) -> LocalMembership:
-            return LocalMembership(self.rooms, self._here.site, study, rest[-1], continues)
+        def join(study: Federation, *rest: Any, continues: bool, attempt: int | None) -> LocalSession:
+            return LocalSession(self.rooms, self._here.site, study, rest[-1], continues)
 
-        monkeypatch.setattr(federated_trainer, "Membership", join)
+        monkeypatch.setattr(federated_trainer, "CoordinatorSession", join)
 
     def _settings(self) -> Site:
         return Site(name=self._here.site, coordinator="127.0.0.1:1", insecure=True)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from in_process import InProcess, Killed, LocalMembership, same_arrays, weights
+from in_process import InProcess, Killed, LocalSession, same_arrays, weights
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from serving import make_study
 from test_transport import Serve, together
@@ -126,7 +126,7 @@ def test_nobody_leaves_before_all_is_evaluated(
 ) -> None:
     left: list[int] = []
     for name in ("leave", "part"):
-        monkeypatch.setattr(LocalMembership, name, lambda *given: left.append(len(validations.done)), raising=False)
+        monkeypatch.setattr(LocalSession, name, lambda *given: left.append(len(validations.done)), raising=False)
     trained(sites, nnUNetTrainerFedAvg, sites.study(method={"name": "fedavg", "finetune_epochs": 1}, cross_site=True))
     assert left == [len(validations.done)] * 2
 
@@ -158,7 +158,7 @@ def test_after_the_end_nobody_is_needed(
 ) -> None:
     study = sites.study(method={"name": "fedavg"}, cross_site=True)
     trained(sites, nnUNetTrainerFedAvg, study)
-    monkeypatch.setattr(federated_trainer, "Membership", lambda *given, **named: pytest.fail("joins"))
+    monkeypatch.setattr(federated_trainer, "CoordinatorSession", lambda *given, **named: pytest.fail("joins"))
     sites.run(again(sites, nnUNetTrainerFedAvg, study, "--c"), validate=True)
     for one in again(sites, nnUNetTrainerFedAvg, study, "--val").values():
         (Path(one.output_folder) / "federation.json").unlink()  # as if it had not come to the evaluation

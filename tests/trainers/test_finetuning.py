@@ -18,10 +18,10 @@ from nnunet_fed.simulation.simulate import TRAINERS
 from nnunet_fed.study.federation import Federation
 from nnunet_fed.study.method_tables import METHOD_TABLES
 from nnunet_fed.trainers.nnUNetTrainerFedOAP import PRETRAINED, check_pretrained_weights, nnUNetTrainerFedOAP
-from nnunet_fed.trainers.parts.finetuning import TwoPhaseSchedule
+from nnunet_fed.trainers.parts.finetuning import TwoPhaseLRScheduler
 
 
-def rate(schedule: TwoPhaseSchedule, optimizer: torch.optim.Optimizer, epoch: int) -> float:
+def rate(schedule: TwoPhaseLRScheduler, optimizer: torch.optim.Optimizer, epoch: int) -> float:
     schedule.step(epoch)
     value: float = optimizer.param_groups[0]["lr"]
     return value
@@ -30,7 +30,7 @@ def rate(schedule: TwoPhaseSchedule, optimizer: torch.optim.Optimizer, epoch: in
 @given(epochs=st.integers(1, 50), alone=st.integers(1, 10), factor=st.floats(0.01, 1), order=st.randoms())
 def test_9_the_learning_rate_is_a_function_of_the_epoch(epochs: int, alone: int, factor: float, order: Any) -> None:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.01)
-    schedule = TwoPhaseSchedule(optimizer, 0.01, epochs, factor * 0.01, alone)
+    schedule = TwoPhaseLRScheduler(optimizer, 0.01, epochs, factor * 0.01, alone)
     assert optimizer.param_groups[0]["lr"] == 0.01, "as nnU-Net's own at the start"
     chosen = list(range(epochs + alone))
     order.shuffle(chosen)

@@ -32,7 +32,7 @@ from nnunet_fed.study.federation import Federation
 from nnunet_fed.study.site import SITE_FILE_VARIABLE
 from nnunet_fed.trainers.gossip.mutual_learning import PLAN_VARIABLE
 from nnunet_fed.trainers.gossip.patch_dice import foreground_dice
-from nnunet_fed.trainers.gossip.peer_model import without_numbers_that_are_none
+from nnunet_fed.trainers.gossip.peer_model import with_non_finite_replaced
 from nnunet_fed.trainers.nnUNetTrainerGCML import nnUNetTrainerGCML
 from nnunet_fed.trainers.parts import checkpoint
 from nnunet_fed.trainers.parts.study_trainer import SKIP_VALIDATION_VARIABLE
@@ -306,14 +306,14 @@ def test_14_a_copy_with_the_same_momentum_changes_nothing(
 
     def begin_with_own(trainer: Any, letter: Letter, payload: Path) -> None:
         begin(trainer, letter, payload)
-        load_arrays(shared_tensors(trainer._incoming.network), to_arrays(shared_tensors(trainer.network)))
-        trainer._incoming.optimizer.load_state_dict(copy.deepcopy(trainer.optimizer.state_dict()))
+        load_arrays(shared_tensors(trainer._peer_model.network), to_arrays(shared_tensors(trainer.network)))
+        trainer._peer_model.optimizer.load_state_dict(copy.deepcopy(trainer.optimizer.state_dict()))
 
     end = nnUNetTrainerGCML._end_phase
 
-    def compare(trainer: Any, incoming: Any) -> None:
-        ended.append((weights(trainer), to_arrays(shared_tensors(incoming.network))))
-        end(trainer, incoming)
+    def compare(trainer: Any, peer_model: Any) -> None:
+        ended.append((weights(trainer), to_arrays(shared_tensors(peer_model.network))))
+        end(trainer, peer_model)
 
     monkeypatch.setattr(nnUNetTrainerGCML, "_begin_phase", begin_with_own)
     monkeypatch.setattr(nnUNetTrainerGCML, "_end_phase", compare)
@@ -340,10 +340,12 @@ def test_17_the_incoming_model_has_the_sites_learning_rate_and_a_fresh_optimizer
     step = nnUNetTrainerGCML.train_step
 
     def look(trainer: Any, batch: Any) -> Any:
-        if trainer._incoming is not None:
-            rates = [optimizer.param_groups[0]["lr"] for optimizer in (trainer.optimizer, trainer._incoming.optimizer)]
-            assert trainer._incoming.optimizer.param_groups[0]["momentum"] == 0.9
-            seen.append((*rates, len(trainer._incoming.optimizer.state)))  # type: ignore[arg-type]
+        if trainer._peer_model is not None:
+            rates = [
+                optimizer.param_groups[0]["lr"] for optimizer in (trainer.optimizer, trainer._peer_model.optimizer)
+            ]
+            assert trainer._peer_model.optimizer.param_groups[0]["momentum"] == 0.9
+            seen.append((*rates, len(trainer._peer_model.optimizer.state)))  # type: ignore[arg-type]
         return step(trainer, batch)
 
     monkeypatch.setattr(nnUNetTrainerGCML, "train_step", look)
@@ -365,9 +367,9 @@ def test_17_an_overflow_in_one_model_skips_its_step_and_not_the_others(
     seen: list[tuple[str, dict[str, bool], dict[str, float]]] = []
 
     def overflowing(trainer: Any, batch: Any) -> Any:
-        if trainer._incoming is None or len(seen) == 3:
+        if trainer._peer_model is None or len(seen) == 3:
             return step(trainer, batch)
-        networks = {"own": trainer.network, "theirs": trainer._incoming.network}
+        networks = {"own": trainer.network, "theirs": trainer._peer_model.network}
         before = {name: copy.deepcopy(network.state_dict()) for name, network in networks.items()}
         victim = ("nobody", "theirs", "own")[len(seen)]
         hooks = [
@@ -382,7 +384,7 @@ def test_17_an_overflow_in_one_model_skips_its_step_and_not_the_others(
             name: any(not torch.equal(tensor, before[name][key]) for key, tensor in network.state_dict().items())
             for name, network in networks.items()
         }
-        scales = {"own": trainer.grad_scaler.get_scale(), "theirs": trainer._incoming.grad_scaler.get_scale()}
+        scales = {"own": trainer.grad_scaler.get_scale(), "theirs": trainer._peer_model.grad_scaler.get_scale()}
         seen.append((victim, stepped, scales))
         return result
 
@@ -403,16 +405,16 @@ def test_18_nothing_of_a_peer_outlives_its_phase(postman: Postman, monkeypatch: 
     networks: list[Any] = []
     end = nnUNetTrainerGCML._end_phase
 
-    def note(trainer: Any, incoming: Any) -> None:
-        networks.append(weakref.ref(incoming.network))
-        end(trainer, incoming)
+    def note(trainer: Any, peer_model: Any) -> None:
+        networks.append(weakref.ref(peer_model.network))
+        end(trainer, peer_model)
 
     monkeypatch.setattr(nnUNetTrainerGCML, "_end_phase", note)
     brings(postman, foreign())
     trainer = train(study())
     gc.collect()
     assert [network() for network in networks] == [None]
-    assert trainer._incoming is None
+    assert trainer._peer_model is None
     assert trainer.method_state()["incoming"] is None
     assert postman.mailbox is not None
     assert postman.mailbox.taken() is None
@@ -445,7 +447,7 @@ def test_an_incoming_model_that_diverges_teaches_nothing() -> None:
     student = torch.randn(2, 3, 4, 4, requires_grad=True)
     teacher = torch.randn(2, 3, 4, 4)
     teacher[0] = torch.nan
-    taught = without_numbers_that_are_none([teacher, teacher], [student])[0]
+    taught = with_non_finite_replaced([teacher, teacher], [student])[0]
     divergence(taught, student, softmax=True).sum().backward()
     assert student.grad is not None
     assert torch.count_nonzero(student.grad[0]) == 0
@@ -462,9 +464,9 @@ def test_merged_is_the_mean_of_both_and_the_momentum_starts_anew(
     end = nnUNetTrainerGCML._end_phase
     seen: list[Weights] = []
 
-    def look(trainer: Any, incoming: Any) -> None:
-        own, theirs = weights(trainer), to_arrays(shared_tensors(incoming.network))
-        end(trainer, incoming)
+    def look(trainer: Any, peer_model: Any) -> None:
+        own, theirs = weights(trainer), to_arrays(shared_tensors(peer_model.network))
+        end(trainer, peer_model)
         assert all(
             np.allclose(array, 0.75 * own[name] + 0.25 * theirs[name], atol=1e-6)
             for name, array in weights(trainer).items()
@@ -503,9 +505,9 @@ def test_best_goes_back_to_the_model_before_a_phase(postman: Postman, monkeypatc
         before.append(weights(trainer))
         begin(trainer, *letter)
 
-    def look(trainer: Any, incoming: Any) -> None:
+    def look(trainer: Any, peer_model: Any) -> None:
         assert not equal(weights(trainer), before[-1])
-        end(trainer, incoming)
+        end(trainer, peer_model)
         assert equal(weights(trainer), before[-1])
 
     monkeypatch.setattr(nnUNetTrainerGCML, "_begin_phase", note)

@@ -19,8 +19,8 @@ from nnunet_fed.gossip.schedule import Version
 from nnunet_fed.simulation.simulate import free_ports
 from nnunet_fed.study.federation import Federation
 from nnunet_fed.study.site import Site
-from nnunet_fed.trainers.gossip.gossip_session import Correspondence, Standing
-from nnunet_fed.trainers.parts.training_record import Record
+from nnunet_fed.trainers.gossip.gossip_session import GossipSession, Standing
+from nnunet_fed.trainers.parts.training_record import TrainingRecord
 from nnunet_fed.transport.peers.peer import PeerProcess
 
 SITES, EPOCHS, PHASE = "abcd", 8, 2
@@ -50,7 +50,9 @@ def train(study: Federation, site: Site, folder: Path, paces: random.Random) -> 
     standing = Standing(Version(site.name, {}, 0), "i")
     state = State("r", standing.version, {}, 1 + SITES.index(site.name), "i", SCHEMA, SIZE, lockstep=True)
     peer: Any = lambda: PeerThread(site, mailbox)  # noqa: E731
-    here = Correspondence(study, standing, mailbox, Record(folder / "federation.json", False), state, peer, False)
+    here = GossipSession(
+        study, standing, mailbox, TrainingRecord(folder / "federation.json", False), state, peer, False
+    )
     taken: Taken = []
     try:
         standing.members = here.await_members()

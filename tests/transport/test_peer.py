@@ -35,7 +35,7 @@ from nnunet_fed.gossip.schedule import Schedule, Version
 from nnunet_fed.study.site import Site
 from nnunet_fed.study.toml import to_toml
 from nnunet_fed.transport.channel import zero_copy_streams
-from nnunet_fed.transport.channel.rate_limit import Pace
+from nnunet_fed.transport.channel.rate_limit import RateLimit
 from nnunet_fed.transport.channel.tls import open_channel
 from nnunet_fed.transport.channel.zero_copy_streams import PeerStub
 from nnunet_fed.transport.peers import peer, peer_client, stalled_transfers
@@ -483,7 +483,7 @@ def test_every_byte_of_a_model_counts_for_the_pace_at_both_ends(
     peers: Peers, monkeypatch: pytest.MonkeyPatch, mode: Any
 ) -> None:
     passed: list[int] = []
-    monkeypatch.setattr(Pace, "passed", lambda pace, number: passed.append(number))
+    monkeypatch.setattr(RateLimit, "passed", lambda limit, number: passed.append(number))
     peers.start("a", "b", mode=mode)
     letter = peers.post("b", 1)
     peers.post("a", 1, "b")
@@ -505,14 +505,14 @@ class Clock(threading.Event):
 def test_a_pace_is_kept_in_the_long_run_and_idle_time_is_not_saved_up(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
     monkeypatch.setattr("nnunet_fed.transport.channel.rate_limit.time.monotonic", lambda: clock.now)
-    pace = Pace(2.0, clock)
+    limit = RateLimit(2.0, clock)
     for _ in range(10):
-        pace.passed(10**6)
+        limit.passed(10**6)
     assert clock.now == pytest.approx(105)
     clock.now = 200.0
-    pace.passed(10**6)
+    limit.passed(10**6)
     assert clock.now == pytest.approx(200.5)
-    Pace(None, clock).passed(10**9)
+    RateLimit(None, clock).passed(10**9)
     assert clock.now == pytest.approx(200.5)
 
 

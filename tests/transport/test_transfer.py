@@ -519,7 +519,7 @@ def test_a_result_that_did_not_reach_the_disk_is_made_again(
 ) -> None:
     """As after a machine stopped: the journal says closed, the payloads are there, the result is not whole."""
     first = serve(make_study("ab"))
-    monkeypatch.setattr(first.coordinator.closing, "_settle", lambda collective, save: None)
+    monkeypatch.setattr(first.coordinator.round_closer, "_settle", lambda collective, save: None)
     a, b = first.seat("a"), first.seat("b")
     other = {"w": LARGE["w"] * 2}
     result = together(lambda: a.mean("r/model", LARGE, 1), lambda: b.mean("r/model", other, 3))[0]

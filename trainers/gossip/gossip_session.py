@@ -19,7 +19,7 @@ from nnunet_fed.gossip.schedule import Schedule, Version, judge, next_delivery
 from nnunet_fed.processes import Process, stop
 from nnunet_fed.study.federation import Federation
 from nnunet_fed.study.method_tables import GCML
-from nnunet_fed.trainers.parts.training_record import Record
+from nnunet_fed.trainers.parts.training_record import TrainingRecord
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class Standing:
         return cls(**{**values, "version": Version(**values["version"])})
 
 
-class Correspondence:
+class GossipSession:
     """The other sites, as far as a training needs them; nothing here waits for them, but for ``lockstep``.
 
     Args:
@@ -71,7 +71,7 @@ class Correspondence:
         study: Federation,
         standing: Standing,
         folder: Path,
-        record: Record,
+        record: TrainingRecord,
         state: State,
         start_peer: Callable[[], Process],
         continues: bool,

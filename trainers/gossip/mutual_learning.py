@@ -13,7 +13,7 @@ import torch
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.methods.gcml import Contrast, MutualLoss, Outputs, Plan, execution_plan, ramped_weight
 from nnunet_fed.study.method_tables import GCML
-from nnunet_fed.trainers.gossip.peer_model import Computed, Incoming, without_numbers_that_are_none
+from nnunet_fed.trainers.gossip.peer_model import Computed, PeerModel, with_non_finite_replaced
 from nnunet_fed.trainers.parts.study_trainer import StudyTrainer
 
 PLAN_VARIABLE = "nnUNet_fed_mutual_plan"
@@ -33,7 +33,7 @@ class MutualTrainer(StudyTrainer):
         super().configure_study()
         assert isinstance(self.study.method, GCML)
         self.options = self.study.method
-        self._incoming: Incoming | None = None
+        self._peer_model: PeerModel | None = None
         self._step_bytes: int | None = None
 
     def _build_loss(self) -> MutualLoss:
@@ -48,18 +48,18 @@ class MutualTrainer(StudyTrainer):
     def on_train_epoch_start(self) -> None:
         """Give the incoming model the site's learning rate."""
         super().on_train_epoch_start()
-        if self._incoming is not None:
-            self._incoming.network.train()
-            for group in self._incoming.optimizer.param_groups:
+        if self._peer_model is not None:
+            self._peer_model.network.train()
+            for group in self._peer_model.optimizer.param_groups:
                 group["lr"] = self.optimizer.param_groups[0]["lr"]
 
     def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
         """Note, once, what a plain step needs."""
         super().on_train_epoch_end(train_outputs)
-        if self._incoming is None and self._step_bytes is None and self.device.type == "cuda":
+        if self._peer_model is None and self._step_bytes is None and self.device.type == "cuda":
             self._step_bytes = torch.cuda.max_memory_allocated(self.device)
 
-    def _make_incoming(self, **facts: Any) -> Incoming:
+    def _make_peer_model(self, **facts: Any) -> PeerModel:
         """A second network like the site's own, with an optimizer and a gradient scaler."""
         network: Any = copy.deepcopy(self.bare(self.network))
         if self._do_i_compile():
@@ -75,7 +75,7 @@ class MutualTrainer(StudyTrainer):
         if self.grad_scaler is not None:
             scaler = torch.amp.GradScaler("cuda")
             scaler.load_state_dict(self.grad_scaler.state_dict())
-        return Incoming(network=network, optimizer=optimizer, grad_scaler=scaler, **facts)
+        return PeerModel(network=network, optimizer=optimizer, grad_scaler=scaler, **facts)
 
     def _plan_of_choice(self) -> Plan:
         chosen: Any = os.environ.get(PLAN_VARIABLE)
@@ -91,18 +91,18 @@ class MutualTrainer(StudyTrainer):
 
     def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
         """nnU-Net's step; in a mutual phase one of each model, with what the other said before either of them."""
-        incoming = self._incoming
-        if incoming is None:
+        peer_model = self._peer_model
+        if peer_model is None:
             return super().train_step(batch)
-        self.loss.weight = ramped_weight(incoming.steps, self.options.mutual_weight, self.options.ramp_steps)
-        incoming.steps += 1
+        self.loss.weight = ramped_weight(peer_model.steps, self.options.mutual_weight, self.options.ramp_steps)
+        peer_model.steps += 1
         batch = {**batch, **{name: self._on_device(batch[name]) for name in ("data", "target")}}
-        at_once = incoming.plan == "simultaneous"
+        at_once = peer_model.plan == "simultaneous"
         with torch.autocast("cuda") if self.device.type == "cuda" else nullcontext(), torch.set_grad_enabled(at_once):
-            outputs = incoming.network(batch["data"])
-        network: Any = Computed(incoming.network, outputs) if at_once else incoming.network
+            outputs = peer_model.network(batch["data"])
+        network: Any = Computed(peer_model.network, outputs) if at_once else peer_model.network
         result, said = self._taught_step(batch, self.loss.lesson(outputs))
-        with self._in_place_of_own(network, incoming):
+        with self._in_place_of_own(network, peer_model):
             self._taught_step(batch, said)
         return result
 
@@ -112,7 +112,7 @@ class MutualTrainer(StudyTrainer):
 
         def loss(outputs: Outputs, targets: Outputs) -> torch.Tensor:
             said.append(mutual.lesson(outputs))
-            value: torch.Tensor = mutual(outputs, targets, without_numbers_that_are_none(teacher, outputs))
+            value: torch.Tensor = mutual(outputs, targets, with_non_finite_replaced(teacher, outputs))
             return value
 
         self.loss = loss
@@ -127,9 +127,9 @@ class MutualTrainer(StudyTrainer):
         return tensors.to(self.device, non_blocking=True)
 
     @contextmanager
-    def _in_place_of_own(self, network: Any, incoming: Incoming) -> Iterator[None]:
+    def _in_place_of_own(self, network: Any, peer_model: PeerModel) -> Iterator[None]:
         own = self.network, self.optimizer, self.grad_scaler
-        self.network, self.optimizer, self.grad_scaler = network, incoming.optimizer, incoming.grad_scaler
+        self.network, self.optimizer, self.grad_scaler = network, peer_model.optimizer, peer_model.grad_scaler
         try:
             yield
         finally:

@@ -15,7 +15,7 @@ from nnunet_fed.trainers.parts.study_trainer import StudyTrainer
 
 
 @dataclass
-class Incoming:
+class PeerModel:
     """A model that has arrived; nothing of it outlives its mutual phase.
 
     It has an optimizer and a gradient scaler of its own: what overflows in one model delays the other one not.
@@ -59,7 +59,7 @@ _PLAIN = ("initial", "size", "plan", "began", "epochs_left", "before", "steps")
 
 
 def plain_values(state: dict[str, Any]) -> dict[str, Any]:
-    """What of :meth:`Incoming.state` the construction takes."""
+    """What of :meth:`PeerModel.state` the construction takes."""
     return {"version": Version(**state["version"]), **{name: state[name] for name in _PLAIN}}
 
 
@@ -79,7 +79,7 @@ class Computed:
         return iter(self._network.parameters())
 
 
-def without_numbers_that_are_none(teacher: Outputs, student: Outputs) -> Outputs:
+def with_non_finite_replaced(teacher: Outputs, student: Outputs) -> Outputs:
     """What a teacher says, and where that is not finite what the student says itself, from which it learns nothing.
 
     So an incoming model that diverges does not take the site's own with it. Nothing here waits for the device.

@@ -12,11 +12,11 @@ from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.exchange.outgoing_log import FILE, OutgoingLog
 from nnunet_fed.study.federation import Federation
 from nnunet_fed.trainers.parts.study_trainer import own_site
-from nnunet_fed.trainers.parts.training_record import Record
+from nnunet_fed.trainers.parts.training_record import TrainingRecord
 from nnunet_fed.transport.site.client import GrpcCommunicator
 
 
-class Membership:
+class CoordinatorSession:
     """What rank 0 of a training has of the federation.
 
     Args:
@@ -55,7 +55,7 @@ class Membership:
             )
         self.attempt = self.seat.attempt
         self._is_over = False
-        self._record = Record(folder / "federation.json", continues)
+        self._record = TrainingRecord(folder / "federation.json", continues)
 
     def describe(self, training_cases: int) -> None:
         """Begin or continue the record."""

@@ -24,7 +24,7 @@ from nnunet_fed.prediction.checkpoint_files import FINAL_CHECKPOINT, GLOBAL_CHEC
 from nnunet_fed.study.federation import Federation
 from nnunet_fed.study.site import Site
 from nnunet_fed.trainers.parts import checkpoint
-from nnunet_fed.trainers.parts.coordinator_session import Membership
+from nnunet_fed.trainers.parts.coordinator_session import CoordinatorSession
 from nnunet_fed.trainers.parts.cross_site_evaluation import evaluate_across_sites, is_complete
 from nnunet_fed.trainers.parts.ranks import RankZeroSeat, from_rank_zero, patient_group
 from nnunet_fed.trainers.parts.rounds import common_start, pad_log, require_agreement, round_of, scope_of_round
@@ -51,7 +51,7 @@ class FederatedTrainer(StudyTrainer):
 
     def configure_study(self) -> None:
         """Take what the trainer needs from the study, at the end of construction."""
-        self._membership: Membership | None = None
+        self._session: CoordinatorSession | None = None
         self._study_now = self.study
         self._figures: dict[str, float] = {}
         self.diagnostics: dict[str, float] = {}
@@ -95,13 +95,13 @@ class FederatedTrainer(StudyTrainer):
     def happened(self, text: str) -> None:
         """Note an event in the log, in this site's record and at the coordinator."""
         self.print_to_log_file(text)
-        if self._membership is not None:
-            self._membership.happened(text)
+        if self._session is not None:
+            self._session.happened(text)
 
     def note_facts(self, **facts: Any) -> None:
         """Note facts of the training in this site's record."""
-        if self._membership is not None:
-            self._membership.note_facts(**facts)
+        if self._session is not None:
+            self._session.note_facts(**facts)
 
     # ------------------------------------------------------------------------------------------- nnU-Net's hooks
 
@@ -156,8 +156,8 @@ class FederatedTrainer(StudyTrainer):
                 self._skip_to(self._next_epoch)
         if self.current_epoch >= self.num_epochs:
             raise _TrainingOver
-        if self.current_epoch >= self.study.epochs and self._membership is not None and not self.validates_together:
-            self._membership.part("finished its rounds")  # what follows needs nobody
+        if self.current_epoch >= self.study.epochs and self._session is not None and not self.validates_together:
+            self._session.part("finished its rounds")  # what follows needs nobody
         super().on_epoch_start()
         self._report("training")
 
@@ -201,8 +201,8 @@ class FederatedTrainer(StudyTrainer):
         part.replace(folder / GLOBAL_CHECKPOINT)
 
     def _leave(self) -> None:
-        if self._membership is not None:
-            self._membership.leave("finished")
+        if self._session is not None:
+            self._session.leave("finished")
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """The validation, watched by those who watch."""
@@ -215,8 +215,8 @@ class FederatedTrainer(StudyTrainer):
         self._report("done", wait=True)
         if self.validates_together:
             self._leave()
-        if self._membership is not None:
-            self._membership.close()
+        if self._session is not None:
+            self._session.close()
 
     # ------------------------------------------------------------------------------------------- the federation
 
@@ -227,7 +227,7 @@ class FederatedTrainer(StudyTrainer):
 
     def _join(self) -> Federation:
         """Take the seat (on rank 0); returns the study as the coordinator has it."""
-        self._membership = Membership(
+        self._session = CoordinatorSession(
             self.study,
             self.configuration_name,
             type(self).__name__,
@@ -236,16 +236,16 @@ class FederatedTrainer(StudyTrainer):
             continues=self._continues,
             attempt=None if self._resumed is None else self._resumed["attempt"],
         )
-        self._attempt = self._membership.attempt
-        return self._membership.study
+        self._attempt = self._session.attempt
+        return self._session.study
 
     def _take_seat(self) -> None:
         """Let every rank have the verbs, once rank 0 has joined."""
         study = self._study_now
         seat, site = None, Site.from_environment().name
-        if self._membership is not None:
-            seat = self._membership.seat
-            self._membership.describe(self._training_cases)
+        if self._session is not None:
+            seat = self._session.seat
+            self._session.describe(self._training_cases)
         self.communicator = RankZeroSeat(seat, site, study.sites, patient_group(study.deadline_minutes + 10))
 
     @property
@@ -293,8 +293,8 @@ class FederatedTrainer(StudyTrainer):
         self._report("exchanging")
         self.diagnostics = {}
         noted: AbstractContextManager[dict[str, float]] = nullcontext({})
-        if self._membership is not None:
-            noted = self._membership.exchanging(scope)
+        if self._session is not None:
+            noted = self._session.exchanging(scope)
         with noted as entry:
             try:
                 self.exchange(scope)
@@ -333,7 +333,7 @@ class FederatedTrainer(StudyTrainer):
         self.current_epoch = epoch
 
     def _report(self, phase: str, wait: bool = False) -> None:
-        if self._membership is not None:
+        if self._session is not None:
             number = min(self.current_epoch // self.study.local_epochs + 1, self.study.rounds)
             progress = {"phase": phase, "round": number, "rounds": self.study.rounds, "epoch": self.current_epoch}
-            self._membership.report({**progress, **self._figures}, wait)
+            self._session.report({**progress, **self._figures}, wait)

@@ -23,7 +23,7 @@ BEST_CHECKPOINT = "checkpoint_finetuned.pth"
 """The best fine-tuned epoch so far; ``checkpoint_final.pth`` takes its place in the end."""
 
 
-class TwoPhaseSchedule:
+class TwoPhaseLRScheduler:
     """nnU-Net's learning rate, once over the rounds and once more, lower, over the fine-tuning.
 
     Args:
@@ -80,7 +80,9 @@ class FineTuningTrainer(FederatedTrainer):
         optimizer, schedule = super().configure_optimizers()
         epochs, factor = self.finetuning.finetune_epochs, self.finetuning.finetune_lr_factor
         if epochs:
-            schedule = TwoPhaseSchedule(optimizer, self.initial_lr, self.study.epochs, factor * self.initial_lr, epochs)
+            schedule = TwoPhaseLRScheduler(
+                optimizer, self.initial_lr, self.study.epochs, factor * self.initial_lr, epochs
+            )
         return optimizer, schedule
 
     def on_train_epoch_start(self) -> None:

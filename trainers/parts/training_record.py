@@ -17,7 +17,7 @@ import torch
 PACKAGES = ("nnunet-fed", "nnunetv2", "torch", "grpcio")
 
 
-class Record:
+class TrainingRecord:
     """What this site exchanged, with whom, and what happened; on disk after every change.
 
     Args:

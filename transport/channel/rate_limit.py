@@ -6,7 +6,7 @@ import threading
 import time
 
 
-class Pace:
+class RateLimit:
     """Holds up who passes data, all together, so that a rate is not exceeded in the long run. Thread-safe.
 
     Args:

@@ -187,18 +187,18 @@ class _Service(CoordinatorServicer):  # type: ignore[misc]
             yield pb.ResultChunk(header=header)
             for chunk in chunks([result[header.position :]], self._message_bytes):
                 yield memoryview(chunk)
-            self._coordinator.closing.wait_until_saved(collective)
+            self._coordinator.round_closer.wait_until_saved(collective)
 
     def _header(self, collective: Collective, site: str) -> pb.ResultHeader:
         waiting = collective.status == "open"
-        missing = self._coordinator.closing.missing(collective) if waiting else []
+        missing = self._coordinator.round_closer.missing(collective) if waiting else []
         return pb.ResultHeader(
             status=collective.status,
             digest=collective.digest or "",
             size=collective.size or 0,
             error=collective.error or "",
             missing=[self._coordinator.doing(site) for site in missing],
-            closes_at=self._coordinator.closing.closes_at(collective) if waiting else 0.0,
+            closes_at=self._coordinator.round_closer.closes_at(collective) if waiting else 0.0,
             weights=self._coordinator.weights(collective),
             wanted=site in missing,
         )

@@ -1,4 +1,4 @@
-"""The peer process of a site (GCML's notes, 5.5): a server for its peers, and a courier to them. Source: ours.
+"""The peer process of a site (GCML's notes, 5.5): a server for its peers, and a client of theirs. Source: ours.
 
 It is a process of its own because gRPC and fork do not mix, while nnU-Net forks; because a slow peer must not stall a
 training; and because it has no business with the data: it sees a mailbox, ``site.toml`` and certificates. No torch.
@@ -24,13 +24,13 @@ from nnunet_fed.gossip.mailbox import Mailbox
 from nnunet_fed.study.site import Site
 from nnunet_fed.transport.channel.listener import AddressError, Listener, Refusals, refuse
 from nnunet_fed.transport.channel.options import PROTOCOL, require_loopback
-from nnunet_fed.transport.channel.rate_limit import Pace
+from nnunet_fed.transport.channel.rate_limit import RateLimit
 from nnunet_fed.transport.channel.retry import DamagedError
 from nnunet_fed.transport.channel.tls import KeyFiles, Keys, check_name
 from nnunet_fed.transport.channel.zero_copy_streams import serve_peer
 from nnunet_fed.transport.peers.contacts import Contacts
 from nnunet_fed.transport.peers.model_message import incompatibility, message_of
-from nnunet_fed.transport.peers.peer_client import Courier, Mode
+from nnunet_fed.transport.peers.peer_client import Mode, PeerClient
 from nnunet_fed.transport.peers.reception import Reception
 from nnunet_fed.transport.peers.stalled_transfers import GLANCE_SECONDS, given_up_if_stalled
 from nnunet_fed.transport.proto import federation_pb2 as pb
@@ -77,12 +77,12 @@ class PeerProcess:
         contacts = Contacts(mailbox)
         outgoing = OutgoingLog(mailbox.folder / FILE)
         reception = Reception(site, mailbox, self._stopped)
-        pace = Pace(site.peer_megabytes_per_second, self._stopped)
-        service = _Service(site, mailbox, reception, contacts, outgoing, pace, self._stopped)
+        limit = RateLimit(site.peer_megabytes_per_second, self._stopped)
+        service = _Service(site, mailbox, reception, contacts, outgoing, limit, self._stopped)
         self._listener = self._listen(site, site.listen, service)
         mailbox.sweep()
         self._contacts = contacts
-        self._courier = Courier(site, mailbox, reception, contacts, outgoing, pace, mode, max_tries, self._stopped)
+        self._client = PeerClient(site, mailbox, reception, contacts, outgoing, limit, mode, max_tries, self._stopped)
 
     def _listen(self, site: Site, address: str, service: _Service) -> Listener:
         def check(keys: Keys) -> None:
@@ -115,14 +115,14 @@ class PeerProcess:
             try:
                 found = self._mailbox.outgoing()
                 if found is not None and found[2]:
-                    self._courier.serve(*found)
+                    self._client.serve(*found)
             except OSError as error:  # a full disk: what was not written down is tried again
                 logger.error("the mailbox cannot be used at present: %s", error)
                 self._stopped.wait(DISK_PAUSE)
         self._stopped.set()
         state = self._mailbox.state()
         if state is not None and state.leaving:
-            self._courier.say_farewell()
+            self._client.say_farewell()
         self._listener.stop(GRACE_SECONDS)
 
     def stop(self) -> None:
@@ -139,7 +139,7 @@ class PeerProcess:
         pause, silent = INTRODUCTIONS[0], 0
         while not self._stopped.is_set():
             unheard = [peer for peer in others if peer not in self._contacts.members()]
-            answered = [self._courier.introduce(peer) for peer in unheard if not self._stopped.is_set()]
+            answered = [self._client.introduce(peer) for peer in unheard if not self._stopped.is_set()]
             silent = silent + 1 if len(unheard) == len(others) > 0 and not any(answered) else 0
             if silent == SILENCES:
                 listed = ", ".join(f"'{peer}' at {self._site.peers[peer]}" for peer in others)
@@ -151,14 +151,14 @@ class PeerProcess:
 class _Service(PeerServicer):  # type: ignore[misc]
     def __init__(
         self, site: Site, mailbox: Mailbox, reception: Reception, contacts: Contacts, outgoing: OutgoingLog,
-        pace: Pace, stopped: threading.Event,
+        limit: RateLimit, stopped: threading.Event,
     ):  # fmt: skip
         self._site = site
         self._mailbox = mailbox
         self._reception = reception
         self._contacts = contacts
         self._outgoing = outgoing
-        self._pace = pace
+        self._rate_limit = limit
         self._stopped = stopped
 
     def Info(self, request: pb.PeerInfo, context: grpc.ServicerContext) -> pb.PeerInfo:  # noqa: N802
@@ -234,7 +234,7 @@ class _Service(PeerServicer):  # type: ignore[misc]
                 for chunk in chunks([payload[model.position :]]):
                     yield memoryview(chunk)
                     given += len(chunk)
-                    self._pace.passed(len(chunk))
+                    self._rate_limit.passed(len(chunk))
             self._mailbox.record(
                 event="sent", peer=request.site, site=version.site, counter=version.counter, bytes=given,
                 seconds=round(time.monotonic() - started, 3), verdict="pulled",

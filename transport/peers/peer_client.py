@@ -25,7 +25,7 @@ from nnunet_fed.exchange.uploads import InterruptedUploadError
 from nnunet_fed.gossip.mailbox import Letter, Mailbox
 from nnunet_fed.study.site import Site
 from nnunet_fed.transport.channel.options import PROTOCOL
-from nnunet_fed.transport.channel.rate_limit import Pace
+from nnunet_fed.transport.channel.rate_limit import RateLimit
 from nnunet_fed.transport.channel.retry import DamagedError
 from nnunet_fed.transport.channel.tls import open_channel
 from nnunet_fed.transport.channel.transfer import Outbound, seconds_allowed
@@ -59,7 +59,7 @@ BROKEN = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DATA_LOSS}
 """After these, a transfer that had begun goes on where it was."""
 
 
-class Courier:
+class PeerClient:
     """Talks to the peers of a site.
 
     Args:
@@ -68,22 +68,22 @@ class Courier:
         reception: takes what is fetched.
         contacts: hears who answers.
         outgoing: hears of everything that this site sends, before it leaves (:mod:`nnunet_fed.exchange.outgoing_log`).
-        pace: of what leaves.
+        limit: of what leaves.
         mode: ``push``: send the own model; ``pull``: fetch a peer's.
         max_tries: attempts for one letter.
         stopped: once set, what goes on is given up.
     """
 
     def __init__(
-        self, site: Site, mailbox: Mailbox, reception: Reception, contacts: Contacts, outgoing: Outgoing, pace: Pace,
-        mode: Mode, max_tries: int, stopped: threading.Event,
+        self, site: Site, mailbox: Mailbox, reception: Reception, contacts: Contacts, outgoing: Outgoing,
+        limit: RateLimit, mode: Mode, max_tries: int, stopped: threading.Event,
     ):  # fmt: skip
         self._site = site
         self._mailbox = mailbox
         self._reception = reception
         self._contacts = contacts
         self._outgoing = outgoing
-        self._pace = pace
+        self._rate_limit = limit
         self._broken: dict[str, pb.Model] = {}
         """Of each peer the model of which a part has been pulled."""
         self._attempt = self._push if mode == "push" else self._pull
@@ -160,7 +160,7 @@ class Courier:
             def paced() -> Iterator[memoryview]:
                 for data in outbound.data(model.position):
                     yield data
-                    self._pace.passed(len(data))
+                    self._rate_limit.passed(len(data))
 
             messages = chain([pb.ModelChunk(model=model)], paced())
             call = stub.Push.future(messages, timeout=seconds_allowed(letter.size))

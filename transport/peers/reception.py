@@ -17,7 +17,7 @@ from nnunet_fed.exchange.uploads import Spool, Upload
 from nnunet_fed.gossip.mailbox import Letter, Mailbox, State, described
 from nnunet_fed.gossip.schedule import judge
 from nnunet_fed.study.site import Site
-from nnunet_fed.transport.channel.rate_limit import Pace
+from nnunet_fed.transport.channel.rate_limit import RateLimit
 from nnunet_fed.transport.channel.retry import DamagedError
 from nnunet_fed.transport.channel.transfer import received
 from nnunet_fed.transport.peers.model_message import incompatibility, letter_of
@@ -43,7 +43,7 @@ class Reception:
         self._site = site
         self._mailbox = mailbox
         self._stopped = stopped
-        self._pace = Pace(site.peer_megabytes_per_second, stopped)
+        self._rate_limit = RateLimit(site.peer_megabytes_per_second, stopped)
         self._lock = threading.Lock()
         self._arriving: dict[str, Letter] = {}
         self._spool = Spool(mailbox.arriving, quota=0)
@@ -103,7 +103,7 @@ class Reception:
 
         def count(number: int) -> None:
             nonlocal arrived
-            self._pace.passed(number - arrived)
+            self._rate_limit.passed(number - arrived)
             arrived = number
 
         with self._seat(letter) as free:
