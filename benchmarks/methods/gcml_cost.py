@@ -39,11 +39,11 @@ def make_trainer(arm: str, plans: dict[str, Any], dataset: dict[str, Any], argum
     trainer.initialize()
     trainer.dataloader_train, _ = nnUNetTrainer.get_dataloaders(trainer)
     if arm != "plain":
-        trainer._incoming = trainer._make_incoming(
+        trainer._peer_model = trainer._make_peer_model(
             version=Version("site_b", {"site_b": 1}, 1), initial="", size=0, plan=arm, began=0, epochs_left=1,
             before=None,
         )  # fmt: skip
-        trainer._incoming.network.train()
+        trainer._peer_model.network.train()
     trainer.network.train()
     return trainer
 

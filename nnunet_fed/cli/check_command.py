@@ -17,12 +17,12 @@ import typer
 
 from nnunet_fed.errors import FederationError
 from nnunet_fed.preflight import site_checks as checks
-from nnunet_fed.preflight.site_checks import Finding, State
+from nnunet_fed.preflight.site_checks import Finding, Outcome
 from nnunet_fed.study.federation import PLANS_KEY, Federation
 from nnunet_fed.study.site import SITE_FILE_VARIABLE, Site
 
 
-class Device(str, Enum):
+class TrainingDevice(str, Enum):
     """Where the training will run."""
 
     cpu = "cpu"
@@ -36,7 +36,9 @@ def check(
     plans_name: Annotated[str | None, typer.Option("-p", metavar="PLANS", help="Its plans; default: found.")] = None,
     configuration: Annotated[str | None, typer.Option("-c", metavar="CONFIG", help="Default: the study's.")] = None,
     trainer: Annotated[str | None, typer.Option("-tr", metavar="TRAINER", help="The trainer you will name.")] = None,
-    device: Annotated[Device, typer.Option("-device", help="Where the training will run.")] = Device.cuda,
+    device: Annotated[
+        TrainingDevice, typer.Option("-device", help="Where the training will run.")
+    ] = TrainingDevice.cuda,
     megabytes: Annotated[float, typer.Option(min=0.01, max=60, help="So much is sent and received, for its time.")] = 8,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -83,7 +85,7 @@ class _Check:
         yield self._try("memory", self._check_memory)
         yield self._try("disk", self._check_disk)
         if self.probe is None:
-            yield Finding("transfer", State.skipped, "the coordinator cannot be asked")
+            yield Finding("transfer", Outcome.skipped, "the coordinator cannot be asked")
         else:
             payload = self.footprint.payload_bytes if self.footprint else None
             yield self._try("transfer", lambda: self.probe.time_transfer(self.size, payload))
@@ -94,12 +96,12 @@ class _Check:
             with redirect_stdout(sys.stderr):  # for what nnU-Net prints
                 return look()
         except (FederationError, OSError) as error:
-            return Finding(about, State.failed, str(error))
+            return Finding(about, Outcome.failed, str(error))
 
     def _read_site(self) -> Finding:
         self.site = Site.from_environment()
         text = f"{os.environ[SITE_FILE_VARIABLE]}: site '{self.site.name}', coordinator {self.site.coordinator}"
-        return Finding("site.toml", State.ok, text)
+        return Finding("site.toml", Outcome.ok, text)
 
     def _way(self) -> Iterator[Finding]:
         """To the coordinator, and what it tells."""
@@ -107,7 +109,7 @@ class _Check:
 
         site = self.site
         if site is None:
-            yield Finding("coordinator", State.skipped, "without site.toml it is not known")
+            yield Finding("coordinator", Outcome.skipped, "without site.toml it is not known")
             return
         steps = {
             "certificates": connection_checks.check_keys,
@@ -118,13 +120,13 @@ class _Check:
         for about, look in steps.items():
             finding = self._try(about, lambda look=look: look(site))  # type: ignore[misc]
             yield finding
-            if finding.state is State.failed:
-                yield Finding("coordinator", State.skipped, f"it cannot be asked before '{about}' is put right")
+            if finding.state is Outcome.failed:
+                yield Finding("coordinator", Outcome.skipped, f"it cannot be asked before '{about}' is put right")
                 return
         try:
             yield from self._ask(site)
         except (FederationError, OSError) as error:
-            yield Finding("coordinator", State.failed, str(error))
+            yield Finding("coordinator", Outcome.failed, str(error))
 
     def _ask(self, site: Site) -> Iterator[Finding]:
         from nnunet_fed.exchange.outgoing_log import FILE, OutgoingLog
@@ -144,7 +146,7 @@ class _Check:
             self.published = seat.gathered("planning/plans")
         reply = introduction.reply
         text = f"'{study.name}', nnunet_fed {reply.version}, protocol {reply.protocol}, sites {', '.join(study.sites)}"
-        yield Finding("coordinator", State.ok, text)
+        yield Finding("coordinator", Outcome.ok, text)
         yield checks.check_clock(introduction.halfway, reply.now, introduction.trip)
         told = {**introduction.versions, "the coordinator": {"nnunet-fed": reply.version}}
         yield checks.check_versions(site.name, told)
@@ -163,17 +165,17 @@ class _Check:
 
     def _check_plans(self) -> Finding:
         if self.dataset is None:
-            return Finding("plans", State.skipped, "name a data set with -d to check its plans")
+            return Finding("plans", Outcome.skipped, "name a data set with -d to check its plans")
         folder = self._preprocessed()
         if folder is None:
             text = f"data set {self.dataset} is not planned yet: 'nnunet_fed plan_and_preprocess' does it"
-            return Finding("plans", State.skipped, text)
+            return Finding("plans", Outcome.skipped, text)
         plans = checks.find_plans(folder, self.plans_name, self.study)
         if isinstance(plans, Finding):
             return plans
         self.plans = plans
         if self.study is None:
-            return Finding("plans", State.skipped, "the coordinator cannot be asked whether they are its study's")
+            return Finding("plans", Outcome.skipped, "the coordinator cannot be asked whether they are its study's")
         return checks.check_plans(plans, self.study, self.published, self._wanted())
 
     def _wanted(self) -> str:

@@ -12,7 +12,7 @@ from nnunet_fed.cli.option_values import whole_number
 from nnunet_fed.errors import ConfigurationError
 
 
-class Device(str, Enum):
+class PredictionDevice(str, Enum):
     """Where the networks run."""
 
     cpu = "cpu"
@@ -33,7 +33,9 @@ def predict(
     force: Annotated[
         str | None, typer.Option(metavar="SITE|global", help="Predict every case with this model.")
     ] = None,
-    device: Annotated[Device, typer.Option("-device", help="Where the networks run.")] = Device.cuda,
+    device: Annotated[
+        PredictionDevice, typer.Option("-device", help="Where the networks run.")
+    ] = PredictionDevice.cuda,
     step_size: Annotated[float, typer.Option("-step_size", help="Step of the sliding window, up to 1.")] = 0.5,
     disable_tta: Annotated[bool, typer.Option("--disable_tta", help="No mirroring.")] = False,
     save_probabilities: Annotated[bool, typer.Option("--save_probabilities", help="Write these too.")] = False,
@@ -50,11 +52,11 @@ def predict(
 
     if not 0 < step_size <= 1:
         raise ConfigurationError(f"-step_size {step_size:g}: it must be above 0 and at most 1.")
-    if (device is Device.cuda and not torch.cuda.is_available()) or (
-        device is Device.mps and not torch.backends.mps.is_available()
+    if (device is PredictionDevice.cuda and not torch.cuda.is_available()) or (
+        device is PredictionDevice.mps and not torch.backends.mps.is_available()
     ):
         raise ConfigurationError(f"-device {device.value}: torch finds no such device here; use -device cpu.")
-    if device is Device.cuda:
+    if device is PredictionDevice.cuda:
         torch.set_num_threads(1)  # as nnU-Net does: more do not help a GPU
     predictor = SuperModelPredictor(
         gamma=gamma,

@@ -184,7 +184,7 @@ def aggregate(cases: Iterable[Mapping[str, CaseResult]]) -> dict[str, dict[str, 
     return {"lesions": counts, **means}
 
 
-def pool(sites: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
+def combined(sites: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
     """What :func:`aggregate` says of all sites' lesions together, from what it says of each site's."""
     names = list(dict.fromkeys(name for site in sites for name in site["lesions"]))
     counts = {

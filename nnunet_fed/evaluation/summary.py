@@ -12,7 +12,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from nnunet_fed.evaluation.lesions import METRICS, SMALL_LESIONS, pool
+from nnunet_fed.evaluation.lesions import METRICS, SMALL_LESIONS, combined
 from nnunet_fed.exchange.cross_site_matrix import matrix
 from nnunet_fed.study.federation import Federation
 
@@ -67,7 +67,7 @@ def summarise(study: Federation, sites: Mapping[str, Numbers], seconds: float) -
     Both are of the sites that kept validation cases apart.
     """
     counted = [site for site in sites.values() if site["fold"] != "all"]
-    pooled = pool([site for site in counted if site["lesions"]])
+    of_all = combined([site for site in counted if site["lesions"]])
     return {
         "method": study.method.name,
         "rounds": study.rounds,
@@ -79,7 +79,7 @@ def summarise(study: Federation, sites: Mapping[str, Numbers], seconds: float) -
         "cross_site": matrix({name: site["cross_site"] for name, site in sites.items()}, sites) or None,
         # the plans' own, hence the same at all sites
         SMALL_LESIONS: next((site[SMALL_LESIONS] for site in sites.values() if site[SMALL_LESIONS]), None),
-        **{key: by_class or None for key, by_class in pooled.items()},
+        **{key: by_class or None for key, by_class in of_all.items()},
     }
 
 

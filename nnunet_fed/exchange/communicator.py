@@ -108,8 +108,8 @@ class LocalFederation:
             Exception: the first error of any site, in the order of the names; errors that only follow from another
                 site's absence (:class:`DeadlineError`) come last.
         """
-        with ThreadPoolExecutor(len(self.sites)) as pool:
-            futures = {site: pool.submit(function, self.communicator(site)) for site in self.sites}
+        with ThreadPoolExecutor(len(self.sites)) as executor:
+            futures = {site: executor.submit(function, self.communicator(site)) for site in self.sites}
         errors = [error for future in futures.values() if (error := future.exception()) is not None]
         for error in sorted(errors, key=lambda error: isinstance(error, DeadlineError)):
             raise error

@@ -138,11 +138,11 @@ def mean_payload(payloads: Sequence[Tensors], weights: Sequence[float], out: Bin
         yield header
         memories = [np.empty(payload.BLOCK, np.float64) for _ in range(2 * THREADS)]
         waiting: deque[Future[memoryview]] = deque()
-        with ThreadPoolExecutor(THREADS) as pool:
+        with ThreadPoolExecutor(THREADS) as executor:
             for number, (position, blocks) in enumerate(tasks()):
                 if len(waiting) == len(memories):  # the oldest, whose memory the next block takes
                     yield waiting.popleft().result()
-                waiting.append(pool.submit(reduce, position, blocks, memories[number % len(memories)]))
+                waiting.append(executor.submit(reduce, position, blocks, memories[number % len(memories)]))
             for future in waiting:
                 yield future.result()
 

@@ -298,7 +298,7 @@ class Mailbox:
         _write(self.folder / "contacts.json", {peer: number for peer, number in failures.items() if number})
         _write(self.folder / "members.json", dict(members))
 
-    def record(self, **entry: Any) -> None:
+    def note_event(self, **entry: Any) -> None:
         """Add to :meth:`history`, with the time."""
         line = json.dumps({"at": datetime.now(timezone.utc).isoformat(timespec="milliseconds"), **entry})
         with (self.folder / "history.jsonl").open("a", encoding="utf-8") as file:

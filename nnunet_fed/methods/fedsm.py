@@ -23,7 +23,7 @@ from nnunet_fed.exchange.communicator import Collectives
 from nnunet_fed.exchange.payload import Tensors
 from nnunet_fed.methods.tensors import to_arrays
 
-Schedule = Literal["constant", "lr_coupled"]
+PullSchedule = Literal["constant", "lr_coupled"]
 Reason = Literal["personal", "below_gamma", "gate", "unfamiliar", "forced", "best_model_gate", "not_shared"]
 
 GLOBAL = "global"
@@ -66,7 +66,7 @@ class Pull:
     """lambda of this round: ``(1 + (K - 1) rho)/K``."""
 
 
-def scheduled_pull(schedule: Schedule, self_weight: float, sites: int, lr_ratio: float) -> Pull:
+def scheduled_pull(schedule: PullSchedule, self_weight: float, sites: int, lr_ratio: float) -> Pull:
     """The pull of a round.
 
     ``constant`` is the published code's. ``lr_coupled`` (ours) keeps ``(1 - rho)/(rho eta)`` as at the start: where
@@ -155,7 +155,7 @@ def pull_round(
     communicator: Collectives,
     scope: str,
     own: Mapping[str, torch.Tensor],
-    schedule: Schedule,
+    schedule: PullSchedule,
     self_weight: float,
     lr_ratio: float,
 ) -> Pulled:

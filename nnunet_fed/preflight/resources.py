@@ -17,7 +17,7 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunet_fed.preflight.site_checks import GB, Finding, State
+from nnunet_fed.preflight.site_checks import GB, Finding, Outcome
 from nnunet_fed.study.federation import Federation
 
 REFERENCE_GB = 8.0
@@ -97,7 +97,7 @@ def check_memory(known: Footprint | None, device: str) -> Finding:
         if not torch.cuda.is_available():
             text = "torch finds no GPU here."
             remedy = "Install a torch for it (nvidia-smi shows whether there is one), or train with -device cpu."
-            return Finding("memory", State.failed, text, remedy)
+            return Finding("memory", Outcome.failed, text, remedy)
         free, total = map(float, torch.cuda.mem_get_info())
         place = torch.cuda.get_device_name()
     else:
@@ -105,14 +105,14 @@ def check_memory(known: Footprint | None, device: str) -> Finding:
         place = "this machine"
     has = f"{place} has {free / GB:.1f} GB free of {total / GB:.1f} GB"
     if known is None:
-        return Finding("memory", State.ok, f"{has}; with plans (-d) it would be compared with what a training needs")
+        return Finding("memory", Outcome.ok, f"{has}; with plans (-d) it would be compared with what a training needs")
     text = f"{has}, a step needs about {known.step_bytes / GB:.1f} GB ({known.parameters / 1e6:.1f} M parameters)"
     if known.step_bytes > total:
         remedy = "Plan with a smaller 'gpu_memory_target_in_gb' in federation.toml, or use a larger GPU."
-        return Finding("memory", State.warning, f"{text}: it will hardly fit.", remedy)
+        return Finding("memory", Outcome.warning, f"{text}: it will hardly fit.", remedy)
     if known.step_bytes > free:
-        return Finding("memory", State.warning, f"{text}.", "End what else uses it before the training starts.")
-    return Finding("memory", State.ok, text)
+        return Finding("memory", Outcome.warning, f"{text}.", "End what else uses it before the training starts.")
+    return Finding("memory", Outcome.ok, text)
 
 
 def host_memory() -> tuple[float, float]:

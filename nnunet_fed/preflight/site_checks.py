@@ -36,7 +36,7 @@ PREPROCESSED_PER_RAW = 5.0
 """nnU-Net stores resampled float32 arrays, the raw files are mostly compressed integers. A guess, on the safe side."""
 
 
-class State(str, Enum):
+class Outcome(str, Enum):
     """How a check ended."""
 
     ok = "ok"
@@ -50,7 +50,7 @@ class Finding:
     """What one check found."""
 
     about: str
-    state: State
+    state: Outcome
     text: str
     remedy: str = ""
     """What to do about it, unless the text says so."""
@@ -65,7 +65,7 @@ class Finding:
 def exit_status(findings: Iterable[Finding]) -> int:
     """0: nothing to complain of; 1: a check failed; 3: there are warnings only (2 is a command that cannot run)."""
     states = {finding.state for finding in findings}
-    return 1 if State.failed in states else 3 if State.warning in states else 0
+    return 1 if Outcome.failed in states else 3 if Outcome.warning in states else 0
 
 
 def own_versions() -> dict[str, str]:
@@ -100,11 +100,13 @@ def check_versions(site: str, told: Mapping[str, Mapping[str, str]]) -> Finding:
     }
     differing = {package: places for package, places in differing.items() if places}
     if not differing:
-        return Finding("versions", State.ok, f"{shown}; no other at {', '.join(others)}")
+        return Finding("versions", Outcome.ok, f"{shown}; no other at {', '.join(others)}")
     text = "; ".join(f"{package} is {own[package]} here, {', '.join(places)}" for package, places in differing.items())
     if set(differing) & set(EQUAL_PACKAGES):
-        return Finding("versions", State.failed, f"{text}.", "Install the same everywhere: planning refuses otherwise.")
-    return Finding("versions", State.warning, f"{text}.", "Results of the sites may differ in the last digits.")
+        return Finding(
+            "versions", Outcome.failed, f"{text}.", "Install the same everywhere: planning refuses otherwise."
+        )
+    return Finding("versions", Outcome.warning, f"{text}.", "Results of the sites may differ in the last digits.")
 
 
 def _release(number: str) -> str:
@@ -123,8 +125,8 @@ def check_clock(here: float, there: float, trip: float) -> Finding:
     skew = there - here
     shown = f"{abs(skew):.1f} s {'behind' if skew > 0 else 'ahead of'} the coordinator's (+/- {trip / 2:.1f} s)"
     if abs(skew) <= LARGEST_SKEW + trip / 2:
-        return Finding("clock", State.ok, shown)
-    return Finding("clock", State.warning, f"{shown}.", "Let both machines follow a time server (NTP).")
+        return Finding("clock", Outcome.ok, shown)
+    return Finding("clock", Outcome.warning, f"{shown}.", "Let both machines follow a time server (NTP).")
 
 
 def find_plans(folder: Path, name: str | None, study: Federation | None) -> dict[str, Any] | Finding:
@@ -144,18 +146,18 @@ def find_plans(folder: Path, name: str | None, study: Federation | None) -> dict
         except FileNotFoundError:
             continue
         except (OSError, ValueError) as error:
-            return Finding("plans", State.failed, f"{path} cannot be read: {error}.", "Plan again.")
+            return Finding("plans", Outcome.failed, f"{path} cannot be read: {error}.", "Plan again.")
         if PLANS_KEY in plans:
             found[path.stem] = plans
     if len(found) == 1:
         return next(iter(found.values()))  # type: ignore[no-any-return]
     if found:
-        return Finding("plans", State.failed, f"{folder} has {', '.join(found)}.", "Say which with -p.")
+        return Finding("plans", Outcome.failed, f"{folder} has {', '.join(found)}.", "Say which with -p.")
     if name and paths[0].exists():
         text = f"{paths[0]} was not made for a federation."
-        return Finding("plans", State.failed, text, "Run 'nnunet_fed plan_and_preprocess', and name its plans.")
+        return Finding("plans", Outcome.failed, text, "Run 'nnunet_fed plan_and_preprocess', and name its plans.")
     text = f"{folder} has no {f'plans {name}' if name else 'plans of a federation'} yet"
-    return Finding("plans", State.skipped, f"{text}: 'nnunet_fed plan_and_preprocess' makes them.")
+    return Finding("plans", Outcome.skipped, f"{text}: 'nnunet_fed plan_and_preprocess' makes them.")
 
 
 def check_plans(
@@ -173,20 +175,20 @@ def check_plans(
     again = "Run 'nnunet_fed plan_and_preprocess' again."
     if carried["digest"] != study.digest:
         text = f"they belong to another study than '{study.name}', which the coordinator serves."
-        return Finding("plans", State.failed, text, f"{again} Or correct 'coordinator' in site.toml.")
+        return Finding("plans", Outcome.failed, text, f"{again} Or correct 'coordinator' in site.toml.")
     digest = plans_digest(plans)
     if digest != carried["plans_digest"]:
         text = f"they were changed since the sites agreed on them ({carried['plans_digest'][:12]}, now {digest[:12]})."
-        return Finding("plans", State.failed, text, f"Undo that. {again}")
+        return Finding("plans", Outcome.failed, text, f"Undo that. {again}")
     others = {site: answer["digest"] for site, answer in (published or {}).items()}
     odd = [site for site, other in others.items() if other != digest]
     if odd:
-        return Finding("plans", State.failed, f"{', '.join(odd)} planned something else.", f"{again} At all sites.")
+        return Finding("plans", Outcome.failed, f"{', '.join(odd)} planned something else.", f"{again} At all sites.")
     if configuration not in plans["configurations"]:
         there = ", ".join(plans["configurations"])
-        return Finding("plans", State.failed, f"there is no configuration {configuration}, only {there}.", "Use -c.")
+        return Finding("plans", Outcome.failed, f"there is no configuration {configuration}, only {there}.", "Use -c.")
     agreed = f", agreed with {', '.join(others)}" if others else ""
-    return Finding("plans", State.ok, f"study {study.digest[:12]}, plans {digest[:12]}{agreed}")
+    return Finding("plans", Outcome.ok, f"study {study.digest[:12]}, plans {digest[:12]}{agreed}")
 
 
 def check_paths() -> Finding:
@@ -201,8 +203,8 @@ def check_paths() -> Finding:
         elif not os.access(folder, os.R_OK | os.X_OK | (0 if name == RAW else os.W_OK)):
             problems.append(f"{name} = {folder} cannot be {'read' if name == 'nnUNet_raw' else 'written'}")
     if problems:
-        return Finding("nnU-Net paths", State.failed, f"{'; '.join(problems)}.", "Set them as nnU-Net's setup says.")
-    return Finding("nnU-Net paths", State.ok, ", ".join(os.environ[name] for name in FOLDERS))
+        return Finding("nnU-Net paths", Outcome.failed, f"{'; '.join(problems)}.", "Set them as nnU-Net's setup says.")
+    return Finding("nnU-Net paths", Outcome.ok, ", ".join(os.environ[name] for name in FOLDERS))
 
 
 def check_trainer(plugin: Path, trainer: str | None, expected: str | None) -> Finding:
@@ -218,10 +220,10 @@ def check_trainer(plugin: Path, trainer: str | None, expected: str | None) -> Fi
     if plugin.resolve() not in folders:
         text = f"{EXTERNAL_TRAINERS} is {given or 'not set'}: nnU-Net would not find the federated trainers."
         remedy = f'Say: export {EXTERNAL_TRAINERS}="$(nnunet_fed plugin-path)"'
-        return Finding("trainer", State.failed, text, remedy)
+        return Finding("trainer", Outcome.failed, text, remedy)
     if trainer and expected and trainer != expected:
-        return Finding("trainer", State.failed, f"the study needs {expected}, not {trainer}.", f"Use -tr {expected}.")
-    return Finding("trainer", State.ok, trainer or expected or "nnU-Net finds the federated trainers")
+        return Finding("trainer", Outcome.failed, f"the study needs {expected}, not {trainer}.", f"Use -tr {expected}.")
+    return Finding("trainer", Outcome.ok, trainer or expected or "nnU-Net finds the federated trainers")
 
 
 def dataset_folder(variable: str, number: int) -> Path | None:
@@ -253,7 +255,7 @@ def check_disk(preprocessed: float, results: float) -> Finding:
     needed = {PREPROCESSED: preprocessed, RESULTS: max(results, LEAST_RESULTS_GB * GB)}
     folders = {name: Path(os.environ.get(name, "")) for name in needed}
     if not all(os.environ.get(name) and folder.is_dir() for name, folder in folders.items()):
-        return Finding("disk", State.skipped, "nnU-Net's folders are not there")
+        return Finding("disk", Outcome.skipped, "nnU-Net's folders are not there")
     together: dict[int, tuple[str, float]] = {}  # by file system
     for name, size in needed.items():
         device = folders[name].stat().st_dev
@@ -266,5 +268,5 @@ def check_disk(preprocessed: float, results: float) -> Finding:
         text = f"{free / GB:.0f} GB free for {names}, about {size / GB:.1f} GB needed"
         (shown if free >= size else short).append(text)
     if short:
-        return Finding("disk", State.failed, f"{'; '.join(short)}.", "Free some, or point nnU-Net at another disk.")
-    return Finding("disk", State.ok, "; ".join(shown))
+        return Finding("disk", Outcome.failed, f"{'; '.join(short)}.", "Free some, or point nnU-Net at another disk.")
+    return Finding("disk", Outcome.ok, "; ".join(shown))

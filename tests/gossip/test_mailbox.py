@@ -176,7 +176,7 @@ def test_state_contacts_and_history_are_what_was_written(tmp_path: Path) -> None
     state = State("r", Version("a", {"a": 3}, 2), {"b": 4}, 9, "i", "s", 100, max_epoch_distance=5, leaving=True)
     mailbox.publish_state(state)
     mailbox.publish_contacts({"b": 2, "c": 0}, {"b": 7})
-    mailbox.record(event="missed", peer="b")
+    mailbox.note_event(event="missed", peer="b")
     with (tmp_path / "history.jsonl").open("a") as file:
         file.write('{"at"')
     assert mailbox.state() == state

@@ -17,8 +17,8 @@ from nnunet_fed.exchange.communicator import Array, LocalFederation
 from nnunet_fed.methods.fedsm import (
     GLOBAL,
     Pulled,
+    PullSchedule,
     Route,
-    Schedule,
     best_model_gate,
     contraction,
     deviation,
@@ -59,7 +59,7 @@ def random_models(sites: int, seed: int, dtype: torch.dtype = torch.float32) -> 
 def pulled(
     models: dict[str, dict[str, torch.Tensor]],
     self_weight: float,
-    schedule: Schedule = "constant",
+    schedule: PullSchedule = "constant",
     lr_ratio: float = 1.0,
 ) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Pulled]]:
     """The models after one federated round, and what each site says of it."""
@@ -96,7 +96,7 @@ def test_t1_the_pull_is_doubly_stochastic_with_eigenvalues_one_and_rho(case: tup
 
 @given(st.integers(1, 9), SEEDS, st.sampled_from(["constant", "lr_coupled"]))
 @settings(max_examples=20, deadline=None)
-def test_t2_self_weight_one_changes_no_bit(sites: int, seed: int, schedule: Schedule) -> None:
+def test_t2_self_weight_one_changes_no_bit(sites: int, seed: int, schedule: PullSchedule) -> None:
     models = random_models(sites, seed)
     for model in models.values():
         model["bias"][0] = -0.0
@@ -313,7 +313,7 @@ def test_ratios_that_are_none(ratio: float) -> None:
 
 @pytest.mark.parametrize(("schedule", "low", "high"), [("constant", 0.0, 0.01), ("lr_coupled", 0.14, 0.16)])
 def test_t18_a_decaying_learning_rate_ends_personalization_unless_the_pull_follows(
-    schedule: Schedule, low: float, high: float
+    schedule: PullSchedule, low: float, high: float
 ) -> None:
     targets, rounds = optima(), 1000
     models = np.zeros_like(targets)

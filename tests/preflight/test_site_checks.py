@@ -20,9 +20,9 @@ from typer.testing import CliRunner
 from nnunet_fed.agreement.plan_digest import plans_digest
 from nnunet_fed.certificates.authority import Authority
 from nnunet_fed.cli.app import app
-from nnunet_fed.preflight import resources as footprint_module
+from nnunet_fed.preflight import resources
 from nnunet_fed.preflight import site_checks as checks
-from nnunet_fed.preflight.site_checks import Finding, State
+from nnunet_fed.preflight.site_checks import Finding, Outcome
 from nnunet_fed.simulation.simulate import plugin_folder
 from nnunet_fed.study.federation import PLANS_KEY, Federation
 from nnunet_fed.study.site import SITE_FILE_VARIABLE
@@ -90,7 +90,7 @@ class AtASite:
         """Exit status and findings."""
         result = CliRunner().invoke(app, ["check", "-device", "cpu", "--megabytes", "0.5", "--json", *options])
         assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-        found = [Finding(**{**entry, "state": State(entry["state"])}) for entry in json.loads(result.stdout)]
+        found = [Finding(**{**entry, "state": Outcome(entry["state"])}) for entry in json.loads(result.stdout)]
         return result.exit_code, {finding.about: finding for finding in found}
 
 
@@ -111,7 +111,7 @@ def with_tls(serve: Serve, authority: Authority) -> Served:
     return serve(make_study("ab"), keys=KeyFiles(*(folder / f"{name}.pem" for name in ("certificate", "key", "ca"))))
 
 
-def states(found: dict[str, Finding], state: State) -> set[str]:
+def states(found: dict[str, Finding], state: Outcome) -> set[str]:
     return {about for about, finding in found.items() if finding.state is state}
 
 
@@ -128,7 +128,7 @@ def test_everything_is_fine(serve: Serve, authority: Authority, at: AtASite) -> 
     digest = {"digest": plans[PLANS_KEY]["plans_digest"]}
     together(*(lambda seat=seat: seat.gather("planning/plans", digest) for seat in seats.values()))  # type: ignore[misc]
     status, found = at("-d", "7", "-tr", "nnUNetTrainerFedAvg")
-    assert states(found, State.ok) == set(found), found
+    assert states(found, Outcome.ok) == set(found), found
     assert status == 0
     assert list(found) == [
         "site.toml", "certificates", "name", "port", "TLS", "coordinator", "clock", "versions", "nnU-Net paths",
@@ -147,10 +147,10 @@ def test_nothing_is_there(at: AtASite, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name)
     status, found = at()
     assert status == 1
-    assert states(found, State.failed) == {"site.toml", "nnU-Net paths", "trainer"}
+    assert states(found, Outcome.failed) == {"site.toml", "nnU-Net paths", "trainer"}
     assert "nnunet_fed init" in found["site.toml"].text
     assert "nnunet_fed plugin-path" in found["trainer"].remedy
-    assert found["coordinator"].state is found["transfer"].state is found["plans"].state is State.skipped
+    assert found["coordinator"].state is found["transfer"].state is found["plans"].state is Outcome.skipped
 
 
 def test_nothing_is_sent_that_cannot_be_listed(serve: Serve, at: AtASite) -> None:
@@ -158,7 +158,7 @@ def test_nothing_is_sent_that_cannot_be_listed(serve: Serve, at: AtASite) -> Non
     at.set_up(served.server.address)
     (at.folder / "outgoing.jsonl").mkdir()
     status, found = at()
-    assert (status, found["coordinator"].state) == (1, State.failed)
+    assert (status, found["coordinator"].state) == (1, Outcome.failed)
     assert "outgoing.jsonl" in found["coordinator"].text
     assert served.coordinator.introduce("b", {}) == {"b": {}}, "site a has told nothing"
 
@@ -169,7 +169,7 @@ def test_nothing_is_sent_that_cannot_be_listed(serve: Serve, at: AtASite) -> Non
 def test_a_name_that_nobody_knows(at: AtASite, authority: Authority) -> None:
     at.set_up("coordinator.invalid:7464", keys=authority.site("a"))
     status, found = at()
-    assert (status, found["name"].state) == (1, State.failed)
+    assert (status, found["name"].state) == (1, Outcome.failed)
     assert "coordinator.invalid of the coordinator is not known here" in found["name"].text
     assert "port" not in found
 
@@ -179,7 +179,7 @@ def test_a_closed_port(at: AtASite) -> None:
         free.bind(("127.0.0.1", 0))
         at.set_up(f"127.0.0.1:{free.getsockname()[1]}")
         _, found = at()
-    assert found["port"].state is State.failed
+    assert found["port"].state is Outcome.failed
     assert "firewall" in found["port"].remedy
 
 
@@ -187,22 +187,22 @@ def test_another_authority(serve: Serve, at: AtASite, authority: Authority, tmp_
     served = with_tls(serve, authority)
     at.set_up(served.server.address, keys=Authority.create(tmp_path / "other", "other").site("a"))
     _, found = at()
-    assert found["port"].state is State.ok
-    assert found["TLS"].state is State.failed
+    assert found["port"].state is Outcome.ok
+    assert found["TLS"].state is Outcome.failed
     assert "not signed by an authority" in found["TLS"].text
 
 
 def test_a_certificate_that_ends_soon(at: AtASite, authority: Authority) -> None:
     at.set_up("coordinator.invalid:7464", keys=authority.site("a", days=5))
     _, found = at()
-    assert found["certificates"].state is State.warning
+    assert found["certificates"].state is Outcome.warning
     assert "ends in 5 days" in found["certificates"].text
 
 
 def test_somebody_elses_certificate(at: AtASite, authority: Authority) -> None:
     at.set_up("coordinator.invalid:7464", keys=authority.site("b"))
     _, found = at()
-    assert found["certificates"].state is State.failed
+    assert found["certificates"].state is Outcome.failed
     assert "is of 'b'" in found["certificates"].text
 
 
@@ -210,7 +210,7 @@ def test_a_site_that_is_not_in_the_study(serve: Serve, at: AtASite, authority: A
     served = with_tls(serve, authority)
     at.set_up(served.server.address, name="outsider", keys=authority.site("outsider"))
     _, found = at()
-    assert (found["TLS"].state, found["coordinator"].state) == (State.ok, State.failed)
+    assert (found["TLS"].state, found["coordinator"].state) == (Outcome.ok, Outcome.failed)
     assert "'outsider' is not a site of the study" in found["coordinator"].text
 
 
@@ -240,7 +240,7 @@ def test_another_protocol(serve: Serve, at: AtASite, monkeypatch: pytest.MonkeyP
     at.set_up(serve(make_study("ab")).server.address)
     monkeypatch.setattr(check_service, "PROTOCOL", 99)
     _, found = at()
-    assert found["coordinator"].state is State.failed
+    assert found["coordinator"].state is Outcome.failed
     assert "speaks version 99 of the protocol, this site version" in found["coordinator"].text
 
 
@@ -272,7 +272,7 @@ def test_a_line_that_changes_what_is_sent(serve: Serve, at: AtASite, monkeypatch
     )
     at.set_up(serve(make_study("ab")).server.address)
     _, found = at()
-    assert found["transfer"].state is State.failed
+    assert found["transfer"].state is Outcome.failed
     assert "Of 500000 bytes 499999 arrived" in found["transfer"].text
 
 
@@ -280,7 +280,7 @@ def test_a_slow_line(serve: Serve, at: AtASite, monkeypatch: pytest.MonkeyPatch)
     at.set_up(serve(make_study("ab")).server.address)
     monkeypatch.setattr(connection_checks, "SLOWEST", 1e15)
     status, found = at()
-    assert found["transfer"].state is State.warning
+    assert found["transfer"].state is Outcome.warning
     assert status == 3
 
 
@@ -298,13 +298,17 @@ def test_versions_are_told_by_all_sites_and_survive_a_restart(serve: Serve, tmp_
 @pytest.mark.parametrize(
     ("other", "state", "told"),
     [
-        ({"nnunet-fed": "1", "nnunetv2": "2.8.1", "torch": "2.9.0"}, State.ok, "no other at b"),
-        ({"nnunet-fed": "1", "nnunetv2": "2.9.0", "torch": "2.9.0"}, State.failed, "nnunetv2 is 2.8.1 here, 2.9.0 at"),
-        ({"nnunet-fed": "1", "nnunetv2": "2.8.1", "torch": "2.8.0"}, State.warning, "torch is 2.9.0+cpu here, 2.8.0"),
-        ({"nnunet-fed": "1"}, State.ok, "no other at b"),
+        ({"nnunet-fed": "1", "nnunetv2": "2.8.1", "torch": "2.9.0"}, Outcome.ok, "no other at b"),
+        (
+            {"nnunet-fed": "1", "nnunetv2": "2.9.0", "torch": "2.9.0"},
+            Outcome.failed,
+            "nnunetv2 is 2.8.1 here, 2.9.0 at",
+        ),
+        ({"nnunet-fed": "1", "nnunetv2": "2.8.1", "torch": "2.8.0"}, Outcome.warning, "torch is 2.9.0+cpu here, 2.8.0"),
+        ({"nnunet-fed": "1"}, Outcome.ok, "no other at b"),
     ],
 )
-def test_versions(other: dict[str, str], state: State, told: str) -> None:
+def test_versions(other: dict[str, str], state: Outcome, told: str) -> None:
     own = {"nnunet-fed": "1", "nnunetv2": "2.8.1", "torch": "2.9.0+cpu"}
     finding = checks.check_versions("a", {"a": own, "b": other})
     assert finding.state is state
@@ -313,9 +317,9 @@ def test_versions(other: dict[str, str], state: State, told: str) -> None:
 
 def test_the_clock() -> None:
     now = time.time()
-    assert checks.check_clock(now, now + 3, 0.1).state is State.ok
+    assert checks.check_clock(now, now + 3, 0.1).state is Outcome.ok
     behind = checks.check_clock(now, now + 3600, 0.1)
-    assert (behind.state, "behind" in behind.text) == (State.warning, True)
+    assert (behind.state, "behind" in behind.text) == (Outcome.warning, True)
     assert "ahead of" in checks.check_clock(now, now - 3600, 0.1).text
 
 
@@ -346,7 +350,7 @@ def test_plans_that_are_looked_for(at: AtASite) -> None:
 
     assert found()[PLANS_KEY]["digest"] == study.digest
     assert found("nnUNetFedPlans") == found()
-    assert found("otherPlans").state is State.skipped
+    assert found("otherPlans").state is Outcome.skipped
     (at.data / "nnUNetPlans.json").write_text("{}")
     assert found() == found("nnUNetFedPlans"), "nnU-Net's own plans are beside it"
     assert "was not made for a federation" in found("nnUNetPlans").text
@@ -359,20 +363,20 @@ def test_plans_that_are_looked_for(at: AtASite) -> None:
 def test_the_trainer(at: AtASite, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "needs T, not U" in checks.check_trainer(plugin_folder(), "U", "T").text
     monkeypatch.setenv(checks.EXTERNAL_TRAINERS, os.pathsep.join(["/elsewhere", str(plugin_folder())]))
-    assert checks.check_trainer(plugin_folder(), None, "T").state is State.ok
+    assert checks.check_trainer(plugin_folder(), None, "T").state is Outcome.ok
 
 
 def test_the_folders(at: AtASite, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert checks.check_paths().state is State.ok
+    assert checks.check_paths().state is Outcome.ok
     monkeypatch.setenv(checks.RESULTS, str(at.folder / "nowhere"))
     assert "is no folder" in checks.check_paths().text
 
 
 def test_the_disk(at: AtASite) -> None:
-    assert checks.check_disk(0, 0).state is State.ok
+    assert checks.check_disk(0, 0).state is Outcome.ok
     free = shutil.disk_usage(at.folder).free
     short = checks.check_disk(0.6 * free, 0.6 * free)
-    assert short.state is State.failed, "both folders are on one disk"
+    assert short.state is Outcome.failed, "both folders are on one disk"
     assert "nnUNet_preprocessed and nnUNet_results" in short.text
 
 
@@ -387,15 +391,15 @@ def test_what_preprocessing_takes(at: AtASite) -> None:
 def test_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     study = make_study("abc")
     dataset = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "lesion": 1}}
-    one = footprint_module.footprint(federated_plans(study), "3d_fullres", dataset, study)
+    one = resources.footprint(federated_plans(study), "3d_fullres", dataset, study)
     assert one.parameters == PARAMETERS
     other = make_study("abc", method={"name": "fedsm"})
-    two = footprint_module.footprint(federated_plans(other), "3d_fullres", dataset, other)
+    two = resources.footprint(federated_plans(other), "3d_fullres", dataset, other)
     assert two.step_bytes - one.step_bytes == pytest.approx(3 * 4 * PARAMETERS), "a second model with its optimizer"
     assert two.results_bytes > 2 * one.results_bytes
-    monkeypatch.setattr(footprint_module, "host_memory", lambda: (one.step_bytes / 2, 2 * one.step_bytes))
-    assert "End what else uses it" in footprint_module.check_memory(one, "cpu").remedy
-    monkeypatch.setattr(footprint_module, "host_memory", lambda: (one.step_bytes / 3, one.step_bytes / 2))
-    assert "hardly fit" in footprint_module.check_memory(one, "cpu").text
-    monkeypatch.setattr(footprint_module.torch.cuda, "is_available", lambda: False)
-    assert footprint_module.check_memory(one, "cuda").state is State.failed
+    monkeypatch.setattr(resources, "host_memory", lambda: (one.step_bytes / 2, 2 * one.step_bytes))
+    assert "End what else uses it" in resources.check_memory(one, "cpu").remedy
+    monkeypatch.setattr(resources, "host_memory", lambda: (one.step_bytes / 3, one.step_bytes / 2))
+    assert "hardly fit" in resources.check_memory(one, "cpu").text
+    monkeypatch.setattr(resources.torch.cuda, "is_available", lambda: False)
+    assert resources.check_memory(one, "cuda").state is Outcome.failed

@@ -613,7 +613,7 @@ def test_a_new_training_forgets_the_mail_of_an_old_one_but_not_what_was_sent(pos
     assert postman.mailbox is not None
     listed = postman.mailbox.folder / "outgoing.jsonl"
     listed.write_text("what left\n")
-    postman.mailbox.record(event="sent", peer="b", bytes=1)
+    postman.mailbox.note_event(event="sent", peer="b", bytes=1)
     postman.bring = lambda mailbox, state: None
     again = train(study())
     assert again._standing.phases == []

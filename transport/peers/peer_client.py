@@ -219,13 +219,13 @@ class PeerClient:
         self, peer: str, letter: Letter, exchange: Callable[[PeerStub], pb.PeerReply], moved: Callable[[], int],
         started: float, success: str | None,
     ) -> Outcome:  # fmt: skip
-        """One attempt, whose success is recorded under this name; ``None``: what came is the reception's to record."""
+        """One attempt, whose success is recorded under this name; ``None``: what came is the reception's to note."""
 
-        def record(event: str, **facts: str) -> None:
+        def note_event(event: str, **facts: str) -> None:
             seconds = round(time.monotonic() - started, 3)
             own = success is not None
             site, counter = (letter.version.site, letter.version.counter) if own else (peer, None)
-            self._mailbox.record(
+            self._mailbox.note_event(
                 event=event, peer=peer, site=site, counter=counter, bytes=moved(), seconds=seconds, **facts
             )
 
@@ -240,25 +240,25 @@ class PeerClient:
                 self._contacts.reached(peer)
             else:
                 self._contacts.missed(peer)
-            record("declined" if code in ANSWERS else "missed", reason=reason)
+            note_event("declined" if code in ANSWERS else "missed", reason=reason)
             if code in BROKEN and moved() > 0:
                 return "again"
             return "next" if code in ANSWERS else "later"
         except (FederationError, DamagedError, InterruptedUploadError, OSError) as error:
             logger.warning("no exchange with site '%s': %s", peer, error or "its model was damaged")
             if success is not None:
-                record("missed", reason=str(error))
+                note_event("missed", reason=str(error))
             return "next"
         self._contacts.reached(peer)
         if reply.verdict == "accept":
             if success is not None:
-                record(success, verdict=reply.verdict)
+                note_event(success, verdict=reply.verdict)
                 logger.info("sent %s to site '%s'", letter.name, peer)
             return "done"
         if reply.verdict in UNDECIDED and self._in_lockstep():
             return "later"
         logger.info("site '%s' and this site exchange nothing: %s %s", peer, reply.verdict, reply.reason)
-        record("declined", verdict=reply.verdict, **({"reason": reply.reason} if reply.reason else {}))
+        note_event("declined", verdict=reply.verdict, **({"reason": reply.reason} if reply.reason else {}))
         return "next"
 
     def _in_lockstep(self) -> bool:

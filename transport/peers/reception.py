@@ -82,7 +82,7 @@ class Reception:
     def refused(self, model: pb.Model, reply: pb.PeerReply) -> None:
         """Record that a model was not wanted."""
         why = {"reason": reply.reason} if reply.reason else {}
-        self._record("refused", letter_of(model), verdict=reply.verdict, **why)
+        self._note_event("refused", letter_of(model), verdict=reply.verdict, **why)
 
     def take(
         self, model: pb.Model, messages: Iterable[pb.ModelChunk | memoryview], cancel: Callable[[], object]
@@ -127,10 +127,10 @@ class Reception:
                 if isinstance(error, OSError):
                     self._spool.forget_site(letter.run, model.site)
                 with suppress(OSError):  # if the disk is full
-                    self._record("refused", letter, bytes=arrived - model.position, reason=str(error) or "damaged")
+                    self._note_event("refused", letter, bytes=arrived - model.position, reason=str(error) or "damaged")
                 raise
             moved = {"bytes": letter.size - model.position, "seconds": round(time.monotonic() - started, 3)}
-            self._record("received", letter, **moved, verdict="accept")
+            self._note_event("received", letter, **moved, verdict="accept")
             logger.info("received %s of epoch %d", letter.name, letter.version.epoch)
             return pb.PeerReply(verdict="accept")
 
@@ -159,7 +159,7 @@ class Reception:
                 if self._arriving.get(site) is letter:
                     del self._arriving[site]
 
-    def _record(self, event: str, letter: Letter, **facts: object) -> None:
+    def _note_event(self, event: str, letter: Letter, **facts: object) -> None:
         site, counter = letter.version.site, letter.version.counter
         nothing = {"bytes": 0, "seconds": 0.0}
         self._mailbox.record(event=event, peer=site, site=site, counter=counter, **{**nothing, **facts})

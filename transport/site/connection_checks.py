@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from nnunet_fed.errors import ConfigurationError, RefusedError
 from nnunet_fed.exchange.outgoing_log import Outgoing
-from nnunet_fed.preflight.site_checks import Finding, State
+from nnunet_fed.preflight.site_checks import Finding, Outcome
 from nnunet_fed.study.site import Site
 from nnunet_fed.transport.channel.noise import noise
 from nnunet_fed.transport.channel.options import PROTOCOL
@@ -46,7 +46,7 @@ def check_keys(site: Site) -> Finding:
     check_security(site)
     check_name(site)
     if site.insecure:
-        return Finding("certificates", State.ok, "none needed: no TLS, on this machine only")
+        return Finding("certificates", Outcome.ok, "none needed: no TLS, on this machine only")
     files = KeyFiles.of(site)
     own = files.read().owner
     authorities = [found for found in read_certificates(files.ca.read_bytes(), files.ca) if found.is_authority]
@@ -54,8 +54,8 @@ def check_keys(site: Site) -> Finding:
     text = f"'{own.name}' until {own.ends:%Y-%m-%d}, authority until {min(a.ends for a in authorities):%Y-%m-%d}"
     if ends.days_left < RENEWAL_DAYS:
         left = f"{text}: the first ends in {ends.days_left:.0f} days."
-        return Finding("certificates", State.warning, left, "Renew it (docs/security.md).")
-    return Finding("certificates", State.ok, text)
+        return Finding("certificates", Outcome.warning, left, "Renew it (docs/security.md).")
+    return Finding("certificates", Outcome.ok, text)
 
 
 def check_name_resolution(site: Site) -> Finding:
@@ -67,9 +67,9 @@ def check_name_resolution(site: Site) -> Finding:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except OSError as error:
         remedy = "Correct 'coordinator' in site.toml, or ask for the name in the hospital's name server (DNS)."
-        return Finding("name", State.failed, f"{host} of {whose} is not known here: {error}.", remedy)
+        return Finding("name", Outcome.failed, f"{host} of {whose} is not known here: {error}.", remedy)
     addresses = ", ".join(dict.fromkeys(str(place[0]) for *_, place in found))
-    return Finding("name", State.ok, f"{host} of {whose} is {addresses}")
+    return Finding("name", Outcome.ok, f"{host} of {whose} is {addresses}")
 
 
 def check_port(site: Site) -> Finding:
@@ -81,16 +81,16 @@ def check_port(site: Site) -> Finding:
     except OSError as error:
         remedy = "Is the coordinator running, and does the firewall let this outbound TCP connection pass?"
         text = f"no connection to {site.coordinator}{way}: {error}."
-        return Finding("port", State.failed, text, diagnose(site) or remedy)
-    return Finding("port", State.ok, f"{site.coordinator} is open{way}")
+        return Finding("port", Outcome.failed, text, diagnose(site) or remedy)
+    return Finding("port", Outcome.ok, f"{site.coordinator} is open{way}")
 
 
 def check_handshake(site: Site) -> Finding:
     """Whether both sides accept each other's certificate."""
     reason = diagnose(site)
     if reason is not None:
-        return Finding("TLS", State.failed, reason)
-    return Finding("TLS", State.ok, "no TLS on either side" if site.insecure else "both certificates are accepted")
+        return Finding("TLS", Outcome.failed, reason)
+    return Finding("TLS", Outcome.ok, "no TLS on either side" if site.insecure else "both certificates are accepted")
 
 
 class Probe:
@@ -162,9 +162,9 @@ class Probe:
             text += f"; a model of {payload / 1e6:.0f} MB takes about {payload / size * (there + back):.0f} s a round"
         if size / max(there, back) < SLOWEST:
             return Finding(
-                "transfer", State.warning, f"{text}.", "Ask for more bandwidth, or train more epochs a round."
+                "transfer", Outcome.warning, f"{text}.", "Ask for more bandwidth, or train more epochs a round."
             )
-        return Finding("transfer", State.ok, text)
+        return Finding("transfer", Outcome.ok, text)
 
     def _timed(self, transfer: Callable[[], int], size: int) -> float:
         started = time.monotonic()
