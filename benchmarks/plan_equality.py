@@ -84,7 +84,7 @@ class Row:
 
 
 class Counting(LocalCommunicator):
-    """A seat that counts what its site sends."""
+    """A communicator that counts what its site sends."""
 
     def __init__(self, federation: LocalFederation, site: str):
         super().__init__(federation, site)
@@ -238,8 +238,8 @@ def _row(
     federation = LocalFederation(list(ids), deadline=3600)
 
     def site(communicator: LocalCommunicator) -> tuple[str, Counting]:
-        seat = Counting(federation, communicator.site)
-        return json.dumps(comparable(planning.agree(seat, study, ids[seat.site], 1).plans)), seat
+        counting = Counting(federation, communicator.site)
+        return json.dumps(comparable(planning.agree(counting, study, ids[counting.site], 1).plans)), counting
 
     began = time.perf_counter()
     answers = federation.run(site)
@@ -248,7 +248,7 @@ def _row(
     plans, expected, exact = json.loads(text), json.loads(stock), json.loads(float64)
     to_float64 = moments_apart(json.loads(text)[INTENSITIES], exact)
     to_stock = moments_apart(plans[INTENSITIES], expected[INTENSITIES])
-    seats = [seat for _, seat in answers.values()]
+    counted = [communicator for _, communicator in answers.values()]
     return Row(
         name,
         len(ids),
@@ -260,8 +260,8 @@ def _row(
         differences({"stock": expected, "federation": plans}),
         to_stock,
         to_float64,
-        max(seat.collectives for seat in seats),
-        max(seat.bytes_sent for seat in seats),
+        max(communicator.collectives for communicator in counted),
+        max(communicator.bytes_sent for communicator in counted),
         seconds,
     )
 

@@ -34,7 +34,7 @@ stands in {FILE}."""
 
 
 class DryRunCommunicator(LocalCommunicator):
-    """The seat of a site that is alone, and shows what it would send.
+    """Of a site that is alone, and shows what it would send.
 
     Args:
         site: name of the site.

@@ -39,7 +39,7 @@ def harmonised_planner(
     all cases, but for two entries that it only shows, and these are in :attr:`HarmonisedPlanner.original_medians`.
 
     Args:
-        communicator: this site's seat; all keys begin with ``planning/``.
+        communicator: this site's; all keys begin with ``planning/``.
         local: this site's part.
         geometry: what the sites tell each other of the cases' spacings and shapes.
         planner_of: makes this site's planner of a fingerprint in nnU-Net's format, which it leaves where nnU-Net looks

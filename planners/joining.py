@@ -29,7 +29,7 @@ from nnunet_fed.study.labels import LabelMap
 _REMEDY = "It is this site that has to change, since the others have planned; then join again."
 
 
-class Seat(Protocol):
+class JoiningCommunicator(Protocol):
     """What a site needs that joins: it reads what the others have gathered, and contributes nothing."""
 
     site: str
@@ -44,7 +44,7 @@ class Seat(Protocol):
 
 
 def join_and_preprocess(
-    seat: Seat,
+    communicator: JoiningCommunicator,
     study: Federation,
     dataset_id: int,
     configurations: Sequence[str] | None = None,
@@ -57,7 +57,7 @@ def join_and_preprocess(
 
     This site's data do not change the plans: none of their properties is sent but the number of cases, in the note with
     which the coordinator's record says that it joined. So do its plans (``joined`` under ``federation``). Arguments as
-    in :func:`nnunet_fed.planners.planning.plan_and_preprocess`, but for the seat.
+    in :func:`nnunet_fed.planners.planning.plan_and_preprocess`, but for the communicator.
 
     Raises:
         ConfigurationError: the federation has not planned yet, or has planned with this site; or as in planning.
@@ -67,17 +67,18 @@ def join_and_preprocess(
     report("checking")
     wanted = wanted_configurations(study, configurations)
     dataset = prepare_dataset(dataset_id, labels, processes)
-    descriptions, published = seat.gathered(DESCRIPTIONS), seat.gathered(PUBLISHED)
+    descriptions, published = communicator.gathered(DESCRIPTIONS), communicator.gathered(PUBLISHED)
     if descriptions is None or published is None:
         raise ConfigurationError(
             "The sites of this federation have not planned yet, so there are no plans to join. Plan with them: the "
             "same command without --join."
         )
-    if seat.site in descriptions:
+    if communicator.site in descriptions:
         raise ConfigurationError(
-            f"Site '{seat.site}' has planned with the others. To preprocess again, give the command without --join."
+            f"Site '{communicator.site}' has planned with the others. To preprocess again, give the command without "
+            "--join."
         )
-    check_agreement({**descriptions, seat.site: describe(dataset, study.planner)}, study.method, _REMEDY)
+    check_agreement({**descriptions, communicator.site: describe(dataset, study.planner)}, study.method, _REMEDY)
     agreed = next(answer for answer in published.values() if answer is not None)
     total_cases = sum(description["training cases"] for description in descriptions.values())
     fingerprint, published_digest = agreed["fingerprint"], plans_digest(agreed["plans"])
@@ -102,12 +103,12 @@ def join_and_preprocess(
     shutil.copy(dataset.folder / "dataset.json", dataset.preprocessed)  # as nnU-Net's planner does
     planner.save_plans(plans)
     if plans[PLANS_KEY]["plans_digest"] != published_digest:
-        raise DisagreementError(f"The plans of site '{seat.site}' are not those that the federation published.")
+        raise DisagreementError(f"The plans of site '{communicator.site}' are not those that the federation published.")
     planned_by = ", ".join(descriptions)
-    seat.note(f"joined after planning, with {len(dataset.cases)} cases: the plans are those of {planned_by}")
+    communicator.note(f"joined after planning, with {len(dataset.cases)} cases: the plans are those of {planned_by}")
 
     report("preprocessing")
-    preprocess(seat.site, dataset, planner.plans_identifier, plans, wanted, processes)
+    preprocess(communicator.site, dataset, planner.plans_identifier, plans, wanted, processes)
     report("planned")
     digest = plans[PLANS_KEY]["plans_digest"]
     return PlanningResult(dataset.name, planner.plans_identifier, digest, wanted, total_cases, len(dataset.cases))

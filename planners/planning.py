@@ -76,7 +76,7 @@ def plan_and_preprocess(
     local checks have passed. Plans on which the sites do not agree are set aside as ``*.refused.json``.
 
     Args:
-        communicator: this site's seat; all keys begin with ``planning/``.
+        communicator: this site's; all keys begin with ``planning/``.
         study: names the planner and, if it says so, the plans; travels in the plans under ``federation``.
         dataset_id: nnU-Net's number of this site's data set.
         configurations: what this site preprocesses; ``None``: the study's configuration.

@@ -98,18 +98,18 @@ def site_process(
     from nnunet_fed.study.site import Site
     from nnunet_fed.transport.site.client import GrpcCommunicator
 
-    seat, name = GrpcCommunicator(Site(connect_minutes=1, **settings)), settings["name"]
-    seat.join("training", Federation.model_validate(study).digest, "3d_fullres", "benchmark")
+    communicator, name = GrpcCommunicator(Site(connect_minutes=1, **settings)), settings["name"]
+    communicator.join("training", Federation.model_validate(study).digest, "3d_fullres", "benchmark")
     tensors = random_tensors(shapes, seed=len(name) + ord(name[-1]))
     spans = []
     for number in range(rounds):
-        seat.gather(f"ready-{number:04d}/barrier", name)
-        before, start = seat.bytes_sent + seat.bytes_received, time.monotonic()
-        seat.mean(f"round-{number:04d}/model", tensors, 1.0)
+        communicator.gather(f"ready-{number:04d}/barrier", name)
+        before, start = communicator.bytes_sent + communicator.bytes_received, time.monotonic()
+        communicator.mean(f"round-{number:04d}/model", tensors, 1.0)
         spans.append((start, time.monotonic()))
-        moved = seat.bytes_sent + seat.bytes_received - before
-    seat.leave("done")
-    seat.close()
+        moved = communicator.bytes_sent + communicator.bytes_received - before
+    communicator.leave("done")
+    communicator.close()
     results.put((name, spans, moved))
 
 

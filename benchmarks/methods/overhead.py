@@ -214,8 +214,8 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
                     }  # fmt: skip
                 if number >= arguments.warmup:
                     pairs.append(pair)
-            federated._session.seat.leave("measured")
-            federated._session.seat.close()
+            federated._session.communicator.leave("measured")
+            federated._session.communicator.close()
     about = {
         "arguments": {k: str(v) for k, v in vars(arguments).items()},
         "parameters": sum(tensor.numel() for tensor in federated.network.parameters()),

@@ -66,12 +66,12 @@ def measure(planned: Path, headers: bool, steps: int, seed: int) -> tuple[Select
     loaded = {name: cases_of(folder, len(folders), headers) for name, folder in folders.items()}
     started = time.perf_counter()
 
-    def run(seat: LocalCommunicator) -> SelectorValidation:
-        configuration, cases = loaded[seat.site]
+    def run(communicator: LocalCommunicator) -> SelectorValidation:
+        configuration, cases = loaded[communicator.site]
         training = SelectorTraining(configuration, seed)
         kept = [case for number, case in enumerate(cases) if number % 5]
-        training.train(seat, "round-0000", kept, 1.0, steps)
-        return validate_selector(seat, "end", case_log_probabilities(training.network, cases[::5]), gamma=0.9)
+        training.train(communicator, "round-0000", kept, 1.0, steps)
+        return validate_selector(communicator, "end", case_log_probabilities(training.network, cases[::5]), gamma=0.9)
 
     found = next(iter(LocalFederation(list(folders), deadline=3600).run(run).values()))
     return found, time.perf_counter() - started

@@ -68,7 +68,7 @@ def harmonise(
     sums are, see :func:`pooled_intensities`.
 
     Args:
-        communicator: this site's seat; all keys begin with ``planning/``.
+        communicator: this site's; all keys begin with ``planning/``.
         local: this site's part; the same number of channels at every site, unless ``intensities`` are given.
         intensities: of this site alone, see :func:`own_intensities`; ``None``: the sites agree on them.
 
@@ -109,7 +109,7 @@ def middle_shapes(communicator: Collectives, shapes: Sequence[Sequence[int]]) ->
     """Two shapes with, per axis, the median of all sites' shapes: their two middle values, the smaller ones first.
 
     Args:
-        communicator: this site's seat; all keys begin with ``planning/``.
+        communicator: this site's; all keys begin with ``planning/``.
         shapes: of this site's cases.
     """
     columns = np.asarray(shapes, dtype=np.float64).T

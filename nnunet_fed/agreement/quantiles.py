@@ -60,7 +60,7 @@ def quantiles(communicator: Collectives, key: str, samples: Sequence[Array], pro
     some site has values that float32 cannot represent).
 
     Args:
-        communicator: this site's seat.
+        communicator: this site's.
         key: prefix of the keys of the sums.
         samples: this site's values, one 1D array a channel; the same number of channels at every site.
         probabilities: of shape (probabilities,) or (channels, probabilities), within 0 (the minimum) and 1 (the
@@ -159,7 +159,7 @@ def _order_statistics(communicator: Collectives, key: str, keys: Sequence[Array]
     """The keys of given ranks among all sites' keys.
 
     Args:
-        communicator: this site's seat.
+        communicator: this site's.
         key: prefix of the keys of the sums.
         keys: this site's keys, one sorted array a channel, all of one unsigned type.
         ranks: of shape (channels, ranks), from 0 to the channel's pooled count less 1; the same at every site.

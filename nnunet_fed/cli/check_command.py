@@ -138,12 +138,12 @@ class _Check:
         self.stack.callback(probe.close)
         introduction = probe.introduce(checks.own_versions())
         self.probe = probe
-        seat = GrpcCommunicator(site)
-        self.stack.callback(seat.close)
-        self.study = study = Federation.model_validate(seat.status()["study"])
+        communicator = GrpcCommunicator(site)
+        self.stack.callback(communicator.close)
+        self.study = study = Federation.model_validate(communicator.status()["study"])
         if introduction.reply.planning_run:
-            seat.run = introduction.reply.planning_run
-            self.published = seat.gathered("planning/plans")
+            communicator.run = introduction.reply.planning_run
+            self.published = communicator.gathered("planning/plans")
         reply = introduction.reply
         text = f"'{study.name}', nnunet_fed {reply.version}, protocol {reply.protocol}, sites {', '.join(study.sites)}"
         yield Finding("coordinator", Outcome.ok, text)

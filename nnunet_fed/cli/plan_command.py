@@ -37,25 +37,29 @@ def plan_and_preprocess(
         raise ConfigurationError("--dry-run goes without --join, which sends nothing of this site's data.")
     site = Site.from_environment()
     if dry_run:
-        seat = GrpcCommunicator(site)
+        communicator = GrpcCommunicator(site)
         dry_run_planning(
-            site, Federation.model_validate(seat.status()["study"]), dataset, processes, partial(print, file=sys.stdout)
+            site,
+            Federation.model_validate(communicator.status()["study"]),
+            dataset,
+            processes,
+            partial(print, file=sys.stdout),
         )
         return
     outgoing = OutgoingLog(preprocessed_folder(dataset) / FILE)
-    seat = GrpcCommunicator(site, outgoing=outgoing)
-    study = seat.join("planning")
+    communicator = GrpcCommunicator(site, outgoing=outgoing)
+    study = communicator.join("planning")
 
     def report(phase: str) -> None:
-        seat.report({"phase": phase, "rounds": study.rounds}, wait=True)
+        communicator.report({"phase": phase, "rounds": study.rounds}, wait=True)
 
     run = join_and_preprocess if join else plan
     try:
-        result = run(seat, study, dataset, configurations, processes, report, labels=site.label_map)
+        result = run(communicator, study, dataset, configurations, processes, report, labels=site.label_map)
     except BaseException as error:
         report("failed")
-        if isinstance(error, DisagreementError) and (join or seat.site == study.sites[0]):  # once is enough
-            seat.note(str(error))
+        if isinstance(error, DisagreementError) and (join or communicator.site == study.sites[0]):  # once is enough
+            communicator.note(str(error))
         raise
     if result.explanation:
         Console().print(explanation_table(result.explanation))

@@ -34,19 +34,19 @@ def status(
     from nnunet_fed.coordinator.watch import status_table, watch
     from nnunet_fed.transport.site.client import GrpcCommunicator
 
-    seat = GrpcCommunicator(_watcher(address, cert, key, ca, server_name))
+    communicator = GrpcCommunicator(_watcher(address, cert, key, ca, server_name))
     if as_json:
-        print(json.dumps(seat.status(record=True), indent=2))
+        print(json.dumps(communicator.status(record=True), indent=2))
     elif once:
-        Console().print(status_table(seat.status()))
+        Console().print(status_table(communicator.status()))
     else:
-        watch(seat.status, lambda: True, Console())
+        watch(communicator.status, lambda: True, Console())
 
 
 def _watcher(
     address: str | None, cert: Path | None, key: Path | None, ca: Path | None, server_name: str | None
 ) -> Site:
-    """Settings of a seat that only looks: as in site.toml, or as given."""
+    """Settings of who only looks: as in site.toml, or as given."""
     from nnunet_fed.transport.channel.tls import KeyFiles
 
     keys = KeyFiles.given(cert, key, ca)

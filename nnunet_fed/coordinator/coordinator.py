@@ -116,7 +116,7 @@ class Coordinator:
         trainer: str = "",
         fresh: bool = False,
     ) -> dict[str, Any]:
-        """Give a site its seat in a run, which its arguments name (rule 1 of the protocol).
+        """Let a site into a run, which its arguments name (rule 1 of the protocol).
 
         Args:
             site: name of the site.

@@ -100,7 +100,7 @@ def small_lesion_thresholds(
     have lesions; if any has, those of :func:`nnunet_fed.agreement.quantiles.quantiles` follow.
 
     Args:
-        communicator: this site's seat.
+        communicator: this site's.
         key: prefix of the keys of the sums.
         volumes: of this site's lesions by class; the same classes at every site.
 

@@ -2,7 +2,7 @@
 
 Models that go from one site to another take :mod:`nnunet_fed.gossip.mailbox` and the peer process instead.
 
-The word *communicator* is MPI's: a site's seat in a federation. Source: ours.
+The word *communicator* is MPI's: through it a site takes part in a federation. Source: ours.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class LocalFederation:
         self._contributions: dict[str, dict[str, Any]] = {}
 
     def communicator(self, site: str) -> LocalCommunicator:
-        """The seat of one site."""
+        """That of one site."""
         return LocalCommunicator(self, site)
 
     def run(self, function: Callable[[LocalCommunicator], T]) -> dict[str, T]:

@@ -84,7 +84,7 @@ def fit_familiarity(
     """Describe the sites' textures by sums over the federation: three.
 
     Args:
-        communicator: this site's seat.
+        communicator: this site's.
         scope: first part of the keys.
         training: this site's cases that shape its Gaussian.
         validation: this site's cases by which the limit is set.

@@ -126,7 +126,7 @@ def deviation(communicator: Collectives, key: str, own: Mapping[str, torch.Tenso
     0 means that all are the same model, and personalization is gone. Source: ours.
 
     Args:
-        communicator: this site's seat.
+        communicator: this site's.
         key: of the sum.
         own: this site's personalized tensors after the pull.
         mean: their uniform mean, which the pull does not change.
@@ -165,7 +165,7 @@ def pull_round(
     they are.
 
     Args:
-        communicator: this site's seat.
+        communicator: this site's.
         scope: first part of the round's keys.
         own: this site's personalized tensors, weights and not differences.
         schedule: see :func:`scheduled_pull`, as for the arguments that follow.

@@ -80,7 +80,7 @@ class SelectorTraining:
         """A round's steps together with the other sites.
 
         Args:
-            communicator: this site's seat.
+            communicator: this site's.
             scope: first part of the round's keys.
             cases: this site's training cases; gone through once a step.
             weight: of this site in the means: 1 balances the classes, the number of cases balances the cases.

@@ -58,7 +58,7 @@ def validate_selector(
     """Choose the temperature and count right and wrong decisions, over the federation: two sums.
 
     Args:
-        communicator: this site's seat.
+        communicator: this site's.
         scope: first part of the keys.
         log_probabilities: of this site's validation cases, float64 of shape (cases, sites); see
             :func:`nnunet_fed.methods.selector.case_log_probabilities`.

@@ -109,7 +109,7 @@ def simulate(simulation: Simulation, console: Console) -> dict[str, Any]:
     command = [sys.executable, "-m", "nnunet_fed", "coordinator", str(study_file)]
     command += ["--listen", address, "--state", str(state), "--insecure"]
     serve = Step("The coordinator", command, os.environ, state / "coordinator.log")
-    seat = GrpcCommunicator(Site(name="watch", coordinator=address, insecure=True, connect_minutes=0.1))
+    communicator = GrpcCommunicator(Site(name="watch", coordinator=address, insecure=True, connect_minutes=0.1))
     with signals_interrupt(), ExitStack() as stack:
         coordinator = Process(serve)
         stack.callback(stop, [coordinator])
@@ -123,8 +123,8 @@ def simulate(simulation: Simulation, console: Console) -> dict[str, Any]:
             going = [worker.advance() for worker in workers]
             return any(going)
 
-        watch(_patient(seat.status), running, console)
-        _write_json(out / "record.json", seat.status(record=True))
+        watch(_patient(communicator.status), running, console)
+        _write_json(out / "record.json", communicator.status(record=True))
     sites = {place.name: site_summary(place.results(study), place.labels, place.fold) for place in places}
     summary = summarise(study, sites, time.monotonic() - started)
     _write_json(out / "summary.json", summary)

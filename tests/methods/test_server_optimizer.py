@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from in_process import InProcess, Seat, same_arrays, same_training, weights
+from in_process import InProcess, RememberingCommunicator, same_arrays, same_training, weights
 
 from nnunet_fed.errors import DisagreementError, NoContributionError
 from nnunet_fed.exchange.communicator import Array, LocalCommunicator, LocalFederation
@@ -153,7 +153,7 @@ def test_a_late_site_has_the_last_step_from_two_closed_models(sites: InProcess) 
     rooms, last = sites.rooms, trained._last_step
     late = sites.make(nnUNetTrainerFedAvgM, trained.study)["b"]
     late.initialize()
-    late.communicator = Seat(rooms, "b")
+    late.communicator = RememberingCommunicator(rooms, "b")
     for scope in ("round-0001", "round-0000", "start"):
         late.load_shared(rooms.means[f"{scope}/model"])
         late.catch_up(scope)
@@ -212,13 +212,13 @@ def test_moments_that_should_be_equal_and_are_not_end_the_training() -> None:
 def test_fedadam_goes_on_when_nobody_publishes_the_model(sites: InProcess, monkeypatch: pytest.MonkeyPatch) -> None:
     calm = sites.train(nnUNetTrainerFedAdam, sites.study(method=FEDADAM))
 
-    class Unpublished(Seat):
+    class Unpublished(RememberingCommunicator):
         def mean(self, key: str, tensors: Tensors, weight: float, exact: bool = False) -> dict[str, Array]:
             result = super().mean(key, tensors, weight, exact)
             if key == "round-0000/model":
                 raise NoContributionError(key)
             return result
 
-    monkeypatch.setattr("in_process.Seat", Unpublished)
+    monkeypatch.setattr("in_process.RememberingCommunicator", Unpublished)
     for site, trainer in sites.train(nnUNetTrainerFedAdam, sites.study(method=FEDADAM)).items():
         assert same_training(trainer, calm[site])

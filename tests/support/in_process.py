@@ -60,7 +60,7 @@ class Rooms(LocalFederation):
             checkpoint.restore_random_states(states)
 
 
-class Seat(LocalCommunicator):
+class RememberingCommunicator(LocalCommunicator):
     """With a memory of closed means, and of what was sent before: rule 2 of the protocol."""
 
     _federation: Rooms
@@ -83,12 +83,12 @@ class Seat(LocalCommunicator):
 
 
 class LocalSession:
-    """In the place of the seat at a coordinator."""
+    """In the place of the communicator at a coordinator."""
 
     attempt = 1
 
     def __init__(self, rooms: Rooms, site: str, study: Federation, folder: Path, continues: bool):
-        self.seat, self.study = Seat(rooms, site), study
+        self.communicator, self.study = RememberingCommunicator(rooms, site), study
         self.note_facts = TrainingRecord(folder / "federation.json", continues).note
 
     def describe(self, training_cases: int) -> None:

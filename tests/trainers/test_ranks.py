@@ -19,7 +19,7 @@ from nnunet_fed import errors
 from nnunet_fed.errors import FederationError, RefusedError
 from nnunet_fed.exchange.communicator import Array, LocalFederation
 from nnunet_fed.exchange.payload import Tensors
-from nnunet_fed.trainers.parts.ranks import RankZeroSeat, from_rank_zero, is_distributed, patient_group
+from nnunet_fed.trainers.parts.ranks import RankZeroCommunicator, from_rank_zero, is_distributed, patient_group
 
 Body = Callable[[], Any]
 ERRORS = [getattr(errors, name) for name in sorted(vars(errors)) if name.endswith("Error")]
@@ -73,7 +73,7 @@ def _rank(rank: int, body: Body, folder: Path, default_timeout: float) -> None:
 
 def _every_verb() -> dict[str, Any]:
     rank = dist.get_rank()
-    seat = RankZeroSeat(OneSite() if rank == 0 else None, "a", ("a",), patient_group(1))
+    seat = RankZeroCommunicator(OneSite() if rank == 0 else None, "a", ("a",), patient_group(1))
     # each rank asks with values of its own; those of rank 0 count
     answers = {
         "nothing yet": seat.newest("model"),
@@ -108,7 +108,7 @@ class Failing(OneSite):
 
 
 def _every_error() -> list[tuple[str, str]]:
-    seat = RankZeroSeat(Failing() if dist.get_rank() == 0 else None, "a", ("a",), patient_group(1))
+    seat = RankZeroCommunicator(Failing() if dist.get_rank() == 0 else None, "a", ("a",), patient_group(1))
     caught = []
     for kind in ERRORS:
         try:
@@ -152,10 +152,10 @@ def test_without_distribution_the_seat_is_just_asked() -> None:
     assert not is_distributed()
     assert patient_group(1) is None
     assert from_rank_zero(lambda: 3) == 3
-    seat = RankZeroSeat(OneSite(), "a", ("a",))
+    seat = RankZeroCommunicator(OneSite(), "a", ("a",))
     assert seat.mean("r/model", {"w": np.float32([4])}, 1)["w"] == 4
     assert seat.newest("model") == "r/model"
     with pytest.raises(RefusedError, match="weight"):
         seat.mean("r/other", {"w": np.float32([4])}, -1)
     with pytest.raises(RuntimeError, match="no seat"):
-        RankZeroSeat(None, "a", ("a",)).gather("r/g", 1)
+        RankZeroCommunicator(None, "a", ("a",)).gather("r/g", 1)

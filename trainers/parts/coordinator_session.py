@@ -1,4 +1,4 @@
-"""A training's membership in its federation: the seat, the record beside the checkpoints, and what others are told."""
+"""A training's session at the coordinator: its communicator, its record, and what others are told."""
 
 from __future__ import annotations
 
@@ -45,36 +45,36 @@ class CoordinatorSession:
         attempt: int | None,
     ):
         site = own_site(study, fold)
-        self.seat = GrpcCommunicator(site, outgoing=OutgoingLog(folder / FILE))
-        self.study = self.seat.join("training", study.digest, configuration, trainer, fresh=not continues)
+        self.communicator = GrpcCommunicator(site, outgoing=OutgoingLog(folder / FILE))
+        self.study = self.communicator.join("training", study.digest, configuration, trainer, fresh=not continues)
         """The study as the coordinator has it now."""
-        if attempt is not None and attempt != self.seat.attempt:
+        if attempt is not None and attempt != self.communicator.attempt:
             raise ConfigurationError(
                 f"The checkpoint in {folder} belongs to attempt {attempt}, the coordinator has opened attempt "
-                f"{self.seat.attempt}. Start this training without --c."
+                f"{self.communicator.attempt}. Start this training without --c."
             )
-        self.attempt = self.seat.attempt
+        self.attempt = self.communicator.attempt
         self._is_over = False
         self._record = TrainingRecord(folder / "federation.json", continues)
 
     def describe(self, training_cases: int) -> None:
         """Begin or continue the record."""
         self._record.describe(
-            study=self.study.model_dump(mode="json"), digest=self.study.digest, run=self.seat.run,
-            attempt=self.attempt, site=self.seat.site, training_cases=training_cases,
+            study=self.study.model_dump(mode="json"), digest=self.study.digest, run=self.communicator.run,
+            attempt=self.attempt, site=self.communicator.site, training_cases=training_cases,
         )  # fmt: skip
 
     @contextmanager
     def exchanging(self, scope: str) -> Iterator[dict[str, float]]:
         """Note what the exchange within costs, and the method's figures that are put into the yielded mapping."""
-        started, sent, received = time.monotonic(), self.seat.bytes_sent, self.seat.bytes_received
+        started, sent, received = time.monotonic(), self.communicator.bytes_sent, self.communicator.bytes_received
         figures: dict[str, float] = {}
         yield figures
         self._record.exchanged(
             scope,
-            self.seat.weights,
-            self.seat.bytes_sent - sent,
-            self.seat.bytes_received - received,
+            self.communicator.weights,
+            self.communicator.bytes_sent - sent,
+            self.communicator.bytes_received - received,
             time.monotonic() - started,
             figures,
         )
@@ -84,24 +84,24 @@ class CoordinatorSession:
         self._record.note(**facts)
 
     def happened(self, text: str) -> None:
-        """Note an event here and, while the site has its seat, at the coordinator."""
+        """Note an event here and, while the site takes part, at the coordinator."""
         self._record.happened(text)
         if not self._is_over:
-            self.seat.note(text)
+            self.communicator.note(text)
 
     def report(self, progress: dict[str, Any], wait: bool = False) -> None:
-        """Tell those who watch, while the site has its seat."""
+        """Tell those who watch, while the site takes part."""
         if not self._is_over:
-            self.seat.report(progress, wait)
+            self.communicator.report(progress, wait)
 
     def leave(self, reason: str) -> None:
         """Take leave in order: no later round waits for this site."""
         if not self._is_over:
-            self.seat.leave(reason)
+            self.communicator.leave(reason)
 
     def close(self) -> None:
         """From here on nothing is sent."""
-        self.seat.close()
+        self.communicator.close()
         self._is_over = True
 
     def part(self, reason: str) -> None:

@@ -26,7 +26,7 @@ from nnunet_fed.study.site import Site
 from nnunet_fed.trainers.parts import checkpoint
 from nnunet_fed.trainers.parts.coordinator_session import CoordinatorSession
 from nnunet_fed.trainers.parts.cross_site_evaluation import evaluate_across_sites, is_complete
-from nnunet_fed.trainers.parts.ranks import RankZeroSeat, from_rank_zero, patient_group
+from nnunet_fed.trainers.parts.ranks import RankZeroCommunicator, from_rank_zero, patient_group
 from nnunet_fed.trainers.parts.rounds import common_start, pad_log, require_agreement, round_of, scope_of_round
 from nnunet_fed.trainers.parts.study_trainer import StudyTrainer, sentences_for_users
 from nnunet_fed.trainers.parts.training_record import logged_by
@@ -46,7 +46,7 @@ class FederatedTrainer(StudyTrainer):
     MODEL: ClassVar[str] = keys.MODEL
     """Name of the mean that a late site continues from, in every scope."""
 
-    communicator: RankZeroSeat
+    communicator: RankZeroCommunicator
     """The verbs, on every rank; set when the training starts."""
 
     def configure_study(self) -> None:
@@ -106,7 +106,7 @@ class FederatedTrainer(StudyTrainer):
     # ------------------------------------------------------------------------------------------- nnU-Net's hooks
 
     def get_dataloaders(self) -> Any:
-        """nnU-Net's loaders, then the seat: who has used gRPC must not fork, and nnU-Net forks its workers here.
+        """nnU-Net's loaders, then the federation: who has used gRPC must not fork, and nnU-Net forks its workers here.
 
         A training that is refused has written nothing yet but its log.
         """
@@ -140,7 +140,7 @@ class FederatedTrainer(StudyTrainer):
             self._restore_random_states()
             return
         super().on_train_start()  # joins in get_dataloaders
-        self._take_seat()
+        self._connect()
         if self._resumed is None:
             self._start_together()
         else:
@@ -226,7 +226,7 @@ class FederatedTrainer(StudyTrainer):
         return bool(self.logger.resume)
 
     def _join(self) -> Federation:
-        """Take the seat (on rank 0); returns the study as the coordinator has it."""
+        """Join the run (on rank 0); returns the study as the coordinator has it."""
         self._session = CoordinatorSession(
             self.study,
             self.configuration_name,
@@ -239,14 +239,16 @@ class FederatedTrainer(StudyTrainer):
         self._attempt = self._session.attempt
         return self._session.study
 
-    def _take_seat(self) -> None:
+    def _connect(self) -> None:
         """Let every rank have the verbs, once rank 0 has joined."""
         study = self._study_now
-        seat, site = None, Site.from_environment().name
+        communicator, site = None, Site.from_environment().name
         if self._session is not None:
-            seat = self._session.seat
+            communicator = self._session.communicator
             self._session.describe(self._training_cases)
-        self.communicator = RankZeroSeat(seat, site, study.sites, patient_group(study.deadline_minutes + 10))
+        self.communicator = RankZeroCommunicator(
+            communicator, site, study.sites, patient_group(study.deadline_minutes + 10)
+        )
 
     @property
     def _evaluates_across_sites(self) -> bool:
@@ -258,7 +260,7 @@ class FederatedTrainer(StudyTrainer):
             if not self._continues or is_complete(self):
                 return
             self._study_now = from_rank_zero(self._join)
-            self._take_seat()
+            self._connect()
         if self._evaluates_across_sites:
             evaluate_across_sites(self, save_probabilities, self._report)
 

@@ -1,4 +1,4 @@
-"""One seat for all ranks of a distributed training: rank 0 talks to the federation, the others hear the answers."""
+"""One communicator for all ranks of a distributed training: rank 0 talks to the others, all ranks hear the answers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nnunet_fed.exchange.payload import Array, Tensors
 T = TypeVar("T")
 
 
-class Seat(Collectives, Protocol):
+class TrainingCommunicator(Collectives, Protocol):
     """The collectives, and what a trainer needs besides to find its way back after an absence."""
 
     def newest(self, name: str) -> str | None:
@@ -70,39 +70,39 @@ def patient_group(minutes: float) -> Any:
     return dist.new_group(backend="gloo", timeout=timedelta(minutes=minutes))
 
 
-class RankZeroSeat:
-    """A :class:`Seat` that every rank calls alike; only rank 0 has the real one."""
+class RankZeroCommunicator:
+    """A :class:`TrainingCommunicator` that every rank calls alike; only rank 0 has the real one."""
 
-    def __init__(self, seat: Seat | None, site: str, sites: tuple[str, ...], group: Any = None):
-        self._seat = seat
+    def __init__(self, communicator: TrainingCommunicator | None, site: str, sites: tuple[str, ...], group: Any = None):
+        self._communicator = communicator
         self._group = group
         self.site = site
         self.sites = sites
 
-    def _ask(self, question: Callable[[Seat], T]) -> T:
+    def _ask(self, question: Callable[[TrainingCommunicator], T]) -> T:
         def answer() -> T:
-            if self._seat is None:
-                raise RuntimeError("rank 0 has no seat in the federation")
-            return question(self._seat)
+            if self._communicator is None:
+                raise RuntimeError("rank 0 has no communicator")
+            return question(self._communicator)
 
         return from_rank_zero(answer, self._group)
 
     def mean(self, key: str, tensors: Tensors, weight: float, exact: bool = False) -> dict[str, Array]:
         """See :meth:`nnunet_fed.exchange.communicator.Collectives.mean`."""
-        return self._ask(lambda seat: seat.mean(key, tensors, weight, exact))
+        return self._ask(lambda communicator: communicator.mean(key, tensors, weight, exact))
 
     def sum(self, key: str, array: Array) -> Array:
         """See :meth:`nnunet_fed.exchange.communicator.Collectives.sum`."""
-        return self._ask(lambda seat: seat.sum(key, array))
+        return self._ask(lambda communicator: communicator.sum(key, array))
 
     def gather(self, key: str, value: Any) -> dict[str, Any]:
         """See :meth:`nnunet_fed.exchange.communicator.Collectives.gather`."""
-        return self._ask(lambda seat: seat.gather(key, value))
+        return self._ask(lambda communicator: communicator.gather(key, value))
 
     def newest(self, name: str) -> str | None:
-        """See :meth:`Seat.newest`."""
-        return self._ask(lambda seat: seat.newest(name))
+        """See :meth:`TrainingCommunicator.newest`."""
+        return self._ask(lambda communicator: communicator.newest(name))
 
     def fetch(self, key: str) -> dict[str, Array]:
-        """See :meth:`Seat.fetch`."""
-        return self._ask(lambda seat: seat.fetch(key))
+        """See :meth:`TrainingCommunicator.fetch`."""
+        return self._ask(lambda communicator: communicator.fetch(key))

@@ -35,7 +35,7 @@ def common_start(communicator: Collectives, name: str, tensors: Callable[[], Ten
     """The initial weights of the first site that takes part, in the order of the names, for all.
 
     Args:
-        communicator: this site's seat.
+        communicator: this site's.
         name: name of the mean.
         tensors: gives this site's own initial weights.
 

@@ -117,7 +117,7 @@ class _Service(CoordinatorServicer):  # type: ignore[misc]
         with Refusals(context, "The coordinator's disk"):
             if request.purpose not in get_args(Purpose):
                 refuse(context, f"A run cannot be for {request.purpose!r}.")
-            seat = self._coordinator.join(
+            joined = self._coordinator.join(
                 request.site,
                 cast(Purpose, request.purpose),
                 request.digest,
@@ -125,7 +125,7 @@ class _Service(CoordinatorServicer):  # type: ignore[misc]
                 request.trainer,
                 request.fresh,
             )
-            return pb.JoinReply(run=seat["run"], attempt=seat["attempt"], study=json.dumps(seat["study"]))
+            return pb.JoinReply(run=joined["run"], attempt=joined["attempt"], study=json.dumps(joined["study"]))
 
     def Offer(self, request: pb.OfferRequest, context: grpc.ServicerContext) -> pb.OfferReply:  # noqa: N802
         with Refusals(context, "The coordinator's disk"):

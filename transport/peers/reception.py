@@ -106,7 +106,7 @@ class Reception:
             self._rate_limit.passed(number - arrived)
             arrived = number
 
-        with self._seat(letter) as free:
+        with self._place(letter) as free:
             if not free:
                 return pb.PeerReply(verdict="busy")
             self._spool.quota = letter.size * len(self._site.peers)  # all payloads of a run have one size
@@ -145,7 +145,7 @@ class Reception:
         return len(self._arriving) < ARRIVALS if same is None else same.digest == letter.digest
 
     @contextmanager
-    def _seat(self, letter: Letter) -> Iterator[bool]:
+    def _place(self, letter: Letter) -> Iterator[bool]:
         """One of the few places for what arrives, if there is one."""
         site = letter.version.site
         with self._lock:

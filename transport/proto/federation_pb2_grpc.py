@@ -80,7 +80,7 @@ class CoordinatorServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Join(self, request, context):
-        """A site takes its seat in a run.
+        """A site takes part in a run.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -1,4 +1,4 @@
-"""A site's seat in a federation over gRPC."""
+"""A site's communicator over gRPC: what it asks of the coordinator, and tells it."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class GrpcCommunicator:
     def join(
         self, purpose: str, digest: str = "", configuration: str = "", trainer: str = "", fresh: bool = False
     ) -> Federation:
-        """Take the seat; returns the study as the coordinator has it.
+        """Join the run; returns the study as the coordinator has it.
 
         Raises:
             ConfigurationError: this site's certificate is another's.
