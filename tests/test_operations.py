@@ -12,8 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import typer
-from serving import Served, make_study
-from test_transport import together
+from serving import Served, make_study, together
 
 from nnunet_fed.cli.app import app
 from nnunet_fed.transport.coordinator.http import StatusServer

@@ -15,10 +15,9 @@ import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813
 from google.protobuf.message import DecodeError, Message
+from planning_sites import SITE_A, SITE_B, few_samples, set_paths, write_dataset
 from recording_proxy import RecordingProxy
-from serving import Served, make_study
-from test_planning import SITE_A, SITE_B, few_samples, set_paths, write_dataset
-from test_transport import tensors_of, together
+from serving import Served, make_study, tensors_of, together
 from workers import workers_as_threads
 
 from nnunet_fed.exchange.outgoing_log import LARGEST_ARRAY, OutgoingLog

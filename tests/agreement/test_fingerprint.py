@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from planning_sites import pooled_fingerprint
 
 from nnunet_fed.agreement.fingerprint import LocalFingerprint, fingerprint_of, harmonise
 from nnunet_fed.errors import FederationError
@@ -20,15 +21,6 @@ def some_site(seed: int, cases: int, channels: int = 2) -> LocalFingerprint:
         shapes_after_crop=[tuple(rng.integers(20, 40, 3)) for _ in range(cases)],
         relative_sizes=list(rng.uniform(0.5, 1, cases)),
         intensities=[rng.normal(10 * c, 3, 100 * cases).astype(np.float32) for c in range(channels)],
-    )
-
-
-def pooled(sites: list[LocalFingerprint]) -> LocalFingerprint:
-    return LocalFingerprint(
-        spacings=[case for site in sites for case in site.spacings],
-        shapes_after_crop=[case for site in sites for case in site.shapes_after_crop],
-        relative_sizes=[case for site in sites for case in site.relative_sizes],
-        intensities=[np.concatenate(channel) for channel in zip(*(site.intensities for site in sites), strict=True)],
     )
 
 
@@ -58,7 +50,7 @@ def approximately(fingerprint: dict[str, Any]) -> dict[str, Any]:
 def test_sites_together_are_the_pool() -> None:
     sites = [some_site(seed, cases) for seed, cases in enumerate((4, 1, 7))]
     together = harmonised(sites)
-    assert together == approximately(fingerprint_of(pooled(sites)))
+    assert together == approximately(fingerprint_of(pooled_fingerprint(sites)))
     assert json.loads(json.dumps(together)) == together
 
 
@@ -94,6 +86,6 @@ def test_a_site_without_foreground_takes_part() -> None:
     site = some_site(6, 3)
     empty = LocalFingerprint([[1.0, 1.0, 1.0]], [[9, 9, 9]], [1.0], [np.array([]), np.array([])])
     together = harmonised([site, empty])
-    assert together == approximately(fingerprint_of(pooled([site, empty])))
+    assert together == approximately(fingerprint_of(pooled_fingerprint([site, empty])))
     with pytest.raises(FederationError, match="contain foreground"):
         fingerprint_of(empty)

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import Command
 from serving import Served, make_study
 
 from nnunet_fed import __version__
-from nnunet_fed.cli.app import DEBUG_VARIABLE, main
+from nnunet_fed.cli.app import DEBUG_VARIABLE
 from nnunet_fed.cli.option_values import named_labels, repeat_option
 from nnunet_fed.coordinator.coordinator import Coordinator
 from nnunet_fed.coordinator.store import Store
@@ -25,40 +26,6 @@ from nnunet_fed.study.site import SITE_FILE_VARIABLE, Site
 NOBODY = "127.0.0.1:9"
 """An address at which nothing listens."""
 STUDY = 'name = "s"\nsites = ["a", "b"]\nrounds = 2\n[method]\nname = "fedavg"\n'
-
-
-class Command:
-    """Runs commands in this process."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-        self._patch = monkeypatch
-        self._capsys = capsys
-
-    def __call__(self, *arguments: str | Path) -> tuple[int, str, str]:
-        """Exit status, standard output and standard error."""
-        self._patch.setattr(sys, "argv", ["nnunet_fed", *map(str, arguments)])
-        self._capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main()
-        code = ended.value.code
-        return (0 if code is None else int(code)), *self._capsys.readouterr()
-
-    def fails(self, *arguments: str | Path) -> str:
-        """The sentence in which a command ends that fails."""
-        status, out, err = self(*arguments)
-        assert status == 2, err
-        assert "Traceback" not in out + err
-        [line] = [line for line in err.splitlines() if line.strip()]
-        assert line.startswith("Error: ")
-        return line.removeprefix("Error: ")
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    # set first, so that what --debug sets is taken back afterwards
-    for variable in (DEBUG_VARIABLE, SITE_FILE_VARIABLE):
-        monkeypatch.setenv(variable, "")
-    return Command(monkeypatch, capsys)
 
 
 @pytest.fixture

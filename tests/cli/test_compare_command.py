@@ -6,13 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_app import Command, command
-from test_simulate import raw
+from commands import Command
+from made_sites import raw
 
 from nnunet_fed.comparison import arms, results
 from nnunet_fed.evaluation import surface
-
-__all__ = ["command"]
 
 
 @pytest.fixture

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from made_sites import federation, planned, raw
 from rich.console import Console
-from test_pooled_data import federation, planned
-from test_simulate import raw
 
 from nnunet_fed.comparison import arms
 from nnunet_fed.comparison.arms import Comparison, compare, remember

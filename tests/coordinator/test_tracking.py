@@ -15,9 +15,8 @@ import pytest
 import torch
 from nnunetv2.training.logging.nnunet_logger import LocalLogger, MetaLogger
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from serving import Served, make_study
+from serving import Served, make_study, together
 from tensorboardX.proto.event_pb2 import Event
-from test_transport import together
 from tiny import DESCRIPTION, tiny_plans, write_preprocessed
 
 from nnunet_fed.coordinator.coordinator import Coordinator

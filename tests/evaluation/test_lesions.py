@@ -14,10 +14,10 @@ from nnunet_fed.evaluation.lesions import (
     CaseResult,
     Lesion,
     aggregate,
+    combined,
     evaluate,
     foreground_classes,
     lesion_volumes,
-    pool,
     small_lesion_thresholds,
 )
 from nnunet_fed.exchange.communicator import LocalFederation
@@ -198,7 +198,7 @@ CASE = st.fixed_dictionaries({"a": st.builds(CaseResult, st.lists(LESION).map(tu
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.lists(CASE, min_size=1), max_size=3))
 def test_pooled_means_are_those_over_all_lesions(sites: list[list[dict[str, CaseResult]]]) -> None:
-    pooled = pool([aggregate(cases) for cases in sites])
+    pooled = combined([aggregate(cases) for cases in sites])
     together = aggregate([case for cases in sites for case in cases])
     assert pooled["lesions"] == together["lesions"]
     for metric, by_class in together.items():

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from serving import Served, make_study
-from test_transport import tensors_of, together
+from serving import Served, lines, make_study, tensors_of, together
 
 from nnunet_fed.exchange.outgoing_log import LARGEST_ARRAY, OutgoingLog
 from nnunet_fed.transport.site.client import GrpcCommunicator
 
 Serve = Callable[..., Served]
-
-
-def lines(path: Path, *what: str) -> list[dict[str, Any]]:
-    entries = [json.loads(line) for line in path.read_text().splitlines()]
-    return [entry for entry in entries if not what or entry["what"] in what]
 
 
 def contributions(entries: list[dict[str, Any]]) -> dict[str, tuple[Any, ...]]:

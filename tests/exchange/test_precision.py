@@ -10,8 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from serving import Served, make_study
-from test_transport import together
+from serving import Served, make_study, together
 
 from nnunet_fed.errors import RefusedError
 from nnunet_fed.exchange.payload import BFLOAT16

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from planning_sites import SITE_A, SITE_B, plan, write_dataset
 from rich.console import Console
-from test_planning import SITE_A, SITE_B, instant, plan, raw, write_dataset  # noqa: F401
 
 from nnunet_fed.agreement.fingerprint import LocalFingerprint
 from nnunet_fed.planners import planning
@@ -21,7 +21,7 @@ def fingerprint(spacing: float, length: int, intensity: float, cases: int) -> Lo
 
 
 @pytest.fixture
-def scanners(raw: Path, instant: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def scanners(raw: Path, instant: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     made_up = {SITE_A: fingerprint(1.0, 60, 0, 2), SITE_B: fingerprint(2.0, 30, 500, 3)}
     write_dataset(raw, SITE_A, (0, 1))
     write_dataset(raw, SITE_B, (0, 1, 2))

@@ -19,9 +19,8 @@ from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_en
     nnUNetPlannerResEncM,
     nnUNetPlannerResEncXL,
 )
+from planning_sites import OTHER, plan, pooled_fingerprint, preprocessed, set_paths, study, write_dataset
 from rich.console import Console
-from test_fingerprint import pooled
-from test_planning import OTHER, plan, preprocessed, set_paths, study, write_dataset
 
 from nnunet_fed.agreement.fingerprint import (
     LocalFingerprint,
@@ -155,7 +154,7 @@ LARGE: list[Case] = [((1.2, 0.9, 0.9), (260, 330, 350)), ((1.7, 0.8, 0.8), (220,
 @example(sites=[LARGE[:1], LARGE], planner="nnUNetPlannerFed")
 def test_plans_are_those_of_the_pool(datasets: list[RawDataset], sites: list[list[Case]], planner: str) -> None:
     local = [local_fingerprint(cases, seed) for seed, cases in enumerate(sites)]
-    pool = fingerprint_of(pooled(local))
+    pool = fingerprint_of(pooled_fingerprint(local))
     total = len(pool["spacings"])
     expected = approximately(stock_plans(datasets[0], pool, total, planner))
     private, two_cases = federated_plans(datasets, local, planner=planner)
@@ -174,7 +173,7 @@ def test_plans_are_those_of_the_pool(datasets: list[RawDataset], sites: list[lis
 def test_options_of_the_stock_command(datasets: list[RawDataset], geometry: str) -> None:
     local = [local_fingerprint(THICK, 1), local_fingerprint(THICK[1:], 2)]
     options: dict[str, Any] = {"overwrite_target_spacing": [2.0, 0.8, 0.9], "gpu_memory_target_in_gb": 3.0}
-    expected = stock_plans(datasets[0], fingerprint_of(pooled(local)), 5, "nnUNetPlannerFed", **options)
+    expected = stock_plans(datasets[0], fingerprint_of(pooled_fingerprint(local)), 5, "nnUNetPlannerFed", **options)
     assert expected["configurations"]["3d_fullres"]["spacing"] == [2.0, 0.8, 0.9]
     assert federated_plans(datasets, local, geometry=geometry, **options)[0] == approximately(expected)
     assert federated_plans(datasets, local, geometry=geometry)[0] != expected
@@ -188,7 +187,7 @@ def test_thirty_sites(datasets: list[RawDataset]) -> None:
         return [(tuple(row), tuple(rng.integers([10, 80, 80], [40, 200, 200]).tolist())) for row in spacings]  # type: ignore[misc]
 
     local = [local_fingerprint(some_cases(), seed) for seed in range(MANY)]
-    pool = fingerprint_of(pooled(local))
+    pool = fingerprint_of(pooled_fingerprint(local))
     expected = stock_plans(datasets[0], pool, len(pool["spacings"]), "nnUNetPlannerFed")
     began = time.perf_counter()
     plans, _ = federated_plans(datasets, local)
@@ -212,7 +211,7 @@ def test_medians_are_numpys_in_every_bit() -> None:
             for size in sizes
         ]
         found, shapes = found_geometry(sites)
-        pool = pooled(sites)
+        pool = pooled_fingerprint(sites)
         np.testing.assert_array_equal(found.spacing_10, np.percentile(np.vstack(pool.spacings), 10, 0))
         np.testing.assert_array_equal(found.spacing_50, np.percentile(np.vstack(pool.spacings), 50, 0))
         np.testing.assert_array_equal(found.median_spacing, np.median(pool.spacings, 0))

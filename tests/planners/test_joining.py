@@ -9,19 +9,8 @@ from typing import Any
 
 import pytest
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
-from serving import Served, make_study
-from test_outgoing_log import lines
-from test_planning import (  # noqa: F401 (fixtures)
-    OTHER,
-    SITE_A,
-    SITE_B,
-    instant,
-    preprocessed,
-    raw,
-    read,
-    write_dataset,
-)
-from test_transport import together
+from planning_sites import OTHER, SITE_A, SITE_B, preprocessed, read, write_dataset
+from serving import Served, lines, make_study, together
 
 from nnunet_fed.errors import ConfigurationError, DisagreementError, RoundClosedError
 from nnunet_fed.exchange.outgoing_log import OutgoingLog
@@ -40,7 +29,7 @@ def run(served: Served, site: str, function: Any = plan_and_preprocess, **option
 
 
 @pytest.fixture
-def three(raw: Path, instant: list[list[str]]) -> None:  # noqa: F811
+def three(raw: Path, instant: list[list[str]]) -> None:
     write_dataset(raw, SITE_A, (0, 1))
     write_dataset(raw, SITE_B, (1, 2, 4))
     write_dataset(raw, OTHER, (0,))
@@ -92,7 +81,7 @@ def test_nothing_to_join_yet(serve: Serve) -> None:
         run(served, "c", join_and_preprocess)
 
 
-def test_a_site_that_does_not_fit(serve: Serve, raw: Path, instant: list[list[str]]) -> None:  # noqa: F811
+def test_a_site_that_does_not_fit(serve: Serve, raw: Path, instant: list[list[str]]) -> None:
     write_dataset(raw, SITE_A, (0, 1))
     write_dataset(raw, SITE_B, (1, 2))
     write_dataset(raw, OTHER, (0,), channels=("MRI", "CT"))

@@ -13,24 +13,20 @@ import torch
 from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-from serving import Served, make_study
-from test_planning import (  # noqa: F401 (fixtures)
+from planning_sites import (
     OTHER,
     POOL,
     SITE_A,
     SITE_B,
     SITE_C,
     few_samples,
-    instant,
     plan,
-    preprocessed,
-    raw,
     read,
     set_paths,
     study,
     write_dataset,
 )
-from test_transport import together
+from serving import Served, make_study, together
 from workers import workers_as_threads
 
 from nnunet_fed.agreement.fingerprint import INTENSITIES, LocalFingerprint
@@ -146,7 +142,7 @@ DATASETS = {"a": SITE_A, "b": SITE_B, "c": OTHER}
 
 
 @pytest.fixture
-def intensities(instant: Any, monkeypatch: pytest.MonkeyPatch) -> dict[int, list[Any]]:  # noqa: F811
+def intensities(instant: Any, monkeypatch: pytest.MonkeyPatch) -> dict[int, list[Any]]:
     """Foreground intensities of each channel by data set, for a made-up analysis."""
     made_up: dict[int, list[Any]] = {}
 
@@ -158,7 +154,7 @@ def intensities(instant: Any, monkeypatch: pytest.MonkeyPatch) -> dict[int, list
     return made_up
 
 
-def make(raw: Path, intensities: dict[int, list[Any]], number: int, *channels: str) -> None:  # noqa: F811
+def make(raw: Path, intensities: dict[int, list[Any]], number: int, *channels: str) -> None:
     write_dataset(raw, number, (0, 1), channels)
     intensities[number] = [np.arange(number + channel, dtype=np.float32) for channel in range(len(channels))]
 
@@ -166,7 +162,7 @@ def make(raw: Path, intensities: dict[int, list[Any]], number: int, *channels: s
 @pytest.mark.parametrize("geometry", ["private", "lists"])
 def test_a_site_with_other_channels_joins_later(
     serve: Serve,
-    raw: Path,  # noqa: F811
+    raw: Path,
     intensities: dict[int, list[Any]],
     geometry: str,
 ) -> None:
@@ -203,7 +199,7 @@ def test_a_site_with_other_channels_joins_later(
 
 @pytest.mark.usefixtures("instant")
 @pytest.mark.parametrize(("method", "remedy"), [("fedoap", True), ("fedavg", False)])
-def test_channels_that_differ_without_the_option(raw: Path, method: str, remedy: bool) -> None:  # noqa: F811
+def test_channels_that_differ_without_the_option(raw: Path, method: str, remedy: bool) -> None:
     write_dataset(raw, SITE_A, (0, 1), ("CT",))
     write_dataset(raw, SITE_B, (0, 1), ("MRI",))
     with pytest.raises(DisagreementError, match="differ in channels:") as error:
@@ -211,7 +207,7 @@ def test_channels_that_differ_without_the_option(raw: Path, method: str, remedy:
     assert ("'private_stem = true' in federation.toml" in str(error.value)) == remedy
 
 
-def test_labels_must_agree_nevertheless(raw: Path) -> None:  # noqa: F811
+def test_labels_must_agree_nevertheless(raw: Path) -> None:
     write_dataset(raw, SITE_A, (0, 1), ("CT",))
     write_dataset(raw, SITE_B, (0, 1), ("MRI",), labels={"background": 0, "organ": 1, "tumour": 2})
     with pytest.raises(DisagreementError, match="differ in labels:") as error:
@@ -219,7 +215,7 @@ def test_labels_must_agree_nevertheless(raw: Path) -> None:  # noqa: F811
     assert "private_stem" not in str(error.value)
 
 
-def test_a_site_without_foreground(raw: Path, intensities: dict[int, list[Any]]) -> None:  # noqa: F811
+def test_a_site_without_foreground(raw: Path, intensities: dict[int, list[Any]]) -> None:
     make(raw, intensities, SITE_A, "CT")
     intensities[SITE_A] = [np.array([], np.float32)]
     with pytest.raises(FederationError, match="No training case of this site has foreground"):

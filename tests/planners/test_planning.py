@@ -7,7 +7,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,28 @@ import pytest
 import SimpleITK as sitk  # noqa: N813
 from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
-from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
+from nnunetv2.paths import nnUNet_raw
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+from planning_sites import (
+    LABELS,
+    OTHER,
+    POOL,
+    SITE_A,
+    SITE_B,
+    SITE_C,
+    few_samples,
+    plan,
+    preprocessed,
+    read,
+    set_paths,
+    study,
+    write_dataset,
+)
 from workers import workers_as_threads
 
-from nnunet_fed.agreement.fingerprint import LocalFingerprint
 from nnunet_fed.agreement.plan_digest import comparable, differences, plans_digest
 from nnunet_fed.errors import ConfigurationError, DisagreementError, FederationError
-from nnunet_fed.exchange.communicator import LocalFederation
 from nnunet_fed.planners import planning
 from nnunet_fed.planners.dataset import find_dataset
 from nnunet_fed.planners.extraction import extract
@@ -32,76 +45,8 @@ from nnunet_fed.planners.harmonised import planner_class
 from nnunet_fed.planners.mapping import prepare_dataset
 from nnunet_fed.planners.nnUNetPlannerFed import nnUNetPlannerFed
 from nnunet_fed.planners.nnUNetPlannerFedSmall import nnUNetPlannerFedSmall
-from nnunet_fed.planners.planning import PlanningResult, plan_and_preprocess
-from nnunet_fed.study.federation import Federation
+from nnunet_fed.planners.planning import PlanningResult
 from nnunet_fed.study.labels import LabelMap
-
-POOL, SITE_A, SITE_B, SITE_C, OTHER = 1, 11, 12, 13, 21
-LABELS = {"background": 0, "organ": 1, "lesion": 2}
-
-
-def write_dataset(
-    raw: Path,
-    number: int,
-    cases: Sequence[int],
-    channels: Sequence[str] = ("CT", "MRI"),
-    labels: dict[str, Any] = LABELS,
-    two_d: bool = False,
-    shape: tuple[int, int, int] | None = None,
-) -> Path:
-    """Small random cases; a case's content depends on its number only. Case 3 has no foreground."""
-    folder = raw / f"Dataset{number:03d}_Test"
-    for name in ("imagesTr", "labelsTr"):
-        (folder / name).mkdir(parents=True)
-    for case in cases:
-        rng = np.random.default_rng(case)
-        size = tuple(rng.integers(18, 30, 3)) if shape is None else shape
-        size = size[1:] if two_d else size
-        spacing = [float(step) for step in rng.choice([0.9, 1.0, 1.3], len(size))]
-        segmentation = np.zeros(size, np.uint8)
-        segmentation[tuple(slice(4, 12) for _ in size)] = 0 if case == 3 else 1 + case % 2
-        arrays = {f"labelsTr/case_{case:03d}": segmentation}
-        for channel in range(len(channels)):
-            image = rng.normal(100 * channel, 20, size).astype(np.float32)
-            image[:2] = 0  # something to crop
-            arrays[f"imagesTr/case_{case:03d}_{channel:04d}"] = image
-        for name, array in arrays.items():
-            itk = sitk.GetImageFromArray(array)
-            itk.SetSpacing(spacing)
-            sitk.WriteImage(itk, str(folder / f"{name}.nii.gz"))
-    content = {
-        "channel_names": {str(i): name for i, name in enumerate(channels)},
-        "labels": labels,
-        "numTraining": len(cases),
-        "file_ending": ".nii.gz",
-    }
-    (folder / "dataset.json").write_text(json.dumps(content))
-    return folder
-
-
-def study(sites: Sequence[str] = ("a", "b"), **changes: Any) -> Federation:
-    settings = {"name": "test", "sites": list(sites), "method": {"name": "fedavg"}, "rounds": 2}
-    return Federation.model_validate(settings | changes)
-
-
-def plan(datasets: dict[str, int], **options: Any) -> dict[str, PlanningResult]:
-    """Plan at each site, with one worker."""
-    configurations = options.pop("configurations", None)
-    report = options.pop("report", lambda phase: None)
-    agreed = study(list(datasets), **options)
-    return LocalFederation(list(datasets), deadline=60).run(
-        lambda seat: plan_and_preprocess(seat, agreed, datasets[seat.site], configurations, 1, report)
-    )
-
-
-def read(*parts: str | int) -> Any:
-    """JSON file in the preprocessed folder of a data set."""
-    number, name = parts
-    return json.loads((preprocessed(int(number)) / str(name)).read_text())
-
-
-def preprocessed(number: int) -> Path:
-    return Path(nnUNet_preprocessed) / f"Dataset{number:03d}_Test"
 
 
 def tolerant(plans: dict[str, Any]) -> dict[str, Any]:
@@ -110,24 +55,6 @@ def tolerant(plans: dict[str, Any]) -> dict[str, Any]:
         channel["mean"] = pytest.approx(channel["mean"], rel=1e-6)
         channel["std"] = pytest.approx(channel["std"], rel=1e-6)
     return plans
-
-
-def few_samples(patch: pytest.MonkeyPatch) -> None:
-    """A thousandth of nnU-Net's hundred million voxels a channel."""
-    original = DatasetFingerprintExtractor.__init__
-
-    def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **kwargs)
-        self.num_foreground_voxels_for_intensitystats = 10e4
-
-    patch.setattr(DatasetFingerprintExtractor, "__init__", init)
-
-
-def set_paths(patch: pytest.MonkeyPatch, folder: Path) -> Path:
-    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-        patch.setenv(name, str(folder / name))
-        (folder / name).mkdir()
-    return folder / "nnUNet_raw"
 
 
 @pytest.fixture(scope="module", params=["private", "lists"])
@@ -149,36 +76,6 @@ def pooled(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequ
             DatasetFingerprintExtractor(POOL, 1).run(overwrite_existing=True)
             ExperimentPlanner(POOL).plan_experiment()
         yield {"results": results, "phases": phases, "study": study(list(datasets), geometry=request.param)}
-
-
-@pytest.fixture
-def raw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    return set_paths(monkeypatch, tmp_path)
-
-
-@pytest.fixture
-def instant(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """No worker processes: a made-up fingerprint, and preprocessing that only makes the folder; returns its calls."""
-    calls: list[list[str]] = []
-
-    def made_up(dataset_id: int, total_cases: int, processes: int) -> LocalFingerprint:
-        return LocalFingerprint(
-            [[1.0, 1.0, 1.0]] * 2,
-            [[20, 22, 24]] * 2,
-            [0.9] * 2,
-            [np.arange(9, dtype=np.float32)] * 2,
-            {"organ": [float(dataset_id), 2.5], "lesion": []},
-        )
-
-    def preprocess(dataset_id: int, plans_name: str, configurations: list[str], processes: list[int]) -> None:
-        calls.append(list(configurations))
-        plans = read(dataset_id, f"{plans_name}.json")
-        for name in configurations:
-            (preprocessed(dataset_id) / plans["configurations"][name]["data_identifier"]).mkdir()
-
-    monkeypatch.setattr(planning, "extract", made_up)
-    monkeypatch.setattr(planning, "preprocess_dataset", preprocess)
-    return calls
 
 
 def test_fingerprint_is_that_of_the_pool(pooled: dict[str, Any]) -> None:

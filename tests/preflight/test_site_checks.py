@@ -13,8 +13,7 @@ from typing import Any
 
 import grpc
 import pytest
-from serving import Served, make_study
-from test_transport import together
+from serving import Served, make_study, together
 from typer.testing import CliRunner
 
 from nnunet_fed.agreement.plan_digest import plans_digest

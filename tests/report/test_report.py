@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from made_runs import DICE, SITES, amend, fold_of, make_comparison, make_run, record, study, write, write_images
-from serving import Served, make_study
-from test_transport import together
+from serving import Served, make_study, together
 
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.report.blocks import Figure, Section, Table, evenly, without_paths

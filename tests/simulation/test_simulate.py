@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from made_sites import LABELS, raw
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -30,19 +31,7 @@ from nnunet_fed.study.federation import Federation
 from nnunet_fed.study.labels import LabelMap
 from nnunet_fed.study.site import Site
 
-LABELS = {"background": 0, "whole": [1, 2], "core": 2, "edge": 3}
 MODEL = "nnUNetTrainerFedAvg__nnUNetFedSmallPlans__3d_fullres"
-
-
-def raw(folder: Path, cases: int = 5, channels: int = 2) -> Path:
-    for part in ("imagesTr", "labelsTr"):
-        (folder / part).mkdir(parents=True)
-    for case in range(cases):
-        for channel in range(channels):
-            (folder / "imagesTr" / f"case_{case}_{channel:04d}.nii.gz").touch()
-        (folder / "labelsTr" / f"case_{case}.nii.gz").touch()
-    (folder / "dataset.json").write_text(json.dumps({"file_ending": ".nii.gz", "labels": LABELS}))
-    return folder
 
 
 FLAT = {"background": 0, "organ": 1, "tumour": 2, "cyst": 3}

@@ -1,12 +1,19 @@
+"""A coordinator on loopback, communicators at it, and what they say and leave."""
+
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from nnunet_fed.coordinator.coordinator import SPOOL_QUOTA, Coordinator
 from nnunet_fed.coordinator.store import Store
+from nnunet_fed.exchange.communicator import Array
 from nnunet_fed.exchange.outgoing_log import Outgoing
 from nnunet_fed.study.federation import Federation
 from nnunet_fed.study.site import Site
@@ -20,7 +27,7 @@ def make_study(sites: Sequence[str] = ("a", "b"), **settings: Any) -> Federation
 
 
 class Served:
-    """A coordinator on loopback, and seats in it; with TLS if it gets ``keys``."""
+    """A coordinator on loopback, and communicators at it; with TLS if it gets ``keys``."""
 
     def __init__(
         self, study: Federation, folder: Path, stack: ExitStack, spool_quota: int = SPOOL_QUOTA,
@@ -60,3 +67,22 @@ class Served:
         digest = {"digest": self.study.digest, "configuration": "3d_fullres", "trainer": "T"}
         communicator.join(purpose, **({**digest, **join} if purpose == "training" else join))
         return communicator
+
+
+Serve = Callable[..., Served]
+
+
+def together(*calls: Callable[[], object]) -> list[object]:
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return [future.result() for future in [pool.submit(call) for call in calls]]
+
+
+def tensors_of(site: str) -> dict[str, Array]:
+    rng = np.random.default_rng(ord(site))
+    return {"w": rng.normal(size=(70_000, 7)).astype(np.float32), "b": rng.normal(size=()).astype(np.float64)}
+
+
+def lines(path: Path, *what: str) -> list[dict[str, Any]]:
+    """Of an ``outgoing.jsonl``, those of some kinds or all."""
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    return [entry for entry in entries if not what or entry["what"] in what]

@@ -14,8 +14,7 @@ import pytest
 import torch
 from in_process import InProcess, Killed, LocalSession, same_arrays, weights
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from serving import make_study
-from test_transport import Serve, together
+from serving import Serve, make_study, together
 
 from nnunet_fed.errors import DisagreementError
 from nnunet_fed.exchange.cross_site_matrix import DICE, matrix, model_key

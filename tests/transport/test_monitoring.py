@@ -20,8 +20,7 @@ import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
-from serving import make_study
-from test_transport import together
+from serving import make_study, together
 
 from nnunet_fed.certificates.authority import Authority
 from nnunet_fed.coordinator.coordinator import Coordinator

@@ -16,8 +16,7 @@ import pytest
 from google.protobuf.message import DecodeError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from serving import Served, make_study
-from test_transport import together
+from serving import Served, make_study, together
 
 from nnunet_fed.coordinator import admission, round_closer
 from nnunet_fed.coordinator.coordinator import Coordinator

@@ -9,7 +9,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from serving import Served, make_study
+from serving import Serve, make_study, tensors_of, together
 
 from nnunet_fed.errors import (
     ConfigurationError,
@@ -26,18 +26,6 @@ from nnunet_fed.transport.proto import federation_pb2 as pb
 from nnunet_fed.transport.proto.federation_pb2_grpc import CoordinatorStub
 from nnunet_fed.transport.site import client
 from nnunet_fed.transport.site.client import GrpcCommunicator
-
-Serve = Callable[..., Served]
-
-
-def together(*calls: Callable[[], object]) -> list[object]:
-    with ThreadPoolExecutor(len(calls)) as pool:
-        return [future.result() for future in [pool.submit(call) for call in calls]]
-
-
-def tensors_of(site: str) -> dict[str, Array]:
-    rng = np.random.default_rng(ord(site))
-    return {"w": rng.normal(size=(70_000, 7)).astype(np.float32), "b": rng.normal(size=()).astype(np.float64)}
 
 
 def test_every_verb_over_grpc_gives_the_bits_of_the_local_federation(serve: Serve) -> None:
