@@ -140,7 +140,7 @@ class _Check:
         self.probe = probe
         communicator = GrpcCommunicator(site)
         self.stack.callback(communicator.close)
-        self.study = study = Federation.model_validate(communicator.status()["study"])
+        self.study = study = Federation.restore(communicator.status()["study"])
         if introduction.reply.planning_run:
             communicator.run = introduction.reply.planning_run
             self.published = communicator.gathered("planning/plans")
@@ -187,7 +187,7 @@ class _Check:
         folder = self._preprocessed()
         if self.plans and folder and self._wanted() in self.plans["configurations"]:
             dataset = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
-            study = Federation.model_validate(self.plans[PLANS_KEY]["study"])
+            study = Federation.restore(self.plans[PLANS_KEY]["study"])
             self.footprint = footprint(self.plans, self._wanted(), dataset, study)
         return check_memory(self.footprint, self.device)
 

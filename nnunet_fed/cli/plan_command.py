@@ -40,7 +40,7 @@ def plan_and_preprocess(
         communicator = GrpcCommunicator(site)
         dry_run_planning(
             site,
-            Federation.model_validate(communicator.status()["study"]),
+            Federation.restore(communicator.status()["study"]),
             dataset,
             processes,
             partial(print, file=sys.stdout),
