@@ -21,7 +21,7 @@ from nnunet_fed.transport.proto import federation_pb2 as pb
 
 Serve = Callable[..., Served]
 
-OF_0_1: list[dict[str, Any]] = json.loads((Path(__file__).parents[1] / "data/v0.1/studies.json").read_text())
+OF_0_1: list[dict[str, Any]] = json.loads((Path(__file__).parents[1] / "data/v0.1/digests.json").read_text())
 """Studies as version 0.1 wrote them, with its digests."""
 
 
@@ -233,7 +233,7 @@ def test_a_site_of_0_1_joins(serve: Serve) -> None:
     """It names one version of the protocol and no fold, and its replies refuse unknown fields."""
     served = serve(make_study("ab", fold=2))
     study = served.study
-    stub = served.communicator("b")._stub
+    stub = served.seat("b")._stub
     old = pb.JoinRequest(
         protocol=OLDEST_PROTOCOL, site="a", purpose="training", digest=study.digest_of_fold(2),
         configuration="3d_fullres", trainer="T", fresh=True,
