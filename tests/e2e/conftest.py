@@ -13,7 +13,7 @@ from nnunet_fed.study.federation import Federation
 
 LONGEST_FIRST = (
     "training", "faults", "gcml_training", "fedoap_training", "fedsm_training", "compare", "readme", "simulation",
-    "fedgs_training", "planning_processes", "tutorial", "refusals",
+    "fedgs_training", "version_0_1", "planning_processes", "tutorial", "refusals",
 )  # fmt: skip
 
 

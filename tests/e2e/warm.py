@@ -136,6 +136,7 @@ def run() -> None:
     random.seed()
     np.random.seed()
     torch.seed()
+    sys.path[:0] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))  # of another version of ours
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
