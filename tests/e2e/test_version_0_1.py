@@ -17,9 +17,9 @@ from harness import PATIENCE, PLANS, command, environment, run, until
 from version_0_1 import CONFIGURATION, SITES, STUDIES, LeftBehind, old_python_environment
 from warm import Forked
 
-from nnunet_fed.federation import Site
-from nnunet_fed.simulate import free_ports, plugin_folder
-from nnunet_fed.transport.client import GrpcCommunicator
+from nnunet_fed.simulation.simulate import free_ports, plugin_folder
+from nnunet_fed.study.site import Site
+from nnunet_fed.transport.site.client import GrpcCommunicator
 
 pytestmark = pytest.mark.e2e
 

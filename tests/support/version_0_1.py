@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-FIXTURES = Path(__file__).parent / "data" / "v0.1"
+FIXTURES = Path(__file__).parents[1] / "data" / "v0.1"
 STUDIES: dict[str, dict[str, Any]] = json.loads((FIXTURES / "studies.json").read_text())
 """By method: trainer, fold, digest of the study, ids of the runs, and by key who had contributed to what was open."""
 SITES = ("site_a", "site_b")
