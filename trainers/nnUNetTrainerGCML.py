@@ -102,7 +102,7 @@ class nnUNetTrainerGCML(MutualTrainer):  # noqa: N801
         continues = self._resumed is not None
         record = TrainingRecord(folder / "federation.json", continues)
         record.describe(
-            study=self.study.stored(), digest=self.study.digest, site=site.name,
+            study=self.study.stored(), digest=self.study.digest_of_fold(self.study.fold), site=site.name,
             training_cases=self._training_cases, initial_weights=self._standing.initial,
         )  # fmt: skip
         schema, size = described(narrow(self.shared_arrays(), self.study.wire_dtype))

@@ -52,10 +52,11 @@ def _collectives(store: Store, run: str) -> dict[str, Any]:
 def record_of(store: Store) -> dict[str, Any]:
     """The whole record of a coordinator that does not run; what it knew of the sites' progress is not kept."""
     study = store.latest_study() or {}
+    known = Federation.restore(study) if study else None
     standing = store.latest_standing()
     return {
         "study": study,
-        "digest": Federation.restore(study).digest if study else None,
+        "digest": None if known is None else known.digest_of_fold(known.fold),
         "attempt": store.fact("attempt"),
         "sites": {
             site: {"last_seen": None, "standing": standing.get(site), "progress": None}

@@ -43,7 +43,7 @@ def status_of(
     standing = store.latest_standing()
     return {
         "study": told,
-        "digest": study.digest,
+        "digest": study.digest_of_fold(study.fold),
         "attempt": attempt,
         "now": time.time(),
         "sites": {

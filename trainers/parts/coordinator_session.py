@@ -62,7 +62,7 @@ class CoordinatorSession:
     def describe(self, training_cases: int) -> None:
         """Begin or continue the record."""
         self._record.describe(
-            study=self.study.stored(), digest=self.study.digest, run=self.communicator.run,
+            study=self.study.stored(), digest=self.study.digest_of_fold(self.study.fold), run=self.communicator.run,
             attempt=self.attempt, site=self.communicator.site, training_cases=training_cases,
         )  # fmt: skip
 
