@@ -197,7 +197,7 @@ def main() -> None:
     parser.add_argument("--tls", nargs="+", choices=["no", "yes"], default=["no", "yes"])
     parser.add_argument(
         "--frameworks", nargs="+", default=[], type=Framework.parse, metavar="NAME=PYTHON",
-        help=f"other frameworks, of {', '.join(FRAMEWORKS)}, and the Python that each is installed in (without: this one)",
+        help=f"other frameworks, of {', '.join(FRAMEWORKS)}, and the Python of each (without: this one)",
     )  # fmt: skip
     parser.add_argument("--json", type=Path, help="write all that was measured to this file")
     arguments = parser.parse_args()
