@@ -8,7 +8,7 @@ them once, and over bare gRPC streams, which is the limit for ours (:mod:`bare_g
 alone; and other frameworks, if asked, with the Python that each is installed in (:mod:`other_frameworks`).
 
     python benchmarks/exchange/exchange.py --sites 2 4 8 --wire-dtypes float32 bfloat16 float16 \\
-        --peers flower=PYTHON flower-legacy=PYTHON nvflare=PYTHON
+        --frameworks flower=PYTHON flower-legacy=PYTHON nvflare=PYTHON
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from bare_grpc import grpc_copy
 from certificates import certificates
 from limits import reduction, tcp_copy
 from measuring import Memory, random_tensors
-from other_frameworks import PEERS, Peer
+from other_frameworks import FRAMEWORKS, Framework
 
 SPAWN = multiprocessing.get_context("spawn")  # gRPC and fork do not mix
 
@@ -196,8 +196,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="rounds that count")
     parser.add_argument("--tls", nargs="+", choices=["no", "yes"], default=["no", "yes"])
     parser.add_argument(
-        "--peers", nargs="+", default=[], type=Peer.parse, metavar="NAME=PYTHON",
-        help=f"other frameworks, of {', '.join(PEERS)}, and the Python that each is installed in (without: this one)",
+        "--frameworks", nargs="+", default=[], type=Framework.parse, metavar="NAME=PYTHON",
+        help=f"other frameworks, of {', '.join(FRAMEWORKS)}, and the Python of each (without: this one)",
     )  # fmt: skip
     parser.add_argument("--json", type=Path, help="write all that was measured to this file")
     arguments = parser.parse_args()
@@ -219,9 +219,9 @@ def main() -> None:
             for tls in arguments.tls:
                 measured(exchange, sites, wire_dtype, shapes, arguments.rounds, tls == "yes")
             measured(reduction, sites, wire_dtype, shapes, arguments.rounds)
-        for peer in arguments.peers:
+        for framework in arguments.frameworks:
             for tls in arguments.tls:
-                measured(peer.exchange, sites, shapes, arguments.rounds, tls == "yes")
+                measured(framework.exchange, sites, shapes, arguments.rounds, tls == "yes")
     show(results, Console())
     if arguments.json:
         arguments.json.write_text(json.dumps({"tensors": len(shapes), "bytes": size, "results": results}, indent=2))

@@ -20,7 +20,7 @@ from typing import Any
 from certificates import certificates
 from rich.console import Console
 
-PEERS = {
+FRAMEWORKS = {
     "flower": ("flower.py", "flwr"),
     "flower-legacy": ("flower_legacy.py", "flwr"),
     "nvflare": ("nvflare_fedavg.py", "nvflare"),
@@ -29,23 +29,23 @@ PEERS = {
 
 
 @dataclass(frozen=True)
-class Peer:
+class Framework:
     """A framework and the Python that it is installed in."""
 
     name: str
     python: str
 
     @classmethod
-    def parse(cls, text: str) -> Peer:
+    def parse(cls, text: str) -> Framework:
         """Of ``NAME`` or ``NAME=PYTHON``; raises :class:`ValueError`."""
         name, _, python = text.partition("=")
-        if name not in PEERS:
-            raise ValueError(f"no such peer: {name}")
+        if name not in FRAMEWORKS:
+            raise ValueError(f"no such framework: {name}")
         return cls(name, python or sys.executable)
 
     def exchange(self, sites: int, shapes: dict[str, tuple[int, ...]], rounds: int, tls: bool) -> dict[str, Any] | None:
         """Measure rounds; the first one is not counted. ``None``, and a line that says why: it could not be done."""
-        script, package = PEERS[self.name]
+        script, package = FRAMEWORKS[self.name]
         console = Console(stderr=True)
         if not self._has(package):
             console.print(f"{self.name} is left out: {self.python} has no {package} (pip install {package}).")
@@ -57,10 +57,10 @@ class Peer:
         }  # fmt: skip
         file = folder / "settings.json"
         file.write_text(json.dumps(settings))
-        with (folder / "peer.log").open("wb") as log:
+        with (folder / "framework.log").open("wb") as log:
             done = subprocess.run(
                 [self.python, Path(__file__).parents[1] / "frameworks" / script],
-                env={**os.environ, "PEER_SETTINGS": str(file)}, cwd=folder, stdout=subprocess.PIPE, stderr=log,
+                env={**os.environ, "FRAMEWORK_SETTINGS": str(file)}, cwd=folder, stdout=subprocess.PIPE, stderr=log,
             )  # fmt: skip
         if done.returncode != 0:
             console.print(f"{self.name} is left out: it failed, see the logs in {folder}.")
@@ -78,6 +78,6 @@ class Peer:
 
 
 def server_files(folder: Path) -> dict[str, str]:
-    """Files of a server on this machine, for a peer's script."""
+    """Files of a server on this machine, for a framework's script."""
     [own] = certificates(["coordinator"], folder)
     return {what: str(file) for what, file in own.items()}

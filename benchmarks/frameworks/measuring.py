@@ -1,6 +1,6 @@
 """What the benchmarks of other frameworks share: settings, tensors, processes, the sites' stamps, a server's memory.
 
-The peer's own Python runs this: the standard library and NumPy only.
+The framework's own Python runs this: the standard library and NumPy only.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from typing import Any
 
 import numpy as np
 
-VARIABLE = "PEER_SETTINGS"
+VARIABLE = "FRAMEWORK_SETTINGS"
 """Environment variable with the settings' file: it reaches processes that the framework starts."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a peer has to do.
+    """What a framework has to do.
 
     Attributes:
         shapes: of the float32 tensors, by name.

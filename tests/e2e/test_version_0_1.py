@@ -126,7 +126,9 @@ def test_both_versions_in_one_study(phantom: Path, tmp_path: Path, old_coordinat
         variables = {site: _at(site, phantom, tmp_path, address) for site in SITES}
         variables["site_a"] = old_python_environment(installed, variables["site_a"])
         which(tmp_path, variables, installed)
-        plan = [command("nnunet_fed"), "plan_and_preprocess", "-d", "1", "-np", "1"]
+        # not the installed command, which is this version's
+        (tmp_path / "main.py").write_text('import runpy\nrunpy.run_module("nnunet_fed", run_name="__main__")\n')
+        plan = [str(tmp_path / "main.py"), "plan_and_preprocess", "-d", "1", "-np", "1"]
         together(dict.fromkeys(SITES, plan), variables, tmp_path, "plan")
         together(dict.fromkeys(SITES, training("fedavg")), variables, tmp_path, "train")
         record = watcher.status(record=True)

@@ -577,7 +577,7 @@ def test_28_a_stop_at_any_time_resumes_to_the_same_bits(
     path = killed_at(monkeypatch, epoch, wanted)
     resumed = make(wanted)
     resumed.load_checkpoint(str(path))
-    assert (resumed._incoming is not None) == (epoch in (2, 4))
+    assert (resumed._peer_model is not None) == (epoch in (2, 4))
     resumed.run_training()
     assert differences(resumed, calm) == []
     assert resumed._standing.phases == calm._standing.phases

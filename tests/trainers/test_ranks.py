@@ -148,7 +148,7 @@ def test_ranks_wait_for_rank_0_longer_than_the_default_group_would(tmp_path: Pat
     assert one == ("patience", "gave up"), "the second shows that the default group's timeout was at work"
 
 
-def test_without_distribution_the_seat_is_just_asked() -> None:
+def test_without_distribution_the_communicator_is_just_asked() -> None:
     assert not is_distributed()
     assert patient_group(1) is None
     assert from_rank_zero(lambda: 3) == 3
@@ -157,5 +157,5 @@ def test_without_distribution_the_seat_is_just_asked() -> None:
     assert seat.newest("model") == "r/model"
     with pytest.raises(RefusedError, match="weight"):
         seat.mean("r/other", {"w": np.float32([4])}, -1)
-    with pytest.raises(RuntimeError, match="no seat"):
+    with pytest.raises(RuntimeError, match="no communicator"):
         RankZeroCommunicator(None, "a", ("a",)).gather("r/g", 1)

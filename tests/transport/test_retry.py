@@ -11,7 +11,7 @@ import pytest
 
 from nnunet_fed.errors import UnreachableError
 from nnunet_fed.transport.channel import retry
-from nnunet_fed.transport.channel.retry import insist
+from nnunet_fed.transport.channel.retry import call_with_retries
 
 
 class Reset(grpc.RpcError):
@@ -61,13 +61,13 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 def test_a_call_that_took_longer_than_the_patience_is_tried_again(clock: Clock) -> None:
     # a long upload, a wait in a process that was suspended: its connection is lost, the coordinator is there
-    assert insist(clock.call(seconds=300, failures=1), 15, "hospital:1", random.Random(0)) == "answer"
+    assert call_with_retries(clock.call(seconds=300, failures=1), 15, "hospital:1", random.Random(0)) == "answer"
 
 
 def test_nobody_answers_for_as_long_as_the_patience(clock: Clock) -> None:
     began = clock.now
     with pytest.raises(UnreachableError, match="hospital:1 does not answer .* gave up after 0.25 minutes"):
-        insist(clock.call(seconds=0, failures=1000), 15, "hospital:1", random.Random(0))
+        call_with_retries(clock.call(seconds=0, failures=1000), 15, "hospital:1", random.Random(0))
     assert clock.now - began == pytest.approx(15)
 
 
@@ -82,7 +82,7 @@ def test_a_transfer_that_comes_further_is_not_given_up(clock: Clock) -> None:
             raise Reset
         return "whole"
 
-    assert insist(some_more, 15, "hospital:1", random.Random(0), reached=lambda: sent) == "whole"
+    assert call_with_retries(some_more, 15, "hospital:1", random.Random(0), reached=lambda: sent) == "whole"
 
 
 @pytest.mark.parametrize("positions", [[7], [7, 3, 5]], ids=["stands", "comes and goes"])
@@ -90,4 +90,4 @@ def test_a_transfer_that_comes_no_further_is_given_up(clock: Clock, positions: l
     # what is handed to a network that swallows it is not always the same
     again = itertools.cycle(positions)
     with pytest.raises(UnreachableError):
-        insist(clock.call(10, failures=20), 15, "hospital:1", random.Random(0), reached=lambda: next(again))
+        call_with_retries(clock.call(10, failures=20), 15, "hospital:1", random.Random(0), reached=lambda: next(again))

@@ -18,11 +18,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from serving import Served, make_study, together
 
-from nnunet_fed.coordinator import admission, round_closer
+from nnunet_fed.coordinator import round_closer
 from nnunet_fed.coordinator.coordinator import Coordinator
 from nnunet_fed.coordinator.store import Store
 from nnunet_fed.errors import ConfigurationError, DeadlineError, RefusedError, UnreachableError
-from nnunet_fed.exchange.payload import CHUNK, Tensors, encode, measure
+from nnunet_fed.exchange.payload import BLOCK, CHUNK, Tensors, encode, measure
 from nnunet_fed.exchange.uploads import OLDEST, InterruptedUploadError, Upload
 from nnunet_fed.files import PARTIAL
 from nnunet_fed.transport.channel.options import SMALLEST_MESSAGE, UNDER_WAY, message_bytes
@@ -339,7 +339,7 @@ def test_numbers_that_are_not_finite_are_refused_with_their_tensor(serve: Serve,
     served = serve(make_study("a", wire_dtype=wire_dtype))
     seat = served.seat("a")
     before = state_of(served)
-    bad = {"good": np.float32([1]), "bad": np.full(3 * admission.BLOCK, 1, np.float32)}
+    bad = {"good": np.float32([1]), "bad": np.full(3 * BLOCK, 1, np.float32)}
     bad["bad"][-1] = value
     with pytest.raises(RefusedError, match="tensor 'bad' holds a number that is not finite"):
         seat.mean("r/model", bad, 1)

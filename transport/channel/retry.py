@@ -40,7 +40,7 @@ class DamagedError(Exception):
     """A download did not match its digest."""
 
 
-def insist(
+def call_with_retries(
     function: Callable[[], T],
     patience: float,
     address: str,

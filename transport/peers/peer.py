@@ -235,7 +235,7 @@ class _Service(PeerServicer):  # type: ignore[misc]
                     yield memoryview(chunk)
                     given += len(chunk)
                     self._rate_limit.passed(len(chunk))
-            self._mailbox.record(
+            self._mailbox.note_event(
                 event="sent", peer=request.site, site=version.site, counter=version.counter, bytes=given,
                 seconds=round(time.monotonic() - started, 3), verdict="pulled",
             )  # fmt: skip

@@ -162,7 +162,7 @@ class Reception:
     def _note_event(self, event: str, letter: Letter, **facts: object) -> None:
         site, counter = letter.version.site, letter.version.counter
         nothing = {"bytes": 0, "seconds": 0.0}
-        self._mailbox.record(event=event, peer=site, site=site, counter=counter, **{**nothing, **facts})
+        self._mailbox.note_event(event=event, peer=site, site=site, counter=counter, **{**nothing, **facts})
 
 
 def _upload(letter: Letter) -> Upload:

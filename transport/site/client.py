@@ -22,7 +22,7 @@ from nnunet_fed.study.federation import Federation, Fold, canonical_json
 from nnunet_fed.study.site import Site
 from nnunet_fed.study.table import NEWEST_PROTOCOL, OLDEST_PROTOCOL
 from nnunet_fed.transport.channel.options import message_bytes
-from nnunet_fed.transport.channel.retry import DamagedError, insist
+from nnunet_fed.transport.channel.retry import DamagedError, call_with_retries
 from nnunet_fed.transport.channel.tls import check_name, check_security, diagnose, open_channel
 from nnunet_fed.transport.channel.transfer import Inbound, Outbound, seconds_allowed
 from nnunet_fed.transport.channel.zero_copy_streams import Stub
@@ -298,7 +298,9 @@ class GrpcCommunicator:
     def _call(self, function: Callable[[], T], reached: Callable[[], int] = lambda: 0) -> T:
         """Try until an answer comes or the patience ends, with growing, jittered pauses."""
         settings = self._settings
-        return insist(function, self._patience, settings.coordinator, self._random, reached, lambda: diagnose(settings))
+        return call_with_retries(
+            function, self._patience, settings.coordinator, self._random, reached, lambda: diagnose(settings)
+        )
 
 
 def _facts(offer: pb.OfferRequest) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from nnunet_fed.study.site import Site
 from nnunet_fed.study.table import NEWEST_PROTOCOL, OLDEST_PROTOCOL
 from nnunet_fed.transport.channel.noise import noise
 from nnunet_fed.transport.channel.proxy import VARIABLES, proxy_for
-from nnunet_fed.transport.channel.retry import insist
+from nnunet_fed.transport.channel.retry import call_with_retries
 from nnunet_fed.transport.channel.tls import (
     RENEWAL_DAYS,
     KeyFiles,
@@ -179,7 +179,7 @@ class Probe:
 
     def _call(self, function: Callable[[], T]) -> T:
         site = self._site
-        return insist(function, PATIENCE, site.coordinator, random.Random(), diagnose=lambda: diagnose(site))
+        return call_with_retries(function, PATIENCE, site.coordinator, random.Random(), diagnose=lambda: diagnose(site))
 
     def _sends(self, what: str, **facts: object) -> None:
         self._outgoing({"to": self._site.coordinator, "what": what, **facts})
