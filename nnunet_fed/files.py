@@ -22,6 +22,14 @@ def make_durable(path: Path) -> None:
             os.close(descriptor)
 
 
+def same_file(source: Path, target: Path) -> None:
+    """A hard link, for a file that is never changed, only deleted; a copy on a file system without."""
+    try:
+        target.hardlink_to(source)
+    except (OSError, NotImplementedError):
+        shutil.copy2(source, target)
+
+
 def new_folder(out: Path) -> None:
     """Make ``out`` with its parents, or take it if it is empty; else raise :class:`ConfigurationError`."""
     try:

@@ -18,7 +18,6 @@ from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 from nnunetv2.utilities.dataset_name_id_conversion import convert_id_to_dataset_name
 
-import nnunet_fed
 from nnunet_fed.errors import ConfigurationError, DisagreementError
 from nnunet_fed.study.federation import canonical_json
 from nnunet_fed.study.method_tables import MethodTable
@@ -32,6 +31,9 @@ PLAN_AGAIN = (
     "What a site has told stands: then let the coordinator open a new attempt "
     "(nnunet_fed coordinator ... --new-attempt), and plan at all sites again."
 )
+PLANNED_AS = "0.1.0"
+"""The version of nnunet_fed since which planning computes the same: sites of different versions plan together. To be
+raised by whoever changes what planning computes."""
 _SHOWN_ONLY = ("training cases",)
 """Rows of the table in which sites may differ."""
 _CHANNELS = "channels"
@@ -181,7 +183,7 @@ def describe(dataset: RawDataset, planner: str) -> dict[str, Any]:
         "regions_class_order": dataset.json.get("regions_class_order"),
         "dimensions": 2 if images.shape[1] == 1 else 3,
         "nnunetv2": ".".join(re.findall(r"\d+", version("nnunetv2"))[:3]),
-        "nnunet_fed": nnunet_fed.__version__,
+        "nnunet_fed": PLANNED_AS,
         "planner": planner,
         "training cases": len(dataset.cases),
     }

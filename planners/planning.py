@@ -209,7 +209,7 @@ def make_planner(
     """
     dataset.preprocessed.mkdir(parents=True, exist_ok=True)
     _write_json(dataset.preprocessed / "dataset_fingerprint.json", fingerprint)
-    carried = {"name": study.name, "digest": study.digest, "study": study.model_dump(mode="json"), **about}
+    carried = {"name": study.name, "digest": study.digest, "study": study.stored(), **about}
     options = {
         "plans_name": study.plans_name,
         "overwrite_target_spacing": study.overwrite_target_spacing,

@@ -124,7 +124,7 @@ def is_call(messages: list[bytes], entry: dict[str, Any], site: str, tensors: di
         if what == "offer":
             expected = offer_of(entry, site)
         elif what == "introduce":
-            names = ("site", "protocol", "versions")
+            names = ("site", "protocol", "newest_protocol", "versions")
             expected = check_pb2.IntroduceRequest(**{name: entry[name] for name in names})
         elif what == "join":
             given = {name: value for name, value in entry.items() if name not in ("at", "to", "what")}

@@ -57,7 +57,7 @@ class nnUNetTrainerFedOAP(nnUNetTrainerFedAvg):  # noqa: N801
         Raises:
             ConfigurationError: the plans were made for another method, or their network cannot be wrapped.
         """
-        study = Federation.model_validate(plans_manager.plans[PLANS_KEY]["study"])
+        study = Federation.restore(plans_manager.plans[PLANS_KEY]["study"])
         if not isinstance(study.method, FedOAP):
             raise ConfigurationError(
                 f"The plans '{plans_manager.plans_name}' were made for the method '{study.method.name}', not for "

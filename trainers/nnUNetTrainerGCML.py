@@ -102,12 +102,12 @@ class nnUNetTrainerGCML(MutualTrainer):  # noqa: N801
         continues = self._resumed is not None
         record = Record(folder / "federation.json", continues)
         record.describe(
-            study=self.study.model_dump(mode="json"), digest=self.study.digest, site=site.name,
+            study=self.study.stored(), digest=self.study.digest, site=site.name,
             training_cases=self._training_cases, initial_weights=self._standing.initial,
         )  # fmt: skip
         schema, size = described(narrow(self.shared_arrays(), self.study.wire_dtype))
         comparable = {
-            "study": self.study.digest, "configuration": self.configuration_name,
+            "study": self.study.digest_of_fold(self.study.fold), "configuration": self.configuration_name,
             "plans": plans_digest(self.plans_manager.plans),
         }  # fmt: skip
         state = State(

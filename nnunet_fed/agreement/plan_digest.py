@@ -30,7 +30,7 @@ def comparable(plans: Mapping[str, Any]) -> dict[str, Any]:
     """
     content: dict[str, Any] = json.loads(json.dumps(dict(plans), default=_plain))
     study = content.get(PLANS_KEY, {}).get("study")
-    own = _OF_OWN_CHANNELS if study and Federation.model_validate(study).method.own_channels else ()
+    own = _OF_OWN_CHANNELS if study and Federation.restore(study).method.own_channels else ()
     for key in (*_OF_ONE_SITE, *own):
         content.pop(key, None)
     for configuration in content["configurations"].values():

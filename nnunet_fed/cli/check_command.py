@@ -138,7 +138,7 @@ class _Check:
         self.probe = probe
         seat = GrpcCommunicator(site)
         self.stack.callback(seat.close)
-        self.study = study = Federation.model_validate(seat.status()["study"])
+        self.study = study = Federation.restore(seat.status()["study"])
         if introduction.reply.planning_run:
             seat.run = introduction.reply.planning_run
             self.published = seat.gathered("planning/plans")
@@ -185,7 +185,7 @@ class _Check:
         folder = self._preprocessed()
         if self.plans and folder and self._wanted() in self.plans["configurations"]:
             dataset = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
-            study = Federation.model_validate(self.plans[PLANS_KEY]["study"])
+            study = Federation.restore(self.plans[PLANS_KEY]["study"])
             self.footprint = footprint(self.plans, self._wanted(), dataset, study)
         return check_memory(self.footprint, self.device)
 

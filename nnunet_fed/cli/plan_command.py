@@ -39,7 +39,7 @@ def plan_and_preprocess(
     if dry_run:
         seat = GrpcCommunicator(site)
         rehearse(
-            site, Federation.model_validate(seat.status()["study"]), dataset, processes, partial(print, file=sys.stdout)
+            site, Federation.restore(seat.status()["study"]), dataset, processes, partial(print, file=sys.stdout)
         )
         return
     outgoing = OutgoingLog(preprocessed_folder(dataset) / FILE)

@@ -25,7 +25,8 @@ from nnunet_fed.exchange.keys import KEY, LONGEST_KEY, scope_of
 from nnunet_fed.exchange.payload import open_payload
 from nnunet_fed.exchange.uploads import Spool
 from nnunet_fed.logs import about
-from nnunet_fed.study.federation import Federation
+from nnunet_fed.study.federation import Federation, Fold
+from nnunet_fed.study.table import NEWEST_PROTOCOL
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,10 @@ class Coordinator:
         spool_quota: int = SPOOL_QUOTA,
         tracker: FederationTracker | None = None,
     ):
+        known = store.latest_study()
+        if known is not None:
+            study = study.with_defaults(store.fact("defaults") or {})
+            _check_same(Federation.restore(known), study, store.folder)
         self.study = study
         self.spool = Spool(store.spool, spool_quota)
         self._store = store
@@ -76,16 +81,11 @@ class Coordinator:
         self.closing = Closing(study, store, self.spool, self._changed, tracker)
         self._seen: dict[str, float] = {}
         self._progress: dict[str, dict[str, Any]] = {}
-        known = store.latest_study()
-        if known is not None and Federation.model_validate(known).digest != study.digest:
-            raise ConfigurationError(
-                f"The state directory {store.folder} belongs to another study: what changes the mathematics "
-                "(method, planner, rounds, learning rate, ...) was edited since. Undo that, or give the new study "
-                "another --state."
-            )
         with store.transaction():
-            if known != study.model_dump(mode="json"):
-                store.add_study(study.model_dump(mode="json"))
+            if known is None:
+                store.set_fact("defaults", study.defaults())
+            if known != study.stored():
+                store.add_study(study.stored())
             if new_attempt or store.fact("attempt") is None:
                 store.set_fact("attempt", (store.fact("attempt") or 0) + 1)
                 store.add_event(None, None, f"attempt {store.fact('attempt')} opened")
@@ -115,46 +115,51 @@ class Coordinator:
         configuration: str = "",
         trainer: str = "",
         fresh: bool = False,
-    ) -> dict[str, Any]:
+        fold: Fold | None = None,
+    ) -> str:
         """Give a site its seat in a run, which its arguments name (rule 1 of the protocol).
 
         Args:
             site: name of the site.
             purpose: what the run is for.
-            digest: of the study in the site's plans (training).
+            digest: of the study in the site's plans and this fold (training).
             configuration: of nnU-Net (training).
             trainer: name of the trainer class (training).
             fresh: the training starts without ``--c``.
+            fold: of the study, that the run is for (training); ``None``: the study's present one.
 
         Returns:
-            ``run`` (its id), ``attempt`` and ``study``.
+            The run's id.
 
         Raises:
             RefusedError: the site is not in the study, has plans of another study, or starts afresh a run that it has
                 contributed to.
         """
         self._require_member(site)
-        if purpose == "training" and digest != self.study.digest:
+        fold = self.study.fold if fold is None else fold
+        if purpose == "training" and digest != self.study.digest_of_fold(fold):
             raise RefusedError(
                 f"The plans at site '{site}' belong to another study than '{self.study.name}', which this coordinator "
                 "serves. Run 'nnunet_fed plan_and_preprocess' again, or correct 'coordinator' in site.toml."
             )
-        parts = [configuration, trainer, f"fold_{self.study.fold}"] if purpose == "training" else ["planning"]
+        parts = [configuration, trainer, f"fold_{fold}"] if purpose == "training" else ["planning"]
         if not all(KEY_PART.fullmatch(part) for part in parts):
             raise RefusedError(f"{configuration!r} and {trainer!r} cannot name a configuration and a trainer.")
-        run = "-".join([self.study.digest[:12], *parts, str(self.attempt)])
+        run = "-".join([self.study.digest_of_fold(fold)[:12], *parts, str(self.attempt)])
         with self._changed, self._store.transaction():
+            if purpose == "planning":
+                run = self.planning_run() or run
             if fresh and self._store.has_contributed(run, site):
                 raise RefusedError(
                     f"Site '{site}' has already contributed to this training (attempt {self.attempt}). Continue it "
                     "with --c, or let the coordinator open a new attempt (nnunet_fed coordinator ... --new-attempt)."
                 )
-            described = {"purpose": purpose, "configuration": configuration, "trainer": trainer}
+            described = {"purpose": purpose, "configuration": configuration, "trainer": trainer, "fold": fold}
             self._store.add_run(run, {**described, "attempt": self.attempt})
             self._store.set_standing(run, site, "active")
             self._store.add_event(run, site, "joined" if fresh or purpose == "planning" else "joined with --c")
             self._seen[site] = time.time()
-        return {"run": run, "attempt": self.attempt, "study": self.study.model_dump(mode="json")}
+        return run
 
     def _require_member(self, site: str) -> None:
         if site not in self.study.sites:
@@ -335,10 +340,19 @@ class Coordinator:
         for key in keys:
             self.closing.close_if_due(run, key)
 
-    def status(self, record: bool = False) -> dict[str, Any]:
-        """What is going on, as JSON; with ``record`` also all that happened, collective by collective."""
+    def status(self, record: bool = False, protocol: int = NEWEST_PROTOCOL) -> dict[str, Any]:
+        """What is going on, as JSON.
+
+        Args:
+            record: tell also all that happened, collective by collective.
+            protocol: version of the protocol that the reader speaks.
+
+        Raises:
+            RefusedError: the reader does not know what the study asks for.
+        """
         with self._changed:
-            now = status_of(self.study, self.attempt, self._store, self.closing, self._seen, self._progress)
+            study = self.study.stored(protocol)
+            now = status_of(self.study, study, self.attempt, self._store, self.closing, self._seen, self._progress)
             return {**now, **happened(self._store)} if record else now
 
     def tally(self) -> Tally:
@@ -368,3 +382,16 @@ class Coordinator:
         extra = about(contribution.run, contribution.key, contribution.site)
         given = contribution.key, verb, contribution.site, contribution.size
         logger.info("%s: %s from %s (%d bytes)", *given, extra=extra)
+
+
+def _check_same(known: Federation, study: Federation, folder: Path) -> None:
+    if known.digest == study.digest:
+        return
+    before, now = known.stored(), study.stored()
+    edited = sorted(
+        name for name in {*before, *now} - study.OPERATIONAL if before.get(name) != now.get(name)
+    )  # fmt: skip
+    raise ConfigurationError(
+        f"The state directory {folder} belongs to another study: what changes the mathematics was edited since "
+        f"({', '.join(edited)}). Undo that, or give the new study another --state."
+    )

@@ -55,7 +55,7 @@ def record_of(store: Store) -> dict[str, Any]:
     standing = store.latest_standing()
     return {
         "study": study,
-        "digest": Federation.model_validate(study).digest if study else None,
+        "digest": Federation.restore(study).digest if study else None,
         "attempt": store.fact("attempt"),
         "sites": {
             site: {"last_seen": None, "standing": standing.get(site), "progress": None}

@@ -22,6 +22,7 @@ class Tally(NamedTuple):
 
 def status_of(
     study: Federation,
+    told: Mapping[str, Any],
     attempt: int,
     store: Store,
     closing: Closing,
@@ -32,6 +33,7 @@ def status_of(
 
     Args:
         study: the study.
+        told: what the reader is told of it.
         attempt: that is open.
         store: the coordinator's memory.
         closing: knows for whom open collectives wait.
@@ -40,7 +42,7 @@ def status_of(
     """
     standing = store.latest_standing()
     return {
-        "study": study.model_dump(mode="json"),
+        "study": told,
         "digest": study.digest,
         "attempt": attempt,
         "now": time.time(),

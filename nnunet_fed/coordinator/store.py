@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
+import shutil
 import sqlite3
 import time
 from collections.abc import Iterator, Sequence
@@ -16,9 +18,16 @@ import xxhash
 
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.exchange.keys import name_of, scope_of
+from nnunet_fed.files import PARTIAL, make_durable, same_file
 
-FORMAT = 2
+logger = logging.getLogger(__name__)
+
+FORMAT = 3
 """Version of the state directory's format."""
+READABLE_SINCE = 3
+"""The oldest format whose readers understand this one: their versions of nnunet_fed go on with such a directory. Format
+2, of version 0.1, is the same but for the facts that tell formats apart, and the defaults with which a study began."""
+FORMAT_OF_0_1 = 2
 
 SCHEMA = """
 CREATE TABLE fact (name TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -93,11 +102,15 @@ class Agreed:
 class Store:
     """Journal and files below one folder. Not thread-safe: the coordinator calls it under its lock.
 
+    Args:
+        folder: what version 0.1 of nnunet_fed wrote is brought to this version's format, and a copy of it is kept.
+        migrate: without it, nothing is changed: for those who only read.
+
     Raises:
         ConfigurationError: the folder was written by another version of the format, or is in use.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, migrate: bool = True):
         self.folder = folder
         self.spool = folder / "spool"
         self.results = folder / "results"
@@ -113,17 +126,52 @@ class Store:
                 if not self._journal.execute("SELECT 1 FROM sqlite_master").fetchone():
                     for statement in SCHEMA.split(";"):
                         self._journal.execute(statement)
-                    self.set_fact("format", FORMAT)
+                    self._set_format()
         except sqlite3.OperationalError as error:
             raise ConfigurationError(
                 f"The state directory {folder} cannot be opened ({error}). If another coordinator uses it, "
                 "stop that one or give this one another --state."
             ) from None
-        if (found := self.fact("format")) != FORMAT:
+        if self.fact("format") == FORMAT_OF_0_1:
+            if not migrate:
+                return
+            self._keep_copy(f"format-{FORMAT_OF_0_1}")
+            with self.transaction():
+                self._set_format()
+        found, readable_since = self.fact("format"), self.fact("readable_since")
+        if readable_since is None or not (readable_since <= FORMAT <= found):
             raise ConfigurationError(
                 f"The state directory {folder} has format {found}, this version of nnunet_fed reads format {FORMAT}. "
                 "Use the version that wrote it, or another --state."
             )
+
+    def _set_format(self) -> None:
+        self.set_fact("format", FORMAT)
+        self.set_fact("readable_since", READABLE_SINCE)
+
+    def _keep_copy(self, name: str) -> None:
+        """Copy all that an older version reads into a folder of this one, which that version can be started with."""
+        copy = self.folder / name
+        part = copy.with_name(f"{name}.part")
+        for leftover in (part, copy):  # of a migration that was interrupted, or undone
+            shutil.rmtree(leftover, ignore_errors=True)
+        for source in (self.spool, self.results):
+            (part / source.name).mkdir(parents=True)
+            for file in source.iterdir():
+                if file.suffix != PARTIAL:  # what is still arriving is sent again
+                    same_file(file, part / source.name / file.name)
+        journal = sqlite3.connect(part / "journal.sqlite")
+        try:
+            self._journal.backup(journal)
+        finally:
+            journal.close()
+        make_durable(part / "journal.sqlite")
+        part.replace(copy)
+        make_durable(copy)
+        logger.warning(
+            "The state directory %s was written by version 0.1 of nnunet_fed and is brought to format %d. %s keeps it "
+            "as it was: delete that folder once the study no longer needs version 0.1.", self.folder, FORMAT, copy,
+        )  # fmt: skip
 
     def close(self) -> None:
         """Close the journal."""

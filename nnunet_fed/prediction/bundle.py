@@ -25,7 +25,7 @@ from nnunet_fed.methods.selector import Selector, SelectorConfiguration
 from nnunet_fed.methods.selector_validation import SelectorValidation
 from nnunet_fed.prediction.checkpoint_files import FINAL_CHECKPOINT, GLOBAL_CHECKPOINT
 from nnunet_fed.study.federation import SITE_NAME
-from nnunet_fed.study.method_tables import Table
+from nnunet_fed.study.table import Table
 from nnunet_fed.study.toml import explain
 
 BUNDLE = "fedsm_bundle.json"

@@ -21,7 +21,7 @@ from nnunet_fed.study.federation import PLANS_KEY, Federation
 
 PACKAGES = ("nnunet-fed", "nnunetv2", "torch", "grpcio")
 """Whose versions the sites compare."""
-EQUAL_PACKAGES = ("nnunet-fed", "nnunetv2")
+EQUAL_PACKAGES = ("nnunetv2",)
 """Those in which planning refuses a difference."""
 RAW, PREPROCESSED, RESULTS = "nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"
 FOLDERS = (RAW, PREPROCESSED, RESULTS)
@@ -171,7 +171,7 @@ def check_plans(
     """
     carried = plans[PLANS_KEY]
     again = "Run 'nnunet_fed plan_and_preprocess' again."
-    if carried["digest"] != study.digest:
+    if Federation.restore(carried["study"]).digest != study.digest:
         text = f"they belong to another study than '{study.name}', which the coordinator serves."
         return Finding("plans", State.failed, text, f"{again} Or correct 'coordinator' in site.toml.")
     digest = plans_digest(plans)

@@ -143,7 +143,7 @@ def _record_alone(path: Path) -> Run:
 
 def _state(folder: Path) -> Run:
     try:
-        store = Store(folder)
+        store = Store(folder, migrate=False)
     except ConfigurationError as error:
         raise ConfigurationError(
             f"{error} A coordinator that runs tells its record with 'nnunet_fed status --json > record.json'; report "

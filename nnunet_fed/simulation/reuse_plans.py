@@ -87,7 +87,7 @@ def adopt(earlier: Path, folder: Path, study: Federation) -> None:
         raw.symlink_to(mapped.resolve(), target_is_directory=True)
     plans = json.loads(plans_file.read_text(encoding="utf-8"))
     plans["plans_name"] = study.plans_name
-    plans[PLANS_KEY].update(name=study.name, digest=study.digest, study=study.model_dump(mode="json"))
+    plans[PLANS_KEY].update(name=study.name, digest=study.digest, study=study.stored())
     (target / f"{study.plans_name}.json").write_text(json.dumps(plans, indent=4), encoding="utf-8")
 
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
+from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.exchange.precision import WireDtype
-from nnunet_fed.study.method_tables import Method, Table
-from nnunet_fed.study.toml import read_table
+from nnunet_fed.study.method_tables import METHOD_TABLES, Method
+from nnunet_fed.study.table import NEWEST_PROTOCOL, OLDEST_PROTOCOL, Table, neutral_of
+from nnunet_fed.study.toml import explain, read_table
 
 PLANS_KEY = "federation"
 """Key of nnU-Net's plans under which the study travels to the trainers."""
@@ -47,8 +50,14 @@ class Federation(Table):
     """A study as all sites agree on it.
 
     Fields marked *operational* may change while the study runs; all others change the mathematics, and with it
-    :attr:`digest`. Source: ours; the names of the training settings are nnU-Net's.
+    :attr:`digest`. A field that is added, or whose default is changed, is marked
+    :class:`nnunet_fed.study.table.Neutral`. Source: ours; the names of the training settings are nnU-Net's.
     """
+
+    OPERATIONAL = frozenset({
+        "name", "sites", "plans_name", "configuration", "fold", "min_cases", "min_sites", "deadline_minutes",
+        "planning_deadline_minutes", "keep_rounds", "max_update_norm", "cross_site",
+    })  # fmt: skip
 
     name: str = Field(min_length=1, max_length=100)
     sites: tuple[str, ...] = Field(min_length=1)
@@ -72,7 +81,8 @@ class Federation(Table):
     configuration: str = "3d_fullres"
     """*Operational.* What sites preprocess and train unless they say otherwise; part of a run's identity."""
     fold: Fold = 0
-    """Cross-validation fold that the sites train; a site may map it to another one or to ``all`` (site.toml)."""
+    """*Operational.* Cross-validation fold that the sites train; a site may map it to another one or to ``all``
+    (site.toml). Part of a run's identity."""
     rounds: int = Field(ge=1)
     local_epochs: int = Field(default=1, ge=1)
     iterations_per_epoch: int = Field(default=250, ge=1)
@@ -137,7 +147,58 @@ class Federation(Table):
     @property
     def digest(self) -> str:
         """SHA-256 of everything that changes the mathematics (rule 6 of the protocol)."""
-        return digest_of(self.model_dump(mode="json", exclude=OPERATIONAL))
+        return self.digest_of_fold(0)
+
+    def digest_of_fold(self, fold: Fold) -> str:
+        """The digest by which the runs of a fold are known.
+
+        It covers all fields of version 0.1 that change the mathematics, as 0.1 did, and newer ones where they are not
+        neutral: a study has the same digest in every version that knows it.
+        """
+        content = self.stored()
+        for name in (*self.OPERATIONAL, _OPERATIONAL_KEY):
+            content.pop(name, None)
+        return digest_of({**content, "fold": fold})
+
+    def stored(self, protocol: int = NEWEST_PROTOCOL) -> dict[str, Any]:
+        """See :meth:`Table.stored`; names the operational fields that an older version may ignore."""
+        content = super().stored(protocol)
+        newer = [
+            name for name in sorted(self.OPERATIONAL & content.keys())
+            if neutral_of(type(self).model_fields[name]).since > OLDEST_PROTOCOL
+        ]  # fmt: skip
+        return {**content, _OPERATIONAL_KEY: newer} if newer else content
+
+    @classmethod
+    def restore(cls, stored: Mapping[str, Any]) -> Federation:
+        """The study that :meth:`stored` gave, in this or another version of nnunet_fed, older or newer.
+
+        What is not named is neutral, whatever this version's defaults are. Operational fields that this version does
+        not know are left out.
+
+        Raises:
+            ConfigurationError: this version does not know what the study asks for.
+        """
+        content = dict(stored)
+        for name in set(content.pop(_OPERATIONAL_KEY, ())) - cls.model_fields.keys():
+            content.pop(name, None)
+        content, method = cls.complete(content), content.get("method", {})
+        table = METHOD_TABLES.get(method.get("name", ""))
+        try:
+            return cls.model_validate({**content, "method": method if table is None else table.complete(method)})
+        except ValidationError as error:
+            raise ConfigurationError(
+                f"The study was made by another version of nnunet_fed, which this one does not understand: "
+                f"{explain(error, cls)} Install the version that the coordinator has."
+            ) from None
+
+    def with_defaults(self, defaults: Mapping[str, Any]) -> Federation:
+        """This study with the defaults of the version that opened it, for all that ``federation.toml`` does not set.
+
+        Args:
+            defaults: as :meth:`defaults` gave them then; none: those of 0.1.
+        """
+        return type(self).model_validate(self.filled(defaults))
 
     @classmethod
     def read(cls, path: Path) -> Federation:
@@ -145,7 +206,5 @@ class Federation(Table):
         return read_table(cls, path)
 
 
-OPERATIONAL = {
-    "name", "sites", "plans_name", "configuration", "min_cases", "min_sites", "deadline_minutes",
-    "planning_deadline_minutes", "keep_rounds", "max_update_norm", "cross_site",
-}  # fmt: skip
+_OPERATIONAL_KEY = "operational"
+"""Key of a stored study under which the newer operational fields are named."""

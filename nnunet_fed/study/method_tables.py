@@ -7,13 +7,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictStr, model_validator
+from pydantic import BeforeValidator, Field, StrictStr, model_validator
 
-
-class Table(BaseModel):
-    """A table of a file that people write: no unknown keys, nothing infinite."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+from nnunet_fed.study.table import Table
 
 
 class MethodTable(Table):

@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field, StrictInt, StrictStr, field_validat
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.study.federation import LONGEST_MINUTES, SITE_NAME, Fold
 from nnunet_fed.study.labels import LabelMap
-from nnunet_fed.study.method_tables import Table
+from nnunet_fed.study.table import Table
 from nnunet_fed.study.toml import read_table
 
 SITE_FILE_VARIABLE = "nnUNet_fed_site"

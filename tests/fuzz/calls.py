@@ -94,7 +94,7 @@ class Target:
         serve_checks(self.coordinator, handlers)
         of_study = self.coordinator.study.digest
         for site in "ab":
-            self.run: str = self.coordinator.join(site, "training", of_study, "3d", "T")["run"]
+            self.run: str = self.coordinator.join(site, "training", of_study, "3d", "T")
         digest, size = measure([PAYLOAD])
         for site in "ab":
             path = self.coordinator.spool.folder / site

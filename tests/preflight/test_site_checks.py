@@ -238,10 +238,10 @@ def test_who_is_not_a_site_may_not_check(serve: Serve, authority: Authority) -> 
 
 def test_another_protocol(serve: Serve, at: AtASite, monkeypatch: pytest.MonkeyPatch) -> None:
     at.set_up(serve(make_study("ab")).server.address)
-    monkeypatch.setattr(check_service, "PROTOCOL", 99)
+    monkeypatch.setattr(check_service, "spoken_protocol", lambda *_: 99)
     _, found = at()
     assert found["coordinator"].state is State.failed
-    assert "speaks version 99 of the protocol, this site version" in found["coordinator"].text
+    assert "speaks version 99 of the protocol, this site versions" in found["coordinator"].text
 
 
 def test_a_coordinator_that_knows_no_checks(serve: Serve, at: AtASite, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,6 +57,6 @@ class Served:
     ) -> GrpcCommunicator:
         communicator = GrpcCommunicator(self.settings(site, files, **(tls or {})), outgoing=outgoing)
         self._stack.callback(communicator.close)
-        digest = {"digest": self.study.digest, "configuration": "3d_fullres", "trainer": "T"}
+        digest = {"digest": self.study.digest_of_fold(self.study.fold), "configuration": "3d_fullres", "trainer": "T"}
         communicator.join(purpose, **({**digest, **join} if purpose == "training" else join))
         return communicator

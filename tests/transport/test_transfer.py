@@ -418,13 +418,14 @@ def test_gathered_values_are_json(serve: Serve) -> None:
 
 WORDS = st.text(max_size=20) | st.sampled_from(["a", "b", "mean", "training", "r/model", "../x", "r/" + "k" * 300])
 SIZES = st.integers(0, 20) | st.integers(0, 2**64 - 1)
+UINTS = st.integers(0, 2**32 - 1)
 MESSAGES: dict[str, tuple[Any, dict[str, Any]]] = {
-    "Join": (pb.JoinRequest, {"protocol": st.just(2) | st.integers(0, 2**32 - 1), "fresh": st.booleans()}),
+    "Join": (pb.JoinRequest, {"protocol": st.just(2) | UINTS, "newest_protocol": UINTS, "fresh": st.booleans()}),
     "Offer": (pb.OfferRequest, {"weight": st.floats(), "size": SIZES, "position": SIZES}),
     "Newest": (pb.NewestRequest, {}),
     "Report": (pb.ReportRequest, {}),
     "Leave": (pb.LeaveRequest, {}),
-    "Status": (pb.StatusRequest, {}),
+    "Status": (pb.StatusRequest, {"newest_protocol": UINTS}),
 }
 RIGHT = {grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND}
 
@@ -637,7 +638,7 @@ def test_a_state_directory_of_another_format_is_refused(tmp_path: Path) -> None:
     with store.transaction():
         store.set_fact("format", 1)
     store.close()
-    with pytest.raises(ConfigurationError, match=r"has format 1, this version of nnunet_fed reads format 2"):
+    with pytest.raises(ConfigurationError, match=r"has format 1, this version of nnunet_fed reads format 3"):
         Store(tmp_path)
 
 

@@ -46,7 +46,9 @@ class Membership:
     ):
         site = own_site(study, fold)
         self.seat = GrpcCommunicator(site, outgoing=OutgoingLog(folder / FILE))
-        self.study = self.seat.join("training", study.digest, configuration, trainer, fresh=not continues)
+        self.study = self.seat.join(
+            "training", study.digest_of_fold(study.fold), configuration, trainer, not continues, study.fold
+        )
         """The study as the coordinator has it now."""
         if attempt is not None and attempt != self.seat.attempt:
             raise ConfigurationError(
@@ -60,7 +62,7 @@ class Membership:
     def describe(self, training_cases: int) -> None:
         """Begin or continue the record."""
         self._record.describe(
-            study=self.study.model_dump(mode="json"), digest=self.study.digest, run=self.seat.run,
+            study=self.study.stored(), digest=self.study.digest, run=self.seat.run,
             attempt=self.attempt, site=self.seat.site, training_cases=training_cases,
         )  # fmt: skip
 

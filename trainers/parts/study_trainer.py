@@ -115,7 +115,7 @@ class StudyTrainer(nnUNetTrainer):
                 f"The plans '{name}' were not made for a federation. Run 'nnunet_fed plan_and_preprocess' and train "
                 "with the plans that it names, for example -p nnUNetFedPlans."
             )
-        study = Federation.model_validate(plans[PLANS_KEY]["study"])
+        study = Federation.restore(plans[PLANS_KEY]["study"])
         if study.method.name != self.method:
             raise ConfigurationError(
                 f"The plans '{name}' were made for the method '{study.method.name}', {type(self).__name__} does "

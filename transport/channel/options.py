@@ -6,9 +6,10 @@ import ipaddress
 
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.exchange.payload import CHUNK
+from nnunet_fed.study.table import NEWEST_PROTOCOL, OLDEST_PROTOCOL
 
-PROTOCOL = 2
-"""Version of the protocol; a site of another version is refused."""
+PEER_PROTOCOL = 2
+"""Version of what peers say to each other; a peer of another version is refused."""
 
 KEEPALIVE_SECONDS = (30, 20)
 """A connection on which nothing has come for so long is tried, and given up if no answer comes for so long."""
@@ -35,6 +36,17 @@ def _options(**settings: int) -> tuple[tuple[str, int], ...]:
         "http2.ping_timeout_ms": 1000 * PING_SECONDS,
     }
     return tuple((f"grpc.{name}", value) for name, value in {**keepalive, **settings}.items())
+
+
+def spoken_protocol(oldest: int, newest: int) -> int | None:
+    """The version of the protocol in which coordinator and site talk; ``None``: they have none in common.
+
+    Args:
+        oldest: version that the site speaks.
+        newest: version that it speaks; 0: it says only the oldest one, as version 0.1 of nnunet_fed does.
+    """
+    spoken = min(newest or oldest, NEWEST_PROTOCOL)
+    return spoken if spoken >= max(oldest, OLDEST_PROTOCOL) else None
 
 
 def message_bytes(sites: int) -> int:

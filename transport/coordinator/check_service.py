@@ -11,8 +11,9 @@ import grpc
 from nnunet_fed import __version__
 from nnunet_fed.coordinator.coordinator import Coordinator
 from nnunet_fed.errors import FederationError
+from nnunet_fed.study.table import NEWEST_PROTOCOL
 from nnunet_fed.transport.channel.noise import noise
-from nnunet_fed.transport.channel.options import PROTOCOL
+from nnunet_fed.transport.channel.options import spoken_protocol
 from nnunet_fed.transport.proto import check_pb2 as pb
 from nnunet_fed.transport.proto.check_pb2_grpc import CheckServicer, add_CheckServicer_to_server
 
@@ -33,7 +34,7 @@ class CheckService(CheckServicer):  # type: ignore[misc]
         except FederationError as error:
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
         return pb.IntroduceReply(
-            protocol=PROTOCOL,
+            protocol=spoken_protocol(request.protocol, request.newest_protocol) or NEWEST_PROTOCOL,
             version=__version__,
             now=time.time(),
             planning_run=self._coordinator.planning_run() or "",

@@ -18,8 +18,9 @@ from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.exchange.communicator import Verb
 from nnunet_fed.exchange.payload import chunks
 from nnunet_fed.exchange.uploads import Upload
+from nnunet_fed.study.table import NEWEST_PROTOCOL, OLDEST_PROTOCOL
 from nnunet_fed.transport.channel.listener import Listener, Refusals, refuse
-from nnunet_fed.transport.channel.options import PROTOCOL, message_bytes
+from nnunet_fed.transport.channel.options import message_bytes, spoken_protocol
 from nnunet_fed.transport.channel.tls import KeyFiles, Keys
 from nnunet_fed.transport.channel.transfer import received
 from nnunet_fed.transport.channel.zero_copy_streams import serve
@@ -108,24 +109,27 @@ class _Service(CoordinatorServicer):  # type: ignore[misc]
         self._message_bytes = message_bytes(len(coordinator.study.sites))
 
     def Join(self, request: pb.JoinRequest, context: grpc.ServicerContext) -> pb.JoinReply:  # noqa: N802
-        if request.protocol != PROTOCOL:
+        protocol = spoken_protocol(request.protocol, request.newest_protocol)
+        if protocol is None:
             refuse(
                 context,
-                f"Site '{request.site}' speaks version {request.protocol} of the protocol, the coordinator version "
-                f"{PROTOCOL}. Install the same version of nnunet_fed everywhere.",
+                f"Site '{request.site}' speaks version {request.protocol} of the protocol, the coordinator versions "
+                f"{OLDEST_PROTOCOL} to {NEWEST_PROTOCOL}. Install the same version of nnunet_fed everywhere.",
             )
         with Refusals(context, "The coordinator's disk"):
             if request.purpose not in get_args(Purpose):
                 refuse(context, f"A run cannot be for {request.purpose!r}.")
-            seat = self._coordinator.join(
+            study = self._coordinator.study.stored(protocol)
+            run = self._coordinator.join(
                 request.site,
                 cast(Purpose, request.purpose),
                 request.digest,
                 request.configuration,
                 request.trainer,
                 request.fresh,
+                _fold_of(request, context),
             )
-            return pb.JoinReply(run=seat["run"], attempt=seat["attempt"], study=json.dumps(seat["study"]))
+            return pb.JoinReply(run=run, attempt=self._coordinator.attempt, study=json.dumps(study), protocol=protocol)
 
     def Offer(self, request: pb.OfferRequest, context: grpc.ServicerContext) -> pb.OfferReply:  # noqa: N802
         with Refusals(context, "The coordinator's disk"):
@@ -225,7 +229,18 @@ class _Service(CoordinatorServicer):  # type: ignore[misc]
 
     def Status(self, request: pb.StatusRequest, context: grpc.ServicerContext) -> pb.StatusReply:  # noqa: N802
         with Refusals(context, "The coordinator's disk"):
-            return pb.StatusReply(status=json.dumps(self._coordinator.status(request.record)))
+            protocol = spoken_protocol(OLDEST_PROTOCOL, request.newest_protocol)
+            status = self._coordinator.status(request.record, protocol or OLDEST_PROTOCOL)
+            return pb.StatusReply(status=json.dumps(status))
+
+
+def _fold_of(request: pb.JoinRequest, context: grpc.ServicerContext) -> int | str | None:
+    """The fold that a run is for; ``None``: the study's."""
+    if request.fold in ("", "all"):
+        return request.fold or None
+    if not request.fold.isdecimal():
+        refuse(context, f"A run cannot be for the fold {request.fold[:20]!r}.")
+    return int(request.fold)
 
 
 def _upload(offer: pb.OfferRequest) -> Upload:

@@ -7,7 +7,7 @@ import re
 from nnunet_fed.errors import RefusedError
 from nnunet_fed.gossip.mailbox import Letter, State
 from nnunet_fed.gossip.schedule import Version
-from nnunet_fed.transport.channel.options import PROTOCOL
+from nnunet_fed.transport.channel.options import PEER_PROTOCOL
 from nnunet_fed.transport.proto import federation_pb2 as pb
 
 LARGEST_NUMBER = 2**53
@@ -18,7 +18,7 @@ DIGEST = re.compile(r"[0-9a-f]{32}")
 def message_of(letter: Letter) -> pb.Model:
     """A letter on the wire."""
     return pb.Model(
-        protocol=PROTOCOL, site=letter.version.site, run=letter.run, vector=letter.version.vector,
+        protocol=PEER_PROTOCOL, site=letter.version.site, run=letter.run, vector=letter.version.vector,
         epoch=letter.version.epoch, training_cases=letter.training_cases, initial=letter.initial, schema=letter.schema,
         digest=letter.digest, size=letter.size,
     )  # fmt: skip
@@ -42,10 +42,10 @@ def letter_of(model: pb.Model) -> Letter:
 
 def incompatibility(theirs: pb.Model | pb.PullRequest, state: State, name: str) -> str:
     """Why the model, or the request for one, does not go with this site's training; empty: it does."""
-    if theirs.protocol != PROTOCOL:
+    if theirs.protocol != PEER_PROTOCOL:
         return (
-            f"Site '{theirs.site}' speaks version {theirs.protocol} of the protocol, site '{name}' version {PROTOCOL}. "
-            "Install the same version of nnunet_fed everywhere."
+            f"Site '{theirs.site}' speaks version {theirs.protocol} of the protocol, site '{name}' version "
+            f"{PEER_PROTOCOL}. Install the same version of nnunet_fed everywhere."
         )
     if theirs.run != state.run:
         return (

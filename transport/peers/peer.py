@@ -23,7 +23,7 @@ from nnunet_fed.exchange.payload import chunks, decode
 from nnunet_fed.gossip.mailbox import Mailbox
 from nnunet_fed.study.site import Site
 from nnunet_fed.transport.channel.listener import AddressError, Listener, Refusals, refuse
-from nnunet_fed.transport.channel.options import PROTOCOL, require_loopback
+from nnunet_fed.transport.channel.options import PEER_PROTOCOL, require_loopback
 from nnunet_fed.transport.channel.rate_limit import Pace
 from nnunet_fed.transport.channel.retry import DamagedError
 from nnunet_fed.transport.channel.tls import KeyFiles, Keys, check_name
@@ -165,11 +165,11 @@ class _Service(PeerServicer):  # type: ignore[misc]
         with self._called(request.site, context):
             state = self._mailbox.state()
             if state is None:
-                return pb.PeerInfo(protocol=PROTOCOL, site=self._site.name)
+                return pb.PeerInfo(protocol=PEER_PROTOCOL, site=self._site.name)
             if request.run == state.run:
                 self._contacts.introduced(request.site, request.training_cases, request.leaving)
             facts: dict[str, Any] = {"run": state.run, "training_cases": state.training_cases, "leaving": state.leaving}
-            facts |= {"protocol": PROTOCOL, "site": self._site.name}
+            facts |= {"protocol": PEER_PROTOCOL, "site": self._site.name}
             self._outgoing({"to": request.site, "what": "info", **facts})
             return pb.PeerInfo(**facts)
 

@@ -24,7 +24,7 @@ from nnunet_fed.exchange.payload import decode
 from nnunet_fed.exchange.uploads import InterruptedUploadError
 from nnunet_fed.gossip.mailbox import Letter, Mailbox
 from nnunet_fed.study.site import Site
-from nnunet_fed.transport.channel.options import PROTOCOL
+from nnunet_fed.transport.channel.options import PEER_PROTOCOL
 from nnunet_fed.transport.channel.rate_limit import Pace
 from nnunet_fed.transport.channel.retry import DamagedError
 from nnunet_fed.transport.channel.tls import open_channel
@@ -118,7 +118,7 @@ class Courier:
     def introduce(self, peer: str, seconds: float = OFFER_SECONDS) -> bool:
         """Tell a peer who this site is, and learn who the peer is; whether it answers."""
         state = self._mailbox.state()
-        info = pb.PeerInfo(protocol=PROTOCOL, site=self._site.name)
+        info = pb.PeerInfo(protocol=PEER_PROTOCOL, site=self._site.name)
         if state is not None:
             info.run, info.training_cases, info.leaving = state.run, state.training_cases, state.leaving
         facts = {field.name: getattr(info, field.name) for field in info.DESCRIPTOR.fields}
@@ -176,7 +176,7 @@ class Courier:
     def _pull(self, peer: str, letter: Letter, payload: memoryview) -> Outcome:
         started, fetched = time.monotonic(), 0
         request = pb.PullRequest(
-            protocol=PROTOCOL, site=self._site.name, run=letter.run, schema=letter.schema,
+            protocol=PEER_PROTOCOL, site=self._site.name, run=letter.run, schema=letter.schema,
             counter=self._mailbox.received().get(peer, 0),
         )  # fmt: skip
         begun: dict[str, object] = {}

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&nnunet_fed/transport/proto/check.proto\x12\rnnunet_fed.v1\"\xa4\x01\n\x10IntroduceRequest\x12\x0c\n\x04site\x18\x01 \x01(\t\x12\x10\n\x08protocol\x18\x02 \x01(\r\x12?\n\x08versions\x18\x03 \x03(\x0b\x32-.nnunet_fed.v1.IntroduceRequest.VersionsEntry\x1a/\n\rVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"h\n\x0eIntroduceReply\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0b\n\x03now\x18\x03 \x01(\x01\x12\x14\n\x0cplanning_run\x18\x04 \x01(\t\x12\x10\n\x08versions\x18\x05 \x01(\t\"\x15\n\x05Noise\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"*\n\x0cNoiseRequest\x12\x0c\n\x04site\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x04\"\x1a\n\nNoiseCount\x12\x0c\n\x04size\x18\x01 \x01(\x04\x32\xcf\x01\n\x05\x43heck\x12K\n\tIntroduce\x12\x1f.nnunet_fed.v1.IntroduceRequest\x1a\x1d.nnunet_fed.v1.IntroduceReply\x12\x39\n\x04Send\x12\x14.nnunet_fed.v1.Noise\x1a\x19.nnunet_fed.v1.NoiseCount(\x01\x12>\n\x07Receive\x12\x1b.nnunet_fed.v1.NoiseRequest\x1a\x14.nnunet_fed.v1.Noise0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&nnunet_fed/transport/proto/check.proto\x12\rnnunet_fed.v1\"\xbd\x01\n\x10IntroduceRequest\x12\x0c\n\x04site\x18\x01 \x01(\t\x12\x10\n\x08protocol\x18\x02 \x01(\r\x12?\n\x08versions\x18\x03 \x03(\x0b\x32-.nnunet_fed.v1.IntroduceRequest.VersionsEntry\x12\x17\n\x0fnewest_protocol\x18\x04 \x01(\r\x1a/\n\rVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"h\n\x0eIntroduceReply\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0b\n\x03now\x18\x03 \x01(\x01\x12\x14\n\x0cplanning_run\x18\x04 \x01(\t\x12\x10\n\x08versions\x18\x05 \x01(\t\"\x15\n\x05Noise\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"*\n\x0cNoiseRequest\x12\x0c\n\x04site\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x04\"\x1a\n\nNoiseCount\x12\x0c\n\x04size\x18\x01 \x01(\x04\x32\xcf\x01\n\x05\x43heck\x12K\n\tIntroduce\x12\x1f.nnunet_fed.v1.IntroduceRequest\x1a\x1d.nnunet_fed.v1.IntroduceReply\x12\x39\n\x04Send\x12\x14.nnunet_fed.v1.Noise\x1a\x19.nnunet_fed.v1.NoiseCount(\x01\x12>\n\x07Receive\x12\x1b.nnunet_fed.v1.NoiseRequest\x1a\x14.nnunet_fed.v1.Noise0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,17 +34,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_INTRODUCEREQUEST_VERSIONSENTRY']._loaded_options = None
   _globals['_INTRODUCEREQUEST_VERSIONSENTRY']._serialized_options = b'8\001'
   _globals['_INTRODUCEREQUEST']._serialized_start=58
-  _globals['_INTRODUCEREQUEST']._serialized_end=222
-  _globals['_INTRODUCEREQUEST_VERSIONSENTRY']._serialized_start=175
-  _globals['_INTRODUCEREQUEST_VERSIONSENTRY']._serialized_end=222
-  _globals['_INTRODUCEREPLY']._serialized_start=224
-  _globals['_INTRODUCEREPLY']._serialized_end=328
-  _globals['_NOISE']._serialized_start=330
-  _globals['_NOISE']._serialized_end=351
-  _globals['_NOISEREQUEST']._serialized_start=353
-  _globals['_NOISEREQUEST']._serialized_end=395
-  _globals['_NOISECOUNT']._serialized_start=397
-  _globals['_NOISECOUNT']._serialized_end=423
-  _globals['_CHECK']._serialized_start=426
-  _globals['_CHECK']._serialized_end=633
+  _globals['_INTRODUCEREQUEST']._serialized_end=247
+  _globals['_INTRODUCEREQUEST_VERSIONSENTRY']._serialized_start=200
+  _globals['_INTRODUCEREQUEST_VERSIONSENTRY']._serialized_end=247
+  _globals['_INTRODUCEREPLY']._serialized_start=249
+  _globals['_INTRODUCEREPLY']._serialized_end=353
+  _globals['_NOISE']._serialized_start=355
+  _globals['_NOISE']._serialized_end=376
+  _globals['_NOISEREQUEST']._serialized_start=378
+  _globals['_NOISEREQUEST']._serialized_end=420
+  _globals['_NOISECOUNT']._serialized_start=422
+  _globals['_NOISECOUNT']._serialized_end=448
+  _globals['_CHECK']._serialized_start=451
+  _globals['_CHECK']._serialized_end=658
 # @@protoc_insertion_point(module_scope)

@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class IntroduceRequest(_message.Message):
-    __slots__ = ("site", "protocol", "versions")
+    __slots__ = ("site", "protocol", "versions", "newest_protocol")
     class VersionsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -18,10 +18,12 @@ class IntroduceRequest(_message.Message):
     SITE_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    NEWEST_PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     site: str
     protocol: int
     versions: _containers.ScalarMap[str, str]
-    def __init__(self, site: _Optional[str] = ..., protocol: _Optional[int] = ..., versions: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    newest_protocol: int
+    def __init__(self, site: _Optional[str] = ..., protocol: _Optional[int] = ..., versions: _Optional[_Mapping[str, str]] = ..., newest_protocol: _Optional[int] = ...) -> None: ...
 
 class IntroduceReply(_message.Message):
     __slots__ = ("protocol", "version", "now", "planning_run", "versions")

@@ -11,7 +11,7 @@ class Empty(_message.Message):
     def __init__(self) -> None: ...
 
 class JoinRequest(_message.Message):
-    __slots__ = ("protocol", "site", "purpose", "digest", "configuration", "trainer", "fresh")
+    __slots__ = ("protocol", "site", "purpose", "digest", "configuration", "trainer", "fresh", "newest_protocol", "fold")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     SITE_FIELD_NUMBER: _ClassVar[int]
     PURPOSE_FIELD_NUMBER: _ClassVar[int]
@@ -19,6 +19,8 @@ class JoinRequest(_message.Message):
     CONFIGURATION_FIELD_NUMBER: _ClassVar[int]
     TRAINER_FIELD_NUMBER: _ClassVar[int]
     FRESH_FIELD_NUMBER: _ClassVar[int]
+    NEWEST_PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    FOLD_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     site: str
     purpose: str
@@ -26,17 +28,21 @@ class JoinRequest(_message.Message):
     configuration: str
     trainer: str
     fresh: bool
-    def __init__(self, protocol: _Optional[int] = ..., site: _Optional[str] = ..., purpose: _Optional[str] = ..., digest: _Optional[str] = ..., configuration: _Optional[str] = ..., trainer: _Optional[str] = ..., fresh: bool = ...) -> None: ...
+    newest_protocol: int
+    fold: str
+    def __init__(self, protocol: _Optional[int] = ..., site: _Optional[str] = ..., purpose: _Optional[str] = ..., digest: _Optional[str] = ..., configuration: _Optional[str] = ..., trainer: _Optional[str] = ..., fresh: bool = ..., newest_protocol: _Optional[int] = ..., fold: _Optional[str] = ...) -> None: ...
 
 class JoinReply(_message.Message):
-    __slots__ = ("run", "attempt", "study")
+    __slots__ = ("run", "attempt", "study", "protocol")
     RUN_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     STUDY_FIELD_NUMBER: _ClassVar[int]
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     run: str
     attempt: int
     study: str
-    def __init__(self, run: _Optional[str] = ..., attempt: _Optional[int] = ..., study: _Optional[str] = ...) -> None: ...
+    protocol: int
+    def __init__(self, run: _Optional[str] = ..., attempt: _Optional[int] = ..., study: _Optional[str] = ..., protocol: _Optional[int] = ...) -> None: ...
 
 class OfferRequest(_message.Message):
     __slots__ = ("run", "key", "site", "verb", "weight", "digest", "size", "position")
@@ -164,10 +170,12 @@ class LeaveRequest(_message.Message):
     def __init__(self, run: _Optional[str] = ..., site: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class StatusRequest(_message.Message):
-    __slots__ = ("record",)
+    __slots__ = ("record", "newest_protocol")
     RECORD_FIELD_NUMBER: _ClassVar[int]
+    NEWEST_PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     record: bool
-    def __init__(self, record: bool = ...) -> None: ...
+    newest_protocol: int
+    def __init__(self, record: bool = ..., newest_protocol: _Optional[int] = ...) -> None: ...
 
 class StatusReply(_message.Message):
     __slots__ = ("status",)

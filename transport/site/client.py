@@ -18,9 +18,10 @@ from nnunet_fed.exchange.communicator import Verb, check_weight
 from nnunet_fed.exchange.outgoing_log import Outgoing, array_entry, tensors_entry, value_entry
 from nnunet_fed.exchange.payload import Array, Tensors, decode, encode
 from nnunet_fed.exchange.precision import narrow, widen
-from nnunet_fed.study.federation import Federation, canonical_json
+from nnunet_fed.study.federation import Federation, Fold, canonical_json
 from nnunet_fed.study.site import Site
-from nnunet_fed.transport.channel.options import PROTOCOL, message_bytes
+from nnunet_fed.study.table import NEWEST_PROTOCOL, OLDEST_PROTOCOL
+from nnunet_fed.transport.channel.options import message_bytes
 from nnunet_fed.transport.channel.retry import DamagedError, insist
 from nnunet_fed.transport.channel.tls import check_name, check_security, diagnose, open_channel
 from nnunet_fed.transport.channel.transfer import Inbound, Outbound, seconds_allowed
@@ -75,25 +76,33 @@ class GrpcCommunicator:
         return self.study.sites
 
     def join(
-        self, purpose: str, digest: str = "", configuration: str = "", trainer: str = "", fresh: bool = False
+        self,
+        purpose: str,
+        digest: str = "",
+        configuration: str = "",
+        trainer: str = "",
+        fresh: bool = False,
+        fold: Fold | None = None,
     ) -> Federation:
         """Take the seat; returns the study as the coordinator has it.
 
         Raises:
-            ConfigurationError: this site's certificate is another's.
+            ConfigurationError: this site's certificate is another's, or this version of nnunet_fed does not know what
+                the study asks for.
             RefusedError: see :meth:`nnunet_fed.coordinator.coordinator.Coordinator.join`.
             UnreachableError: no coordinator answers within ``connect_minutes``.
         """
         check_name(self._settings)
         self._patience = 60 * self._settings.connect_minutes
-        request = pb.JoinRequest(
-            protocol=PROTOCOL, site=self.site, purpose=purpose, digest=digest, configuration=configuration,
-            trainer=trainer, fresh=fresh,
-        )  # fmt: skip
-        facts = {"purpose": purpose, "digest": digest, "configuration": configuration, "trainer": trainer}
-        self._sends("join", protocol=PROTOCOL, site=self.site, **facts, fresh=fresh)
+        facts: dict[str, Any] = {
+            "protocol": OLDEST_PROTOCOL, "newest_protocol": NEWEST_PROTOCOL, "site": self.site, "purpose": purpose,
+            "digest": digest, "configuration": configuration, "trainer": trainer, "fresh": fresh,
+            "fold": "" if fold is None else str(fold),
+        }  # fmt: skip
+        request = pb.JoinRequest(**facts)
+        self._sends("join", **facts)
         reply = self._call(lambda: self._stub.Join(request, timeout=30))
-        self.study = Federation.model_validate_json(reply.study)
+        self.study = Federation.restore(json.loads(reply.study))
         self.run, self.attempt, self._purpose = reply.run, reply.attempt, purpose
         minutes = self.study.planning_deadline_minutes if purpose == "planning" else self.study.deadline_minutes
         self._patience = 60 * minutes
@@ -169,7 +178,8 @@ class GrpcCommunicator:
 
     def status(self, record: bool = False) -> dict[str, Any]:
         """The coordinator's state; see :meth:`nnunet_fed.coordinator.coordinator.Coordinator.status`."""
-        reply = self._call(lambda: self._stub.Status(pb.StatusRequest(record=record), timeout=30))
+        request = pb.StatusRequest(record=record, newest_protocol=NEWEST_PROTOCOL)
+        reply = self._call(lambda: self._stub.Status(request, timeout=30))
         status: dict[str, Any] = json.loads(reply.status)
         return status
 

@@ -7,14 +7,14 @@ import random
 import socket
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from nnunet_fed.errors import ConfigurationError, RefusedError
 from nnunet_fed.exchange.outgoing_log import Outgoing
 from nnunet_fed.preflight.site_checks import Finding, State
 from nnunet_fed.study.site import Site
+from nnunet_fed.study.table import NEWEST_PROTOCOL, OLDEST_PROTOCOL
 from nnunet_fed.transport.channel.noise import noise
-from nnunet_fed.transport.channel.options import PROTOCOL
 from nnunet_fed.transport.channel.proxy import VARIABLES, proxy_for
 from nnunet_fed.transport.channel.retry import insist
 from nnunet_fed.transport.channel.tls import (
@@ -119,8 +119,12 @@ class Probe:
             RefusedError: the site is not in the study, or its certificate is not accepted.
             UnreachableError: no answer.
         """
-        request = pb.IntroduceRequest(site=self._site.name, protocol=PROTOCOL, versions=versions)
-        self._sends("introduce", site=self._site.name, protocol=PROTOCOL, versions=versions)
+        facts: dict[str, Any] = {
+            "site": self._site.name, "protocol": OLDEST_PROTOCOL, "newest_protocol": NEWEST_PROTOCOL,
+            "versions": versions,
+        }  # fmt: skip
+        request = pb.IntroduceRequest(**facts)
+        self._sends("introduce", **facts)
 
         def ask() -> Introduction:
             started = time.time()
@@ -135,11 +139,11 @@ class Probe:
             raise ConfigurationError(
                 "The coordinator's nnunet_fed is older than checks are. Install the same version everywhere."
             ) from None
-        if introduction.reply.protocol != PROTOCOL:
+        if not OLDEST_PROTOCOL <= introduction.reply.protocol <= NEWEST_PROTOCOL:
             raise ConfigurationError(
                 f"The coordinator (nnunet_fed {introduction.reply.version}) speaks version "
-                f"{introduction.reply.protocol} of the protocol, this site version {PROTOCOL}. Install the same "
-                "version of nnunet_fed everywhere."
+                f"{introduction.reply.protocol} of the protocol, this site versions {OLDEST_PROTOCOL} to "
+                f"{NEWEST_PROTOCOL}. Install the same version of nnunet_fed everywhere."
             )
         return introduction
 
