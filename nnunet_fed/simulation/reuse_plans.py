@@ -36,7 +36,7 @@ def check_same_planning(
         sites: raw data set of each site. Where the earlier simulation copied them, they cannot be compared.
         labels: label map of each site that has one.
     """
-    past = Federation.read(earlier / "federation.toml")
+    past = Federation.read(earlier / "federation.toml").with_defaults({})  # what it did not know then is neutral
     for field in PLANNING:
         before, now = (attrgetter(field)(each) for each in (past, study))
         if before != now:
