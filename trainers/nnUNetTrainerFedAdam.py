@@ -10,7 +10,7 @@ from nnunet_fed.errors import DisagreementError, NoContributionError
 from nnunet_fed.exchange.payload import Array, encode, measure
 from nnunet_fed.methods.server_optimizer import AdamMoments, difference
 from nnunet_fed.methods.tensors import to_arrays
-from nnunet_fed.study.method_tables import FedAdam
+from nnunet_fed.study.methods.fedadam_options import FedAdam
 from nnunet_fed.trainers.parts.finetuning import FineTuningTrainer
 from nnunet_fed.trainers.parts.rounds import round_of
 

@@ -10,7 +10,7 @@ from nnunet_fed.errors import NoContributionError
 from nnunet_fed.exchange.payload import Array
 from nnunet_fed.methods.server_optimizer import difference, with_momentum
 from nnunet_fed.methods.tensors import to_arrays
-from nnunet_fed.study.method_tables import FedAvgM
+from nnunet_fed.study.methods.fedavgm_options import FedAvgM
 from nnunet_fed.trainers.parts.finetuning import FineTuningTrainer
 from nnunet_fed.trainers.parts.rounds import round_of, scope_of_round, start_scope
 

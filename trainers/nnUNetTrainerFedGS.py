@@ -23,7 +23,7 @@ from nnunet_fed.methods.fedgs import (
     with_gain,
 )
 from nnunet_fed.methods.tensors import shared_tensors, to_arrays
-from nnunet_fed.study.method_tables import FedGS, PerClass
+from nnunet_fed.study.methods.fedgs_options import FedGS, PerClass
 from nnunet_fed.trainers.parts import checkpoint
 from nnunet_fed.trainers.parts.federated_trainer import FederatedTrainer
 

@@ -27,7 +27,7 @@ from nnunet_fed.prediction.bundle import (
     write_fold,
     write_selector,
 )
-from nnunet_fed.study.method_tables import FedSM
+from nnunet_fed.study.methods.fedsm_options import FedSM
 from nnunet_fed.trainers.fedsm.selector_cases import SelectorCases
 from nnunet_fed.trainers.fedsm.super_validation import validate_global_and_super
 from nnunet_fed.trainers.parts.two_models import TwoModelTrainer

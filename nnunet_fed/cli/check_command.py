@@ -152,9 +152,9 @@ class _Check:
         yield checks.check_versions(site.name, told)
 
     def _check_trainer(self) -> Finding:
-        from nnunet_fed.simulation.simulate import TRAINERS, plugin_folder
+        from nnunet_fed.simulation.simulate import plugin_folder
 
-        expected = TRAINERS[self.study.method.name] if self.study else None
+        expected = self.study.method.trainer_name if self.study else None
         return checks.check_trainer(plugin_folder(), self.trainer, expected)
 
     def _preprocessed(self) -> Path | None:

@@ -20,12 +20,13 @@ from nnunet_fed.report.blocks import (
 )
 from nnunet_fed.report.charts import bars, graph, intervals, lines, matrix
 from nnunet_fed.report.gather import Run
+from nnunet_fed.study.method_table import MethodTable
+from nnunet_fed.study.methods import METHODS
 
 MOST_ROWS = 60
 """Of the table by round and site; of more rounds some are shown."""
 Block = Paragraph | Figure | Table
 
-_NAMES = {"fedavg": "FedAvg", "fedgs": "FedGS", "fedsm": "FedSM", "fedoap": "FedOAP", "gcml": "GCML"}
 _WORDS = {
     "mean_factor": "mean factor by which a step counts more",
     "scaled_share": "share of the steps that count more",
@@ -41,12 +42,19 @@ _WORDS = {
 
 def method_section(run: Run) -> Section:
     """Everything that the method of the run tells of itself."""
-    section = Section("method", f"What {_NAMES.get(run.method, run.method)} tells")
+    section = Section("method", f"What {_title(run)} tells")
     section.blocks.extend(_diagnostics(run))
     section.blocks.extend(_selector(run))
     section.blocks.extend(_phases(run))
     section.blocks.extend(_exchange(run))
     return section
+
+
+def _title(run: Run) -> str:
+    """A method from outside the package goes by its trainer's name, and one of a newer version by its own."""
+    if trainer := run.study.get("method", {}).get("trainer"):
+        return str(trainer)
+    return METHODS[run.method].TITLE if run.method in METHODS else run.method
 
 
 def _diagnostics(run: Run) -> Iterator[Block]:
@@ -104,7 +112,7 @@ def _selector(run: Run) -> Iterator[Block]:
 
 def _phases(run: Run) -> Iterator[Block]:
     """FedOAP, and others that fine-tune: the model after the rounds, and after the fine-tuning at the site."""
-    before = {"fedoap": "federated"}.get(run.method, "global")
+    before = METHODS.get(run.method, MethodTable).LAST_MODEL
     dice = {name: site["dice"] for name, site in run.summary.get("sites", {}).items()}
     fine_tuned = run.study.get("method", {}).get("finetune_epochs", 0)
     pairs = {

@@ -29,20 +29,12 @@ from nnunet_fed.processes import Process, Step, Worker, raise_first, signals_int
 from nnunet_fed.simulation.reuse_plans import DATASET, adopt, check_same_planning
 from nnunet_fed.study.federation import Federation
 from nnunet_fed.study.labels import LabelMap, Sources
-from nnunet_fed.study.method_tables import GCML
 from nnunet_fed.study.site import SITE_FILE_VARIABLE, Site
 from nnunet_fed.study.toml import to_toml
 from nnunet_fed.transport.site.client import GrpcCommunicator
 
 __all__ = ["Simulation", "lesion_table", "plugin_folder", "result_table", "simulate"]
 
-TRAINERS = {
-    "local": "nnUNetTrainerLocal", "fedavg": "nnUNetTrainerFedAvg", "fedgs": "nnUNetTrainerFedGS",
-    "fedsm": "nnUNetTrainerFedSM", "fedoap": "nnUNetTrainerFedOAP", "gcml": "nnUNetTrainerGCML",
-    "fedprox": "nnUNetTrainerFedProx", "fedavgm": "nnUNetTrainerFedAvgM", "fedadam": "nnUNetTrainerFedAdam",
-    "ditto": "nnUNetTrainerDitto",
-}  # fmt: skip
-"""nnU-Net trainer of each method."""
 HOST = "127.0.0.1"
 MAPPED_DATASET = 2
 """nnU-Net's number of the data set with the federation's labels, where a site has a map."""
@@ -97,7 +89,7 @@ def simulate(simulation: Simulation, console: Console) -> dict[str, Any]:
     out = simulation.out.resolve()
     new_folder(out)
     address, *others = (f"{HOST}:{port}" for port in free_ports(1 + len(places)))
-    peers = dict(zip(study.sites, others, strict=True)) if isinstance(study.method, GCML) else {}
+    peers = dict(zip(study.sites, others, strict=True)) if study.method.NEEDS_PEERS else {}
     for place in places:
         place.make(address, peers)
         if simulation.planned is not None:
@@ -144,7 +136,7 @@ def training_command(study: Federation, fold: int | str, device: str, dataset: i
     command = str(beside) if beside.is_file() else shutil.which(name)
     if command is None:
         raise ConfigurationError(f"The command {name} is not on the PATH: install nnunetv2 in this environment.")
-    trainer = ["-tr", TRAINERS[study.method.name], "-p", str(study.plans_name), "-device", device]
+    trainer = ["-tr", study.method.trainer_name, "-p", str(study.plans_name), "-device", device]
     return [command, str(dataset), study.configuration, str(fold), *trainer]
 
 
@@ -207,7 +199,7 @@ class Place:
 
     def results(self, study: Federation) -> Path:
         """The folder of the fold that was trained."""
-        model = f"{TRAINERS[study.method.name]}__{study.plans_name}__{study.configuration}"
+        model = f"{study.method.trainer_name}__{study.plans_name}__{study.configuration}"
         return self.folder / "nnUNet_results" / self.trained_dataset / model / f"fold_{self.fold}"
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from warm import QUICK, Forked
 
-from nnunet_fed.simulation.simulate import TRAINERS, free_ports, plugin_folder
+from nnunet_fed.simulation.simulate import free_ports, plugin_folder
 from nnunet_fed.study.federation import Federation
 from nnunet_fed.study.site import Site
 from nnunet_fed.study.toml import to_toml
@@ -164,7 +164,7 @@ class RunningFederation:
         paths = {f"nnUNet_{what}": folder / what for what in ("raw", "preprocessed", "results")}
         extra = {"nnUNet_extTrainer": plugin_folder(), "nnUNet_fed_skip_validation": 1}
         variables = {**extra, **variables, "nnUNet_fed_site": folder / "site.toml"}
-        return RunningSite(name, folder, dataset, TRAINERS[study.method.name], environment(**paths, **variables))
+        return RunningSite(name, folder, dataset, study.method.trainer_name, environment(**paths, **variables))
 
     def serve(self) -> None:
         with (self.folder / "coordinator.log").open("ab") as log:

@@ -29,7 +29,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from recording_proxy import RecordingProxy
 
 from nnunet_fed.methods.fedoap import PRIVATE_PREFIXES, is_private
-from nnunet_fed.simulation.simulate import TRAINERS, plugin_folder, to_toml
+from nnunet_fed.simulation.simulate import plugin_folder, to_toml
 from nnunet_fed.study.federation import Federation
 from nnunet_fed.trainers.nnUNetTrainerFedOAP import nnUNetTrainerFedOAP
 
@@ -235,7 +235,7 @@ def tiny_plans(axes: int, network: str) -> dict[str, Any]:
 def test_22_the_stock_command_rebuilds_the_network(
     axes: int, architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plans, trainer = tiny_plans(axes, architecture), TRAINERS["fedoap"]
+    plans, trainer = tiny_plans(axes, architecture), "nnUNetTrainerFedOAP"
     dataset = {"channel_names": {"0": "MR"}, "labels": {"background": 0, "lesion": 1}, "file_ending": ".nii.gz"}
     manager = PlansManager(plans)
     torch.manual_seed(5)
