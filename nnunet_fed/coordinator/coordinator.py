@@ -15,16 +15,16 @@ from typing import Any, Literal
 
 from nnunet_fed.coordinator.admission import Admission, QuarantinedError, check_content, distance
 from nnunet_fed.coordinator.history import happened
+from nnunet_fed.coordinator.log_fields import about
 from nnunet_fed.coordinator.round_closer import RoundCloser
 from nnunet_fed.coordinator.status import Tally, status_of
 from nnunet_fed.coordinator.store import Agreed, Collective, Contribution, Store
 from nnunet_fed.coordinator.tracking import FederationTracker
 from nnunet_fed.errors import ConfigurationError, RefusedError
 from nnunet_fed.exchange.communicator import Verb, check_weight
-from nnunet_fed.exchange.keys import KEY, LONGEST_KEY, scope_of
+from nnunet_fed.exchange.keys import LONGEST_KEY, is_key, scope_of
 from nnunet_fed.exchange.payload import open_payload
 from nnunet_fed.exchange.uploads import Spool
-from nnunet_fed.logs import about
 from nnunet_fed.study.federation import Federation, Fold
 from nnunet_fed.study.table import NEWEST_PROTOCOL
 
@@ -205,7 +205,7 @@ class Coordinator:
         check_weight(weight)
         with self._changed:
             self._require_joined(run, site)
-            if not KEY.fullmatch(key) or len(key) > LONGEST_KEY:
+            if not is_key(key):
                 raise RefusedError(f"{key[:LONGEST_KEY]!r} cannot name a collective.")
             if weight > 0 and not DIGEST.fullmatch(digest):
                 raise RefusedError(f"{digest[:64]!r} is no digest of a payload.")

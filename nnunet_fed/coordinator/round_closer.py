@@ -13,6 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+from nnunet_fed.coordinator.log_fields import about
 from nnunet_fed.coordinator.store import Collective, Contribution, Store
 from nnunet_fed.coordinator.tracking import FederationTracker
 from nnunet_fed.exchange.keys import MODEL
@@ -20,7 +21,6 @@ from nnunet_fed.exchange.payload import digest_of_file
 from nnunet_fed.exchange.reduction import write_result
 from nnunet_fed.exchange.uploads import Spool
 from nnunet_fed.files import make_durable
-from nnunet_fed.logs import about
 from nnunet_fed.study.federation import Federation
 
 logger = logging.getLogger(__name__)

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from nnunet_fed.exchange.keys import last_round
 from nnunet_fed.report.blocks import (
     NOTHING,
     Figure,
@@ -62,7 +63,7 @@ def _diagnostics(run: Run) -> Iterator[Block]:
     by_name: dict[str, dict[str, dict[int, float]]] = {}
     for site, files in run.sites.items():
         for entry in files.record.get("rounds", []):
-            place = int(entry["scope"].removeprefix("round-")) + 1
+            place = last_round(entry["scope"]) + 1
             for name, value in (entry.get("diagnostics") or {}).items():
                 by_name.setdefault(name, {}).setdefault(site, {})[place] = value
     for name, by_site in by_name.items():

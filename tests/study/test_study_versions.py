@@ -150,6 +150,14 @@ def test_a_new_field_that_is_used_is_told_to_those_who_know_it() -> None:
     )
 
 
+def test_a_method_that_came_later_is_told_to_those_who_know_it() -> None:
+    study = make_study(method={"name": "custom", "trainer": "nnUNetTrainerMine", "options": {"clip": 1.0}})
+    assert Federation.restore(study.stored()) == study
+    assert study.digest != make_study(method={"name": "custom", "trainer": "nnUNetTrainerMine"}).digest
+    with pytest.raises(RefusedError, match=r"is of the method 'custom', which nnunet_fed knows since version 0\.2\."):
+        study.stored(OLDEST_PROTOCOL)
+
+
 def test_an_older_version_ignores_what_is_safe_and_names_what_is_not() -> None:
     assert Federation.restore(newer(watchers=3).stored()) == Federation.restore(newer().stored())
     with pytest.raises(ConfigurationError, match=r"newer version of nnunet_fed: this one does not know 'trainer'\."):
@@ -256,3 +264,14 @@ def test_the_fold_is_edited_while_the_sites_plan(tmp_path: Path) -> None:
     second = Coordinator(make_study("ab", fold=3), Store(tmp_path))
     assert second.join("a", "planning") == second.join("b", "planning") == run
     second.close()
+
+
+def test_a_study_of_fedgs_that_does_not_fine_tune_is_the_one_of_0_1() -> None:
+    """``finetune_epochs`` and ``finetune_lr_factor`` came to FedGS later than to the other methods."""
+    study, tuned = make_study(method={"name": "fedgs"}), make_study(method={"name": "fedgs", "finetune_epochs": 2})
+    assert not {"finetune_epochs", "finetune_lr_factor"} & study.stored(OLDEST_PROTOCOL)["method"].keys()
+    assert Federation.restore(study.stored(OLDEST_PROTOCOL)) == study
+    assert Federation.restore(tuned.stored()) == tuned
+    assert study.digest != tuned.digest
+    with pytest.raises(RefusedError, match=r"'finetune_epochs', which nnunet_fed knows since version 0\.2"):
+        tuned.stored(OLDEST_PROTOCOL)

@@ -24,9 +24,10 @@ from serving import make_study, together
 
 from nnunet_fed.certificates.authority import Authority
 from nnunet_fed.coordinator.coordinator import Coordinator
+from nnunet_fed.coordinator.log_fields import about
 from nnunet_fed.coordinator.store import Store
 from nnunet_fed.errors import ConfigurationError, RefusedError
-from nnunet_fed.logs import JsonLines, about
+from nnunet_fed.logs import JsonLines
 from nnunet_fed.study.site import Site
 from nnunet_fed.transport.channel.tls import KeyFiles
 from nnunet_fed.transport.coordinator.http import StatusServer

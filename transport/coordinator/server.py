@@ -18,6 +18,7 @@ from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.exchange.communicator import Verb
 from nnunet_fed.exchange.payload import chunks
 from nnunet_fed.exchange.uploads import Upload
+from nnunet_fed.study.federation import Fold
 from nnunet_fed.study.table import NEWEST_PROTOCOL, OLDEST_PROTOCOL
 from nnunet_fed.transport.channel.listener import Listener, Refusals, refuse
 from nnunet_fed.transport.channel.options import message_bytes, spoken_protocol
@@ -234,10 +235,10 @@ class _Service(CoordinatorServicer):  # type: ignore[misc]
             return pb.StatusReply(status=json.dumps(status))
 
 
-def _fold_of(request: pb.JoinRequest, context: grpc.ServicerContext) -> int | str | None:
+def _fold_of(request: pb.JoinRequest, context: grpc.ServicerContext) -> Fold | None:
     """The fold that a run is for; ``None``: the study's."""
     if request.fold in ("", "all"):
-        return request.fold or None
+        return "all" if request.fold else None
     if not request.fold.isdecimal():
         refuse(context, f"A run cannot be for the fold {request.fold[:20]!r}.")
     return int(request.fold)
