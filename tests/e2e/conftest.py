@@ -1,12 +1,11 @@
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
-from harness import PATIENCE, Planned, RunningFederation, environment, federation, train_all
+from harness import Planned, RunningFederation, environment, federation, run, train_all
 
 from nnunet_fed.datasets.phantom import write_phantom
 from nnunet_fed.study.federation import Federation
@@ -49,10 +48,10 @@ def planned(phantom: Path, shared: Path) -> Planned:
     sites = [argument for site in ("site_a", "site_b") for argument in ("--site", f"{site}={phantom / site}")]
     with FileLock(shared / "planned.lock"):
         if not (out / "summary.json").is_file():
-            subprocess.run(
-                [sys.executable, "-m", "nnunet_fed", "simulate", *sites, "--out", str(out), "--until", "plan",
+            run(
+                [sys.executable, "-m", "nnunet_fed", "simulate", *sites, "--out", out, "--until", "plan",
                  "--rounds", "3", "--iterations", "4", "--val-iterations", "1", "--lr", "0.05", "--momentum", "0.9"],
-                env=environment(), check=True, timeout=PATIENCE,
+                environment(), shared / "planned.log",
             )  # fmt: skip
     return Planned(out, Federation.read(out / "federation.toml"))
 

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -48,10 +47,13 @@ def command(name: str) -> str:
     return str(Path(sys.executable).parent / name)
 
 
-def run(words: Sequence[Any], environment: dict[str, str], log: Path) -> None:
+def run(words: Sequence[Any], environment: dict[str, str], log: Path, out: Path | None = None) -> None:
     """A command to its end, in a process that need not import PyTorch first."""
-    process = Forked([str(word) for word in words], environment, str(log))
-    assert process.wait(PATIENCE) == 0, log.read_text()[-3000:]
+    process = Forked([str(word) for word in words], environment, log, out or log)
+    try:
+        assert process.wait(PATIENCE) == 0, log.read_text()[-3000:]
+    finally:
+        process.send_signal(signal.SIGTERM)  # a simulation ends its sites, which no other signal reaches
 
 
 def predict_without_us(site: RunningSite, images: Path, out: Path, checkpoint: str) -> None:
@@ -116,7 +118,7 @@ class RunningSite:
 
     def start(self, *arguments: str) -> None:
         train = [command("nnUNetv2_train"), "1", "3d_fullres", self.fold, "-tr", self.trainer, "-p", PLANS]
-        self.process = Forked([*train, "-device", "cpu", *arguments], self.environment, str(self.log))
+        self.process = Forked([*train, "-device", "cpu", *arguments], self.environment, self.log)
 
     def send(self, number: signal.Signals) -> None:
         assert self.process is not None
@@ -146,7 +148,7 @@ class RunningFederation:
         (folder / "federation.toml").write_text(to_toml(study.model_dump(mode="json")))
         self.address, *others = (f"127.0.0.1:{port}" for port in free_ports(1 + len(study.sites)))
         self.peers = dict(zip(study.sites, others, strict=True)) if study.method.name == "gcml" else {}
-        self.coordinator: subprocess.Popen[bytes] | None = None
+        self.coordinator: Forked | None = None
         self.sites = {name: self._site(name, data[name], study, planned, variables) for name in study.sites}
         watcher = Site(name="watcher", coordinator=self.address, insecure=True, connect_minutes=1)
         self.watcher = GrpcCommunicator(watcher)
@@ -167,17 +169,14 @@ class RunningFederation:
         return RunningSite(name, folder, dataset, study.method.trainer_name, environment(**paths, **variables))
 
     def serve(self) -> None:
-        with (self.folder / "coordinator.log").open("ab") as log:
-            self.coordinator = subprocess.Popen(
-                [sys.executable, "-m", "nnunet_fed", "coordinator", str(self.folder / "federation.toml"), "--listen",
-                 self.address, "--state", str(self.folder / "state"), "--insecure"],
-                env=environment(), stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
+        words = [sys.executable, "-m", "nnunet_fed", "coordinator", str(self.folder / "federation.toml")]
+        words += ["--listen", self.address, "--state", str(self.folder / "state"), "--insecure"]
+        self.coordinator = Forked(words, environment(), self.folder / "coordinator.log")
 
     def restart(self) -> None:
         """Kill the coordinator, and start it again; returns once it answers."""
         assert self.coordinator is not None
-        os.killpg(self.coordinator.pid, signal.SIGKILL)
+        self.coordinator.kill()
         self.coordinator.wait()
         self.serve()
         until(lambda: bool(self.watcher.status()), "the coordinator answers again")
