@@ -102,7 +102,8 @@ def _selector(run: Run) -> Iterator[Block]:
         )
         rows = [[site, *map(str, row)] for site, row in zip(sites, confusion, strict=True)]
         yield Table("Confusion: cases of the site in the row, taken for the site in the column", ("Site", *sites), rows)
-    choices = {site: files.log.choices for site, files in run.sites.items() if files.log.choices}
+    # version 0.1 did not record it
+    choices = {site: chosen for site, files in run.sites.items() if (chosen := files.record.get("super_model_choices"))}
     if choices:
         models = sorted({model for chosen in choices.values() for model in chosen})
         groups = {site: {model: float(chosen.get(model, 0)) for model in models} for site, chosen in choices.items()}

@@ -77,6 +77,7 @@ def test_three_models_are_validated(trained: RunningFederation) -> None:
         assert bundle["validation_dice"].keys() == SITES.keys(), "the gate has been agreed on"
         record = site.record()
         assert sum(map(sum, record["selector"]["confusion"])) == 2
+        assert sum(record["super_model_choices"].values()) == 1
         assert all(entry["diagnostics"]["deviation"] > 0 for entry in record["rounds"])
 
 

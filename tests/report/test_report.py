@@ -130,13 +130,23 @@ def test_diagnostics_of_fedgs(tmp_path: Path) -> None:
 def test_selector_of_fedsm(tmp_path: Path) -> None:
     selector = {"accuracy": 0.75, "confusion": [[5, 1], [2, 4]], "share_routed_to_global": 0.25, "trusted": False}
     run = make_run(tmp_path / "run", {"name": "fedsm"}, selector=selector)
-    log = next(fold_of(run, "site_b").glob("training_log*"))
-    said = "Models that the super model chooses for the validation cases: global: 2, site_b: 1"
-    log.write_text(log.read_text() + f"\n2026-01-01 10:00:09.000000: {said} \n")
+    amend(fold_of(run, "site_b") / "federation.json", super_model_choices={"global": 2, "site_b": 1})
     method = sections(run)["method"]
     assert table(method, "Confusion")[1:] == [["site_a", "5", "1"], ["site_b", "2", "4"]]
     assert table(method, "Routing") == [["Site", "global", "site_b"], ["site_b", "2", "1"]]
     assert any("too few: the super model is the global one" in getattr(block, "text", "") for block in method.blocks)
+
+
+def test_what_version_0_1_told_in_its_log_only_is_not_read_from_there(tmp_path: Path) -> None:
+    selector = {"accuracy": 0.75, "confusion": [[5, 1], [2, 4]], "share_routed_to_global": 0.25, "trusted": True}
+    run = make_run(tmp_path / "run", {"name": "fedsm"}, selector=selector)
+    log = next(fold_of(run, "site_b").glob("training_log*"))
+    said = "Models that the super model chooses for the validation cases: global: 2, site_b: 1"
+    log.write_text(log.read_text() + f"\n2026-01-01 10:00:09.000000: {said} \n")
+    found = sections(run)
+    captions = [block.caption for block in found["method"].blocks if isinstance(block, Table)]
+    assert any(caption.startswith("Confusion") for caption in captions)
+    assert not any(caption.startswith("Routing") for caption in captions)
 
 
 def test_exchange_graph_of_gcml(tmp_path: Path) -> None:

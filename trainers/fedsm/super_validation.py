@@ -48,7 +48,8 @@ def _validate_super(trainer: nnUNetTrainerFedSM, folder: Path, entry: FoldBundle
     chosen: dict[str, list[str]] = {}
     for case, seen in trainer.selector_cases("validation").items():
         chosen.setdefault(router.choose_for(seen)[0].choice, []).append(case)
-    counts = ", ".join(f"{choice}: {len(cases)}" for choice, cases in sorted(chosen.items()))
+    counts = {choice: len(cases) for choice, cases in sorted(chosen.items())}
+    trainer.note_facts(super_model_choices=counts)
     trainer.print_to_log_file(f"Models that the super model chooses for the validation cases: {counts}")
     sources = {entry.site: folder, GLOBAL: folder / GLOBAL}
     for site in sorted(chosen.keys() - sources.keys()):

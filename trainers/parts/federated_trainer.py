@@ -29,7 +29,7 @@ from nnunet_fed.trainers.parts.cross_site_evaluation import evaluate_across_site
 from nnunet_fed.trainers.parts.ranks import RankZeroCommunicator, from_rank_zero, patient_group
 from nnunet_fed.trainers.parts.rounds import common_start, pad_log, require_agreement
 from nnunet_fed.trainers.parts.study_trainer import StudyTrainer, sentences_for_users
-from nnunet_fed.trainers.parts.training_record import logged_by
+from nnunet_fed.trainers.parts.training_record import RECORD, TrainingRecord, logged_by
 
 
 class _TrainingOver(Exception):  # noqa: N818
@@ -99,9 +99,12 @@ class FederatedTrainer(StudyTrainer):
             self._session.happened(text)
 
     def note_facts(self, **facts: Any) -> None:
-        """Note facts of the training in this site's record."""
+        """Note facts of the training in this site's record; those of ``--val`` in the record that the training left."""
+        path = Path(self.output_folder) / RECORD
         if self._session is not None:
             self._session.note_facts(**facts)
+        elif self.local_rank == 0 and path.is_file():
+            TrainingRecord(path, resumed=True).note(**facts)
 
     # ------------------------------------------------------------------------------------------- nnU-Net's hooks
 

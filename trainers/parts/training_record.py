@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+RECORD = "federation.json"
+"""Its file, in the folder of the fold."""
 PACKAGES = ("nnunet-fed", "nnunetv2", "torch", "grpcio")
 
 
