@@ -11,8 +11,8 @@ from nnunet_fed.datasets.phantom import write_phantom
 from nnunet_fed.study.federation import Federation
 
 LONGEST_FIRST = (
-    "training", "faults", "gcml_training", "fedoap_training", "fedsm_training", "compare", "readme", "simulation",
-    "fedgs_training", "planning_processes", "tutorial", "refusals",
+    "faults", "training", "readme", "fedoap_training", "gcml_training", "fedsm_training", "fedgs_training", "tutorial",
+    "compare", "planning_processes", "simulation", "refusals",
 )  # fmt: skip
 
 
