@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
-from harness import Planned, RunningFederation, environment, federation, run, train_all
+from harness import Planned, RunningFederation, Trained, environment, federation, run, train_all, trained_once
 
 from nnunet_fed.datasets.phantom import write_phantom
 from nnunet_fed.study.federation import Federation
 
 LONGEST_FIRST = (
-    "training", "faults", "gcml_training", "fedoap_training", "fedsm_training", "compare", "readme", "simulation",
-    "fedgs_training", "version_0_1", "planning_processes", "tutorial", "refusals",
+    "faults", "training", "readme", "fedoap_training", "gcml_training", "fedsm_training", "fedgs_training", "tutorial",
+    "compare", "version_0_1", "planning_processes", "simulation", "refusals",
 )  # fmt: skip
 
 
@@ -56,10 +56,20 @@ def planned(phantom: Path, shared: Path) -> Planned:
     return Planned(out, Federation.read(out / "federation.toml"))
 
 
-@pytest.fixture(scope="session")
-def undisturbed(planned: Planned, tmp_path_factory: pytest.TempPathFactory) -> RunningFederation:
-    """Two sites, three rounds of federated averaging, nothing happens."""
-    folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    with federation(planned, folder, {"site_a": "site_a", "site_b": "site_b"}) as running:
+def averaged(planned: Planned, folder: Path, *sites: str) -> RunningFederation:
+    """Three rounds of federated averaging in which nothing happens."""
+    with federation(planned, folder, {site: site for site in sites}) as running:
         train_all(running)
-        return running
+    return running
+
+
+@pytest.fixture(scope="session")
+def undisturbed(planned: Planned, shared: Path) -> Trained:
+    """Two sites, three rounds of federated averaging, nothing happens."""
+    return trained_once(shared / "undisturbed", lambda folder: averaged(planned, folder, "site_a", "site_b"))
+
+
+@pytest.fixture(scope="session")
+def alone(planned: Planned, shared: Path) -> Trained:
+    """The same with one site."""
+    return trained_once(shared / "alone", lambda folder: averaged(planned, folder, "site_a"))

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from warm import QUICK, Forked
 
 from nnunet_fed.simulation.simulate import free_ports, plugin_folder
@@ -115,6 +117,12 @@ class RunningSite:
     @property
     def results(self) -> Path:
         return self.folder / "results" / self.dataset / f"{self.trainer}__{PLANS}__3d_fullres" / f"fold_{self.fold}"
+
+    def copied(self, folder: Path) -> RunningSite:
+        """The same with a copy of all its files."""
+        shutil.copytree(self.folder, folder, symlinks=True)
+        moved = {name: value.replace(str(self.folder), str(folder)) for name, value in self.environment.items()}
+        return replace(self, folder=folder, environment=moved)
 
     def start(self, *arguments: str) -> None:
         train = [command("nnUNetv2_train"), "1", "3d_fullres", self.fold, "-tr", self.trainer, "-p", PLANS]
@@ -227,6 +235,23 @@ def federation(
         running.serve()
         until(lambda: bool(running.watcher.status()), "the coordinator answers")
         yield running
+
+
+@dataclass
+class Trained:
+    """Sites whose training has ended."""
+
+    sites: dict[str, RunningSite]
+
+
+def trained_once(folder: Path, train: Callable[[Path], RunningFederation]) -> Trained:
+    """What one of pytest's processes trains in a folder that all have, for all of them."""
+    done = folder.with_suffix(".pickle")
+    with FileLock(folder.with_suffix(".lock")):
+        if not done.is_file():
+            sites = train(folder).sites
+            done.write_bytes(pickle.dumps({name: replace(site, process=None) for name, site in sites.items()}))
+    return Trained(pickle.loads(done.read_bytes()))
 
 
 def train_all(running: RunningFederation) -> None:
