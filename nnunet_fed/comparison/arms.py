@@ -27,7 +27,7 @@ from nnunet_fed.comparison.pooled_data import Planned, fix_folds, pool
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.evaluation.summary import result_table
 from nnunet_fed.files import new_folder
-from nnunet_fed.simulation.simulate import Simulation, simulate
+from nnunet_fed.simulation.simulate import Simulation, require_trainer, simulate
 from nnunet_fed.study.federation import Federation
 from nnunet_fed.study.labels import Sources
 from nnunet_fed.study.methods import METHODS, method_settings
@@ -196,7 +196,7 @@ def _check(comparison: Comparison) -> None:
     if comparison.study.get("fold") == "all":
         raise ConfigurationError("--fold all keeps no case for validation, so nothing can be compared: use a number.")
     for method, seed in comparison.arms:
-        comparison.study_of(method, seed)
+        require_trainer(comparison.study_of(method, seed))
 
 
 def _plan(comparison: Comparison, study: Federation, console: Console, folder: Path) -> None:

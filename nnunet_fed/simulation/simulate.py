@@ -29,6 +29,7 @@ from nnunet_fed.processes import Process, Step, Worker, raise_first, signals_int
 from nnunet_fed.simulation.reuse_plans import DATASET, adopt, check_same_planning
 from nnunet_fed.study.federation import Federation
 from nnunet_fed.study.labels import LabelMap, Sources
+from nnunet_fed.study.methods.custom_options import Custom
 from nnunet_fed.study.site import SITE_FILE_VARIABLE, Site
 from nnunet_fed.study.toml import to_toml
 from nnunet_fed.transport.site.client import GrpcCommunicator
@@ -42,6 +43,7 @@ FOLDS = 5
 """Of nnU-Net's cross-validation, which needs as many cases."""
 STARTUP_SECONDS = 60.0
 NNUNET_FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+EXTERNAL_TRAINERS = "nnUNet_extTrainer"
 AUGMENTATION_VARIABLE = "nnUNet_n_proc_DA"
 THREAD_VARIABLES = ("nnUNet_fed_threads", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
@@ -80,6 +82,7 @@ def simulate(simulation: Simulation, console: Console) -> dict[str, Any]:
     """
     started = time.monotonic()
     study = simulation.study
+    require_trainer(study)
     if simulation.planned is not None:
         check_same_planning(simulation.planned, study, simulation.sites, simulation.labels)
     if study.plans_name is None:
@@ -138,6 +141,14 @@ def training_command(study: Federation, fold: int | str, device: str, dataset: i
         raise ConfigurationError(f"The command {name} is not on the PATH: install nnunetv2 in this environment.")
     trainer = ["-tr", study.method.trainer_name, "-p", str(study.plans_name), "-device", device]
     return [command, str(dataset), study.configuration, str(fold), *trainer]
+
+
+def require_trainer(study: Federation) -> None:
+    """See that there is the trainer of a method from outside the package; raises :class:`ConfigurationError`."""
+    if isinstance(study.method, Custom):
+        from nnunet_fed.trainers.parts.custom_trainer import check_custom_trainer  # with PyTorch, which others spare
+
+        check_custom_trainer(study)
 
 
 def plugin_folder() -> Path:
@@ -289,13 +300,15 @@ def site_environment(folder: Path, threads: int) -> dict[str, str]:
         folder: of the site, with nnU-Net's three folders and ``site.toml``.
         threads: of each process.
     """
+    theirs = os.environ.get(EXTERNAL_TRAINERS, "").split(os.pathsep)
+    folders = dict.fromkeys([str(plugin_folder()), *filter(None, theirs)])
     return {
         "nnUNet_def_n_proc": "2",
         **os.environ,
         **{name: str(folder / name) for name in NNUNET_FOLDERS},
         **dict.fromkeys(THREAD_VARIABLES, str(threads)),
         SITE_FILE_VARIABLE: str(folder / "site.toml"),
-        "nnUNet_extTrainer": str(plugin_folder()),
+        EXTERNAL_TRAINERS: os.pathsep.join(folders),
         "PYTHONUNBUFFERED": "1",
     }
 
