@@ -115,7 +115,7 @@ class Target:
         of_model, size_of_model = described(TENSORS)
         self.words = ["a", "b", "x", "", self.run, RUN, "r/model", "mean", "{}", of_study, digest, of_model, "../a"]
         self.sizes = [1, 2, 3, 0, size, size + 1, 2**32, 2**53, 2**63, 2**64 - 1]
-        both = {"protocol": [server.PROTOCOL], "size": [size], "position": [0, 1, size], "wait_seconds": [0.0]}
+        both = {"protocol": [server.NEWEST_PROTOCOL], "size": [size], "position": [0, 1, size], "wait_seconds": [0.0]}
         self._likely: dict[bool, dict[str, list[Any]]] = {
             False: {
                 "site": ["a", "b"], "run": [self.run], "key": ["r/model", "r/x", "q/model", "q/x", "q/y"],
