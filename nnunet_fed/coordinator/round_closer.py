@@ -116,6 +116,12 @@ class RoundCloser:
                 self._changed.notify_all()
         logger.info("%s closed over %s", key, ", ".join(given), extra=about(run, key))
 
+    def reopen(self, collective: Collective) -> None:
+        """Let a collective that failed at its deadline go on, with the whole time again."""
+        with self._changed, self._store.transaction():
+            collective.status, collective.error, collective.opened = "open", None, time.time()
+            self._store.put_collective(collective)
+
     def wait_until_saved(self, collective: Collective) -> None:
         """Return once a closed collective's result is on disk for good: no site may go on with it before.
 

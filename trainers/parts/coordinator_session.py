@@ -30,7 +30,7 @@ class CoordinatorSession:
 
     Raises:
         ConfigurationError: site.toml is missing or wrong, or fold or attempt are not the federation's.
-        RefusedError: see :meth:`nnunet_fed.coordinator.coordinator.Coordinator.join`.
+        RefusedError: see :meth:`nnunet_fed.coordinator.members.Members.join`.
         UnreachableError: no coordinator answers.
     """
 
