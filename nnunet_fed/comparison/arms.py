@@ -26,7 +26,7 @@ from nnunet_fed.comparison import pooled_data
 from nnunet_fed.comparison.pooled_data import Planned, fix_folds, pool
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.evaluation.summary import result_table
-from nnunet_fed.files import new_folder
+from nnunet_fed.files import move, new_folder, write_text
 from nnunet_fed.simulation.simulate import Simulation, simulate
 from nnunet_fed.study.federation import Federation
 from nnunet_fed.study.labels import Sources
@@ -178,9 +178,7 @@ def remember(comparison: Comparison) -> None:
             _require_same(path, key, before.get(key), settings.get(key))
     else:
         new_folder(comparison.out)
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(to_toml(settings), encoding="utf-8")
-    part.replace(path)
+    write_text(path, to_toml(settings))
 
 
 def _check(comparison: Comparison) -> None:
@@ -248,7 +246,7 @@ def _complete(out: Path, folder: Path, make: Callable[[Path], None]) -> None:
     building = out / UNFINISHED / f"{folder.name}-{uuid4().hex[:8]}"
     make(building)
     folder.parent.mkdir(exist_ok=True)
-    building.rename(folder)
+    move(building, folder)
 
 
 def _validated(settings: Mapping[str, Any]) -> Federation:
