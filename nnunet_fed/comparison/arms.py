@@ -10,7 +10,6 @@ import json
 import logging
 import re
 import shutil
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -31,12 +30,7 @@ from nnunet_fed.simulation.simulate import Simulation, simulate
 from nnunet_fed.study.federation import Federation
 from nnunet_fed.study.labels import Sources
 from nnunet_fed.study.method_tables import METHOD_TABLES
-from nnunet_fed.study.toml import explain, to_toml
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from nnunet_fed.study.toml import explain, from_toml, to_toml
 
 logger = logging.getLogger(__name__)
 SETTINGS, PLANNED, POOLED, RUNS, UNFINISHED = "compare.toml", "planned", "pooled", "runs", "unfinished"
@@ -166,9 +160,9 @@ def remember(comparison: Comparison) -> None:
     Methods and seeds may be added. Raises :class:`ConfigurationError` that names what differs.
     """
     path = comparison.out / SETTINGS
-    settings: dict[str, Any] = tomllib.loads(to_toml(comparison.settings))
+    settings: dict[str, Any] = from_toml(to_toml(comparison.settings))
     if path.is_file():
-        before = tomllib.loads(path.read_text(encoding="utf-8"))
+        before = from_toml(path.read_text(encoding="utf-8"))
         for table in ("options", "variants"):
             earlier = before.get(table, {})
             for method in set(earlier) & set(settings[table]):
