@@ -24,6 +24,7 @@ from nnunet_fed.agreement.fingerprint import INTENSITIES
 from nnunet_fed.agreement.plan_digest import plans_digest
 from nnunet_fed.agreement.quantiles import Floats
 from nnunet_fed.errors import ConfigurationError
+from nnunet_fed.files import move
 from nnunet_fed.study.federation import PLANS_KEY, digest_of
 
 logger = logging.getLogger(__name__)
@@ -104,7 +105,7 @@ class HarmonisedPlanner:
             # nnU-Net would merge its configurations into the new plans, and these would differ from the other sites'
             previous = self.plans_file.with_suffix(".previous.json")
             logger.info("%s is kept as %s", self.plans_file.name, previous.name)
-            self.plans_file.replace(previous)
+            move(self.plans_file, previous)
         super().save_plans(plans)  # type: ignore[misc]
 
     def _preprocessing_inputs(self, plans: dict[str, Any], configuration: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,6 @@ import json
 import logging
 import re
 import shutil
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,17 +25,12 @@ from nnunet_fed.comparison import pooled_data
 from nnunet_fed.comparison.pooled_data import Planned, fix_folds, pool
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.evaluation.summary import result_table
-from nnunet_fed.files import new_folder
+from nnunet_fed.files import move, new_folder, write_text
 from nnunet_fed.simulation.simulate import Simulation, require_trainer, simulate
 from nnunet_fed.study.federation import Federation
 from nnunet_fed.study.labels import Sources
 from nnunet_fed.study.methods import METHODS, method_settings
-from nnunet_fed.study.toml import explain, to_toml
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from nnunet_fed.study.toml import explain, from_toml, to_toml
 
 logger = logging.getLogger(__name__)
 SETTINGS, PLANNED, POOLED, RUNS, UNFINISHED = "compare.toml", "planned", "pooled", "runs", "unfinished"
@@ -166,9 +160,9 @@ def remember(comparison: Comparison) -> None:
     Methods and seeds may be added. Raises :class:`ConfigurationError` that names what differs.
     """
     path = comparison.out / SETTINGS
-    settings: dict[str, Any] = tomllib.loads(to_toml(comparison.settings))
+    settings: dict[str, Any] = from_toml(to_toml(comparison.settings))
     if path.is_file():
-        before = tomllib.loads(path.read_text(encoding="utf-8"))
+        before = from_toml(path.read_text(encoding="utf-8"))
         for table in ("options", "variants"):
             earlier = before.get(table, {})
             for method in set(earlier) & set(settings[table]):
@@ -178,9 +172,7 @@ def remember(comparison: Comparison) -> None:
             _require_same(path, key, before.get(key), settings.get(key))
     else:
         new_folder(comparison.out)
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(to_toml(settings), encoding="utf-8")
-    part.replace(path)
+    write_text(path, to_toml(settings))
 
 
 def _check(comparison: Comparison) -> None:
@@ -248,7 +240,7 @@ def _complete(out: Path, folder: Path, make: Callable[[Path], None]) -> None:
     building = out / UNFINISHED / f"{folder.name}-{uuid4().hex[:8]}"
     make(building)
     folder.parent.mkdir(exist_ok=True)
-    building.rename(folder)
+    move(building, folder)
 
 
 def _validated(settings: Mapping[str, Any]) -> Federation:

@@ -19,7 +19,7 @@ import xxhash
 
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.exchange.keys import MODEL, name_of, round_of, scope_of
-from nnunet_fed.files import PARTIAL, make_durable, same_file
+from nnunet_fed.files import PARTIAL, make_durable, move, same_file
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +153,7 @@ class Store:
     def _keep_copy(self, name: str) -> None:
         """Copy all that an older version reads into a folder of this one, which that version can be started with."""
         copy = self.folder / name
-        part = copy.with_name(f"{name}.part")
+        part = copy.with_name(name + PARTIAL)
         for leftover in (part, copy):  # of a migration that was interrupted, or undone
             shutil.rmtree(leftover, ignore_errors=True)
         for source in (self.spool, self.results):
@@ -167,7 +167,7 @@ class Store:
         finally:
             journal.close()
         make_durable(part / "journal.sqlite")
-        part.replace(copy)
+        move(part, copy)
         make_durable(copy)
         logger.warning(
             "The state directory %s was written by version 0.1 of nnunet_fed and is brought to format %d. %s keeps it "

@@ -20,7 +20,7 @@ from typing import BinaryIO
 import xxhash
 
 from nnunet_fed.errors import NoRoomError
-from nnunet_fed.files import PARTIAL
+from nnunet_fed.files import PARTIAL, move
 
 OLDEST = 24 * 3600.0
 """Seconds without a byte after which a restart of the coordinator deletes a partial file."""
@@ -232,7 +232,7 @@ class Spool:
         with self._lock:
             if self._receivers.get(receiver.path.name) is not receiver:
                 raise InterruptedUploadError
-            receiver.path.replace(path)
+            move(receiver.path, path)
         return path
 
     def discard(self, receiver: Receiver) -> None:

@@ -24,7 +24,7 @@ from rich.console import Console
 from nnunet_fed.coordinator.watch import watch
 from nnunet_fed.errors import ConfigurationError, FederationError, UnreachableError
 from nnunet_fed.evaluation.summary import lesion_table, result_table, site_summary, summarise
-from nnunet_fed.files import new_folder
+from nnunet_fed.files import new_folder, write_json, write_text
 from nnunet_fed.processes import Process, Step, Worker, raise_first, signals_interrupt, stop, stop_workers
 from nnunet_fed.simulation.reuse_plans import DATASET, adopt, check_same_planning
 from nnunet_fed.study.federation import Federation
@@ -99,7 +99,7 @@ def simulate(simulation: Simulation, console: Console) -> dict[str, Any]:
             adopt(simulation.planned / "sites" / place.name, place.folder, study)
     state, study_file = out / "coordinator", out / "federation.toml"
     state.mkdir()
-    study_file.write_text(to_toml(study.model_dump(mode="json")), encoding="utf-8")
+    write_text(study_file, to_toml(study.model_dump(mode="json")))
 
     command = [sys.executable, "-m", "nnunet_fed", "coordinator", str(study_file)]
     command += ["--listen", address, "--state", str(state), "--insecure"]
@@ -119,10 +119,10 @@ def simulate(simulation: Simulation, console: Console) -> dict[str, Any]:
             return any(going)
 
         watch(_patient(communicator.status), running, console)
-        _write_json(out / "record.json", communicator.status(record=True))
+        write_json(out / "record.json", communicator.status(record=True), allow_nan=False)
     sites = {place.name: site_summary(place.results(study), place.labels, place.fold) for place in places}
     summary = summarise(study, sites, time.monotonic() - started)
-    _write_json(out / "summary.json", summary)
+    write_json(out / "summary.json", summary, allow_nan=False)
     return summary
 
 
@@ -199,7 +199,7 @@ class Place:
             site |= {"listen": peers[self.name], "peers": dict(peers)}
         if self.label_map is not None:
             site |= {"mapped_dataset": self.label_map.dataset, "labels": self.label_map.sources}
-        (self.folder / "site.toml").write_text(to_toml(site), encoding="utf-8")
+        write_text(self.folder / "site.toml", to_toml(site))
 
     @property
     def labels(self) -> dict[str, Any]:
@@ -342,9 +342,3 @@ def _patient(poll: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]
         return latest
 
     return patient
-
-
-def _write_json(path: Path, value: Any) -> None:
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    part.replace(path)

@@ -318,7 +318,7 @@ def template(name: str) -> str:
 def mentioned(text: str) -> dict[str, Any]:
     """Keys of a template, those in comments ("# key = value") included, with their values."""
     lines = [line.removeprefix("# ") if line.startswith("# ") and " = " in line else line for line in text.splitlines()]
-    return toml.tomllib.loads("\n".join(lines))
+    return toml.from_toml("\n".join(lines))
 
 
 @pytest.mark.parametrize(("name", "model"), [("federation.toml", Federation), ("site.toml", Site)])
@@ -346,6 +346,6 @@ def test_templates_show_the_defaults() -> None:
 
 
 def test_templates_belong_together() -> None:
-    study = Federation.model_validate(toml.tomllib.loads(template("federation.toml")))
-    site = Site.model_validate(toml.tomllib.loads(template("site.toml")))
+    study = Federation.model_validate(toml.from_toml(template("federation.toml")))
+    site = Site.model_validate(toml.from_toml(template("site.toml")))
     assert site.name in study.sites

@@ -188,11 +188,11 @@ def equal(one: Any, other: Any) -> bool:
 
 
 def test_an_amended_checkpoint_is_the_old_one_with_additions(tmp_path: Path) -> None:
-    part, filename = tmp_path / "checkpoint.pth.part", tmp_path / "checkpoint.pth"
+    stock, filename = tmp_path / "checkpoint.pth.nnunet.part", tmp_path / "checkpoint.pth"
     saved(filename, 1)
-    content = saved(part, 2)
-    plain_size = part.stat().st_size
-    checkpoint.amend(part, filename, {checkpoint.FEDERATION: {"pending": None}, "current_epoch": 5})
+    content = saved(stock, 2)
+    plain_size = stock.stat().st_size
+    checkpoint.amend(stock, filename, {checkpoint.FEDERATION: {"pending": None}, "current_epoch": 5})
     amended = torch.load(filename, weights_only=False)
     assert equal(amended, {**content, checkpoint.FEDERATION: {"pending": None}, "current_epoch": 5})
     assert filename.stat().st_size < 1.5 * plain_size, "a tensor of two names is written once"
@@ -210,10 +210,10 @@ def test_a_checkpoint_of_nnunet_has_no_state_of_ours(tmp_path: Path) -> None:
 def test_a_failing_write_leaves_the_old_checkpoint_intact(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: int | None
 ) -> None:
-    part, filename = tmp_path / "checkpoint.pth.part", tmp_path / "checkpoint.pth"
+    stock, filename = tmp_path / "checkpoint.pth.nnunet.part", tmp_path / "checkpoint.pth"
     saved(filename, 1)
     old = filename.read_bytes()
-    saved(part, 2)
+    saved(stock, 2)
     save = torch.save
 
     def fail(content: Any, file: Any) -> None:
@@ -224,10 +224,10 @@ def test_a_failing_write_leaves_the_old_checkpoint_intact(
 
     monkeypatch.setattr(torch, "save", fail)
     with pytest.raises(OSError, match="No space left"):
-        checkpoint.amend(part, filename, {checkpoint.FEDERATION: {}})
+        checkpoint.amend(stock, filename, {checkpoint.FEDERATION: {}})
     assert filename.read_bytes() == old
     monkeypatch.undo()
-    saved(part, 3)
-    checkpoint.amend(part, filename, {checkpoint.FEDERATION: {}})
+    saved(stock, 3)
+    checkpoint.amend(stock, filename, {checkpoint.FEDERATION: {}})
     assert torch.load(filename, weights_only=False)["current_epoch"] == 3, "and the next one goes well"
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pth"]

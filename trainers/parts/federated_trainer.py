@@ -18,7 +18,7 @@ from nnunet_fed.errors import (
     RoundClosedError,
 )
 from nnunet_fed.exchange import keys
-from nnunet_fed.files import PARTIAL
+from nnunet_fed.files import replacing
 from nnunet_fed.methods.tensors import digest_of_tensors
 from nnunet_fed.prediction.checkpoint_files import FINAL_CHECKPOINT, GLOBAL_CHECKPOINT
 from nnunet_fed.study.federation import Federation
@@ -199,9 +199,8 @@ class FederatedTrainer(StudyTrainer):
 
     def save_models(self, folder: Path) -> None:
         """Write what a site has besides ``checkpoint_final.pth``: the global model, which is the same one here."""
-        part = folder / f"{GLOBAL_CHECKPOINT}{PARTIAL}"
-        shutil.copyfile(folder / FINAL_CHECKPOINT, part)
-        part.replace(folder / GLOBAL_CHECKPOINT)
+        with replacing(folder / GLOBAL_CHECKPOINT) as part:
+            shutil.copyfile(folder / FINAL_CHECKPOINT, part)
 
     def _leave(self) -> None:
         if self._session is not None:

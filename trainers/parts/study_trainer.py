@@ -15,6 +15,7 @@ from torch._dynamo import OptimizedModule
 
 from nnunet_fed.errors import ConfigurationError, FederationError
 from nnunet_fed.exchange.payload import Array
+from nnunet_fed.files import PARTIAL
 from nnunet_fed.methods.fedavg import site_weight
 from nnunet_fed.methods.tensors import load_arrays, shared_tensors, to_arrays
 from nnunet_fed.study.federation import PLANS_KEY, Federation
@@ -240,9 +241,9 @@ class StudyTrainer(nnUNetTrainer):
         if self.local_rank != 0 or self.disable_checkpointing:
             super().save_checkpoint(filename)
             return
-        part = Path(filename + ".part")
-        super().save_checkpoint(str(part))
-        checkpoint.amend(part, Path(filename), {**(additions or {}), "trainer_name": self.PREDICTED_AS})
+        stock = Path(f"{filename}.nnunet{PARTIAL}")
+        super().save_checkpoint(str(stock))
+        checkpoint.amend(stock, Path(filename), {**(additions or {}), "trainer_name": self.PREDICTED_AS})
 
     def load_checkpoint(self, filename_or_checkpoint: Any) -> None:
         """nnU-Net's checkpoint and our state; the random states wait until the training has started."""
