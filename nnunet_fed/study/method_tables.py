@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, StrictStr, model_validator
 
-from nnunet_fed.study.table import Table
+from nnunet_fed.study.table import Neutral, Table
 
 
 class MethodTable(Table):
@@ -112,10 +112,13 @@ Threshold = Annotated[
 ]
 
 
-class FedGS(MethodTable):
+class FedGS(FineTuned):
     """Federated gradient scaling: see :mod:`nnunet_fed.methods.fedgs` for the source and the symbols."""
 
     name: Literal["fedgs"]
+    # of 0.2, where the other methods have had both since 0.1
+    finetune_epochs: Annotated[int, Neutral(0, since=3)] = Field(default=0, ge=0)
+    finetune_lr_factor: Annotated[float, Neutral(0.1, since=3)] = Field(default=0.1, gt=0)
     variant: Literal["fedgs", "fedgs_norm", "fedavg_gain", "fedavg_server_lr"] = "fedgs"
     """``fedgs``, or a control that tells it from a larger step: factors divided by the federation's mean of the round
     before (``fedgs_norm``), each site's update times its own mean factor (``fedavg_gain``), or all updates times the

@@ -63,8 +63,8 @@ METHODS: dict[str, dict[str, Any]] = {
         "sigma": 1.0, "perturbation_weight": 0.0,
     },
     "fedgs": {
-        "variant": "fedgs_norm", "strength": 1.0, "threshold": 150.0, "log_base": 100.0, "classes": ("lesion",),
-        "truncation_guard": False, "warm_down": 0.1,
+        **FINE_TUNED, "variant": "fedgs_norm", "strength": 1.0, "threshold": 150.0, "log_base": 100.0,
+        "classes": ("lesion",), "truncation_guard": False, "warm_down": 0.1,
     },
     "fedsm": {
         "softpull_self_weight": 0.8, "softpull_schedule": "constant", "gamma": 0.5, "selector_mode": "reference",
@@ -104,10 +104,10 @@ def test_the_method_and_its_options_belong_to_the_mathematics() -> None:
     for name, options in METHODS.items():
         study = make_study(method={"name": name})
         assert {"name", *options} == set(type(study.method).model_fields)
-        dumped = study.model_dump(mode="json")
-        mathematics = {key: dumped[key] for key in dumped if key not in Federation.OPERATIONAL}
+        stored = study.stored()
+        mathematics = {key: stored[key] for key in stored if key not in Federation.OPERATIONAL}
         assert study.digest == digest_of({**mathematics, "fold": 0})
-        assert dumped["method"]["name"] == name
+        assert stored["method"]["name"] == name
         for option, value in options.items():
             assert make_study(method={"name": name, option: value}).digest != study.digest
 

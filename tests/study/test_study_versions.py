@@ -256,3 +256,14 @@ def test_the_fold_is_edited_while_the_sites_plan(tmp_path: Path) -> None:
     second = Coordinator(make_study("ab", fold=3), Store(tmp_path))
     assert second.join("a", "planning") == second.join("b", "planning") == run
     second.close()
+
+
+def test_a_study_of_fedgs_that_does_not_fine_tune_is_the_one_of_0_1() -> None:
+    """``finetune_epochs`` and ``finetune_lr_factor`` came to FedGS later than to the other methods."""
+    study, tuned = make_study(method={"name": "fedgs"}), make_study(method={"name": "fedgs", "finetune_epochs": 2})
+    assert not {"finetune_epochs", "finetune_lr_factor"} & study.stored(OLDEST_PROTOCOL)["method"].keys()
+    assert Federation.restore(study.stored(OLDEST_PROTOCOL)) == study
+    assert Federation.restore(tuned.stored()) == tuned
+    assert study.digest != tuned.digest
+    with pytest.raises(RefusedError, match=r"'finetune_epochs', which nnunet_fed knows since version 0\.2"):
+        tuned.stored(OLDEST_PROTOCOL)
