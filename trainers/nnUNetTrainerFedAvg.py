@@ -1,5 +1,8 @@
 """Federated averaging inside nnU-Net's training."""
 
+from typing import ClassVar
+
+from nnunet_fed.study.method_tables import FedAvg, MethodTable
 from nnunet_fed.trainers.parts.finetuning import FineTuningTrainer
 
 
@@ -7,7 +10,8 @@ class nnUNetTrainerFedAvg(FineTuningTrainer):  # noqa: N801
     """Every round ends with the weighted mean of the sites' weights (:mod:`nnunet_fed.methods.fedavg`)."""
 
     method = "fedavg"
+    Options: ClassVar[type[MethodTable]] = FedAvg
 
     def exchange(self, scope: str) -> None:
         """Replace this site's weights by the mean over the sites of the round."""
-        self.load_shared(self.communicator.mean(f"{scope}/{self.MODEL}", self.shared_arrays(), self.site_weight))
+        self.average(scope)

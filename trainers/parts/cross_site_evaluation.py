@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from nnunet_fed.errors import NoContributionError, RoundClosedError
 from nnunet_fed.exchange.cross_site_matrix import DICE, Column, matrix, model_key
 from nnunet_fed.methods.tensors import load_arrays, shared_tensors, to_arrays
 from nnunet_fed.trainers.parts.further_validation import mean_dice, validate_below, weights_kept
+from nnunet_fed.trainers.parts.publishing import publish
 
 if TYPE_CHECKING:
     from nnunet_fed.trainers.parts.federated_trainer import FederatedTrainer
@@ -53,9 +55,9 @@ def evaluate_across_sites(trainer: FederatedTrainer, save_probabilities: bool, t
             continue
         mine = site == communicator.site
         tell(f"handing out the model of {site}")
-        own = to_arrays(shared_tensors(trainer.bare(trainer.network))) if mine else {}
+        own = shared_tensors(trainer.bare(trainer.network))
         try:
-            received = communicator.mean(model_key(site), own, float(mine), exact=True)
+            received = publish(communicator, model_key(site), site, partial(to_arrays, own))
         except (NoContributionError, RoundClosedError):
             trainer.happened(f"the model of {site} was not handed out here: that site or this one was away")
             continue
