@@ -50,7 +50,7 @@ ONLY = {
 
 WITHIN = {
     "transport": (("proto",), ("channel",), ("coordinator", "site", "peers")),
-    "trainers": (("parts",), ("fedsm", "gossip"), ("",)),
+    "trainers": (("parts",), ("fedgs", "fedsm", "gossip"), ("",)),
 }
 """Folders of an adapter, from the ground up; those of one floor do not import each other. "": its own modules."""
 

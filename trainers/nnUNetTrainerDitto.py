@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
-from nnunet_fed.exchange.keys import key_of
+from nnunet_fed.study.method_table import MethodTable
 from nnunet_fed.study.methods.ditto_options import Ditto
 from nnunet_fed.trainers.parts.proximal_trainer import ProximalTrainer
 from nnunet_fed.trainers.parts.two_models import TwoModelTrainer
@@ -18,12 +18,13 @@ class nnUNetTrainerDitto(ProximalTrainer, TwoModelTrainer):  # noqa: N801
     """
 
     method = "ditto"
+    Options: ClassVar[type[MethodTable]] = Ditto
+    options: Ditto
 
     def initialize(self) -> None:
         """Both networks; then hold the steps of the personalized one."""
         super().initialize()
-        assert isinstance(self.study.method, Ditto)
-        self.hold(self.bare(self.network), self.study.method.pull_strength)
+        self.hold(self.bare(self.network), self.options.pull_strength)
 
     def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
         """nnU-Net's step of the global model, then of the personalized one; the loss of the latter."""
@@ -34,7 +35,7 @@ class nnUNetTrainerDitto(ProximalTrainer, TwoModelTrainer):  # noqa: N801
 
     def exchange(self, scope: str) -> None:
         """Replace the global model by the mean over the sites of the round."""
-        self.load_shared(self.communicator.mean(key_of(scope, self.MODEL), self.shared_arrays(), self.site_weight))
+        self.average(scope)
 
     def validate(self, save_probabilities: bool) -> None:
         """nnU-Net's validation of the personalized and of the global model."""

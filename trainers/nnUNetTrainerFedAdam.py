@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from contextlib import suppress
+from typing import Any, ClassVar
 
 import torch
 
-from nnunet_fed.errors import DisagreementError, NoContributionError
+from nnunet_fed.errors import NoContributionError
 from nnunet_fed.exchange.keys import key_of, last_round
-from nnunet_fed.exchange.payload import Array, encode, measure
+from nnunet_fed.exchange.payload import Array
 from nnunet_fed.methods.server_optimizer import AdamMoments, difference
 from nnunet_fed.methods.tensors import to_arrays
+from nnunet_fed.study.method_table import MethodTable
 from nnunet_fed.study.methods.fedadam_options import FedAdam
 from nnunet_fed.trainers.parts.finetuning import FineTuningTrainer
+from nnunet_fed.trainers.parts.publishing import (
+    digest_of_arrays,
+    from_next_source,
+    publish,
+    publish_computed,
+    require_equal,
+)
 
 
 class nnUNetTrainerFedAdam(FineTuningTrainer):  # noqa: N801
@@ -23,12 +32,12 @@ class nnUNetTrainerFedAdam(FineTuningTrainer):  # noqa: N801
     """
 
     method = "fedadam"
+    Options: ClassVar[type[MethodTable]] = FedAdam
+    options: FedAdam
 
     def configure_study(self) -> None:
-        """Take the method's options."""
+        """No moments yet."""
         super().configure_study()
-        assert isinstance(self.study.method, FedAdam)
-        self.options = self.study.method
         self.moments = AdamMoments(self.options.beta_1, self.options.beta_2, self.options.tau)
         self._round_start: dict[str, Array] = {}
 
@@ -40,18 +49,15 @@ class nnUNetTrainerFedAdam(FineTuningTrainer):  # noqa: N801
         self.moments.begin(shared, [name for name in shared if name in parameters])
 
     def exchange(self, scope: str) -> None:
-        """Take the mean of the updates, do Adam's step on it, and load the model that the first site publishes."""
+        """Take the mean of the updates, do Adam's step on it, and load the model, which the first site publishes."""
         own = difference(self.shared_arrays(), self._round_start)
         update = self.communicator.mean(key_of(scope, "update"), own, self.site_weight)
-        first = self._agree_on_moments(scope) == self.communicator.site
+        first = self._agree_on_moments(scope)
         model = self.moments.step(self._round_start, update, self.options.server_lr, last_round(scope))
-        try:
-            published = self.communicator.mean(
-                key_of(scope, self.MODEL), model if first else {}, float(first), exact=True
-            )
-        except NoContributionError:  # the first site went away since the update: the others have computed the same
-            published = model
-        self.load_shared(published)
+        # should the first site have gone away since the update, the others have computed the same
+        with suppress(NoContributionError):
+            model = publish_computed(self.communicator, key_of(scope, self.MODEL), first, model)
+        self.load_shared(model)
 
     def _agree_on_moments(self, scope: str) -> str:
         """Let every site of the round have the newest moments among them; returns the first that had them already.
@@ -59,30 +65,26 @@ class nnUNetTrainerFedAdam(FineTuningTrainer):  # noqa: N801
         Raises:
             DisagreementError: moments of the same round differ.
         """
-        own = {"round": self.moments.number, "digest": measure(encode(self.moments.tensors()))[0]}
+        own = {"round": self.moments.number, "digest": digest_of_arrays(self.moments.tensors())}
         told = self.communicator.gather(key_of(scope, "moments"), own)
         newest = max(entry["round"] for entry in told.values())
         digests = {site: entry["digest"] for site, entry in told.items() if entry["round"] == newest}
-        if len(set(digests.values())) > 1:
-            listed = ", ".join(f"{site}: {digest[:12]}" for site, digest in digests.items())
-            raise DisagreementError(
-                f"The sites' moments of FedAdam differ after the same rounds ({listed}). Install the same versions of "
-                "nnunet_fed and numpy at all sites."
-            )
+        require_equal(digests, "The sites' moments of FedAdam differ after the same rounds")
         if len(digests) < len(told):
             self.moments.take(self._published_moments(scope, list(digests)), newest)
         return next(iter(digests))
 
     def _published_moments(self, scope: str, sources: list[str]) -> dict[str, Array]:
-        """The moments of the first of the sources that is still there."""
-        for number, source in enumerate(sources):
-            mine = source == self.communicator.site
-            tensors = self.moments.tensors() if mine else {}
-            try:
-                return self.communicator.mean(key_of(scope, f"state-{number}"), tensors, float(mine), exact=True)
-            except NoContributionError:
-                continue
-        raise NoContributionError("The sites that had the moments of FedAdam have all gone away.")
+        """The moments of the first of the sources that is still there; those who have them compare."""
+
+        def from_source(numbered: tuple[int, str]) -> dict[str, Array]:
+            key, source = key_of(scope, f"state-{numbered[0]}"), numbered[1]
+            if self.communicator.site in sources:
+                return publish_computed(self.communicator, key, source, self.moments.tensors())
+            return publish(self.communicator, key, source, dict)
+
+        nobody = "The sites that had the moments of FedAdam have all gone away."
+        return from_next_source(enumerate(sources), from_source, nobody)
 
     def load_shared(self, arrays: dict[str, Array]) -> None:
         """Take received tensors into the network; they are the start of a round."""

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
-from nnunet_fed.errors import NoContributionError
 from nnunet_fed.exchange.keys import key_of, last_round, scope_of_round, start_scope
 from nnunet_fed.exchange.payload import Array
 from nnunet_fed.methods.server_optimizer import difference, with_momentum
 from nnunet_fed.methods.tensors import to_arrays
+from nnunet_fed.study.method_table import MethodTable
 from nnunet_fed.study.methods.fedavgm_options import FedAvgM
 from nnunet_fed.trainers.parts.finetuning import FineTuningTrainer
+from nnunet_fed.trainers.parts.publishing import from_next_source
+from nnunet_fed.trainers.parts.rounds import NO_START
 
 
 class nnUNetTrainerFedAvgM(FineTuningTrainer):  # noqa: N801
@@ -23,12 +25,12 @@ class nnUNetTrainerFedAvgM(FineTuningTrainer):  # noqa: N801
     """
 
     method = "fedavgm"
+    Options: ClassVar[type[MethodTable]] = FedAvgM
+    options: FedAvgM
 
     def configure_study(self) -> None:
-        """Take the method's options."""
+        """The global model has not moved yet."""
         super().configure_study()
-        assert isinstance(self.study.method, FedAvgM)
-        self.options = self.study.method
         self._round_start: dict[str, Array] = {}
         self._last_step: dict[str, Array] = {}
 
@@ -38,7 +40,7 @@ class nnUNetTrainerFedAvgM(FineTuningTrainer):  # noqa: N801
             self._round_start, self.shared_arrays(), self._last_step,
             self.options.server_lr, self.options.server_momentum,
         )  # fmt: skip
-        self.load_shared(self.communicator.mean(key_of(scope, self.MODEL), uploaded, self.site_weight))
+        self.average(scope, uploaded)
 
     def load_shared(self, arrays: dict[str, Array]) -> None:
         """Take received tensors into the network, and note how the global model has moved."""
@@ -57,12 +59,8 @@ class nnUNetTrainerFedAvgM(FineTuningTrainer):  # noqa: N801
     def _model_before(self, number: int) -> dict[str, Array]:
         if number > 0:
             return self.communicator.fetch(key_of(scope_of_round(number - 1), self.MODEL))
-        for source in range(len(self.communicator.sites)):
-            try:
-                return self.communicator.fetch(key_of(start_scope(source), self.MODEL))
-            except NoContributionError:
-                continue
-        raise NoContributionError("No site contributed initial weights.")
+        starts = [key_of(start_scope(source), self.MODEL) for source in range(len(self.communicator.sites))]
+        return from_next_source(starts, self.communicator.fetch, NO_START)
 
     def method_state(self) -> dict[str, Any]:
         """The model of the round's start, and how it had moved."""

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import sys
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -15,15 +12,10 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.methods.fedoap import FedOAPArchitecture, is_private, wrap_network
 from nnunet_fed.methods.perturbed_boundary import PerturbedBoundaryLoss, with_perturbed_boundary
-from nnunet_fed.study.federation import PLANS_KEY, Federation
+from nnunet_fed.study.federation import study_in
+from nnunet_fed.study.method_table import MethodTable
 from nnunet_fed.study.methods.fedoap_options import FedOAP
-from nnunet_fed.study.site import Site
 from nnunet_fed.trainers.nnUNetTrainerFedAvg import nnUNetTrainerFedAvg
-from nnunet_fed.trainers.parts.checkpoint import network_weights
-from nnunet_fed.trainers.parts.study_trainer import sentences_for_users
-
-PRETRAINED = "-pretrained_weights"
-"""nnU-Net's option, which it does not tell the trainer."""
 
 
 class nnUNetTrainerFedOAP(nnUNetTrainerFedAvg):  # noqa: N801
@@ -34,15 +26,12 @@ class nnUNetTrainerFedOAP(nnUNetTrainerFedAvg):  # noqa: N801
     """
 
     method = "fedoap"
+    Options: ClassVar[type[MethodTable]] = FedOAP
+    options: FedOAP
     PREDICTED_AS = "nnUNetTrainerFedOAP"
     FEDERATED = "federated"
 
-    def configure_study(self) -> None:
-        """Take the method's options."""
-        super().configure_study()
-        assert isinstance(self.study.method, FedOAP)
-        self.options = self.study.method
-        self._boundary_loss: PerturbedBoundaryLoss
+    _boundary_loss: PerturbedBoundaryLoss
 
     @staticmethod
     def build_network_architecture(
@@ -57,7 +46,7 @@ class nnUNetTrainerFedOAP(nnUNetTrainerFedAvg):  # noqa: N801
         Raises:
             ConfigurationError: the plans were made for another method, or their network cannot be wrapped.
         """
-        study = Federation.restore(plans_manager.plans[PLANS_KEY]["study"])
+        study = study_in(plans_manager.plans)
         if not isinstance(study.method, FedOAP):
             raise ConfigurationError(
                 f"The plans '{plans_manager.plans_name}' were made for the method '{study.method.name}', not for "
@@ -70,12 +59,6 @@ class nnUNetTrainerFedOAP(nnUNetTrainerFedAvg):  # noqa: N801
             ),
             FedOAPArchitecture(options.heads, options.query_branch, options.adapter),
         )
-
-    def initialize(self) -> None:
-        """nnU-Net's, and a look at pretrained weights before nnU-Net asserts that they fit."""
-        super().initialize()
-        with sentences_for_users():
-            check_pretrained_weights(self.bare(self.network), sys.argv)
 
     def shared(self) -> dict[str, torch.Tensor]:
         """The tensors that are averaged (gamma); nothing else leaves the site while it trains."""
@@ -97,24 +80,5 @@ class nnUNetTrainerFedOAP(nnUNetTrainerFedAvg):  # noqa: N801
         super().on_train_epoch_start()
         self._boundary_loss.weight = self.options.perturbation_weight if self.is_finetuning else 0.0
         if self.is_finetuning:
-            drawn_from = f"{self.study.seed}/{Site.from_environment().name}/{self.current_epoch}/{self.local_rank}"
+            drawn_from = f"{self.study.seed}/{self.own_site().name}/{self.current_epoch}/{self.local_rank}"
             self._boundary_loss.reseed(int.from_bytes(hashlib.sha256(drawn_from.encode()).digest()[:7], "little"))
-
-
-def check_pretrained_weights(network: torch.nn.Module, arguments: Sequence[str]) -> None:
-    """See that the weights which a command line names are of this network.
-
-    Raises:
-        ConfigurationError: they lack a tensor, as those of a stock nnU-Net do.
-    """
-    if PRETRAINED not in arguments[:-1]:
-        return
-    path = Path(arguments[arguments.index(PRETRAINED) + 1])
-    if not path.is_file():
-        raise ConfigurationError(f"{PRETRAINED} {path}: there is no such file.")
-    missing = [name for name in network.state_dict().keys() - network_weights(path).keys() if "seg_layers" not in name]
-    if missing:
-        raise ConfigurationError(
-            f"{PRETRAINED} {path}: these weights are not of a network of FedOAP, they lack {min(missing)} and "
-            f"{len(missing) - 1} more. Give a checkpoint of nnUNetTrainerFedOAP, or leave the option out."
-        )

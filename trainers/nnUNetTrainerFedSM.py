@@ -2,35 +2,21 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
-from nnunet_fed.errors import DisagreementError
 from nnunet_fed.exchange.keys import key_of, round_of
-from nnunet_fed.exchange.payload import Array, encode, measure
-from nnunet_fed.methods.familiarity import Familiarity, fit_familiarity
 from nnunet_fed.methods.fedsm import pull_round
-from nnunet_fed.methods.selector import SelectorConfiguration, case_log_probabilities
 from nnunet_fed.methods.selector_training import SelectorTraining
-from nnunet_fed.methods.selector_validation import SelectorValidation, validate_selector
-from nnunet_fed.methods.tensors import load_arrays, shared_tensors, to_arrays
-from nnunet_fed.prediction.bundle import (
-    SELECTOR_FILE,
-    ValidationDice,
-    fold_of,
-    personal_checkpoint,
-    write_checkpoint,
-    write_fold,
-    write_selector,
-)
+from nnunet_fed.methods.tensors import shared_tensors, to_arrays
+from nnunet_fed.study.method_table import MethodTable
 from nnunet_fed.study.methods.fedsm_options import FedSM
-from nnunet_fed.trainers.fedsm.selector_cases import SelectorCases
+from nnunet_fed.trainers.fedsm.selector_cases import SelectorCases, configuration_of
+from nnunet_fed.trainers.fedsm.super_model import NOTHING, Findings, save_super_model, share_at_last
 from nnunet_fed.trainers.fedsm.super_validation import validate_global_and_super
+from nnunet_fed.trainers.parts.publishing import digest_of_arrays, publish_computed, require_equal
 from nnunet_fed.trainers.parts.two_models import TwoModelTrainer
 
 
@@ -42,42 +28,25 @@ class nnUNetTrainerFedSM(TwoModelTrainer):  # noqa: N801
     """
 
     method = "fedsm"
+    Options: ClassVar[type[MethodTable]] = FedSM
+    options: FedSM
+    selector: SelectorTraining
 
     def configure_study(self) -> None:
-        """Take the method's options."""
+        """Nothing is found of the super model yet."""
         super().configure_study()
-        assert isinstance(self.study.method, FedSM)
-        self.options = self.study.method
         self._batch = 0
         self._cases: dict[str, SelectorCases] = {}
-        self._selector_validation: SelectorValidation | None = None
-        self._familiarity: Familiarity | None = None
-        self._own_site = ""
-        self.selector: SelectorTraining
-
-    # ------------------------------------------------------------------------------------------- two branches
+        self.found: Findings | None = None
 
     def initialize(self) -> None:
         """The personalized model, the global one, and the selector."""
         super().initialize()
         self.selector = SelectorTraining(
-            self.selector_configuration,
-            self.study.seed,
-            self.options.selector_mode,
-            self.options.selector_lr,
-            self.device,
+            configuration_of(self), self.study.seed, self.options.selector_mode, self.options.selector_lr, self.device
         )
 
-    @property
-    def selector_configuration(self) -> SelectorConfiguration:
-        """Of the selector, from the plans and the study."""
-        return SelectorConfiguration(
-            channels=len(self.dataset_json.get("channel_names") or self.dataset_json["modality"]),
-            classes=len(self.study.sites),
-            patch_size=tuple(self.configuration_manager.patch_size),
-            patches=self.options.selector_patches,
-            header_features=self.options.selector_header_features,
-        )
+    # ------------------------------------------------------------------------------------------- two branches
 
     @property
     def _warms_up(self) -> bool:
@@ -101,17 +70,16 @@ class nnUNetTrainerFedSM(TwoModelTrainer):  # noqa: N801
 
     def exchange(self, scope: str) -> None:
         """Pull the personalized model, train the selector, and average the global model; at last share the models."""
-        learning_rate = self.optimizer.param_groups[0]["lr"]
         if not self._warms_up:
             pulled = pull_round(
                 self.communicator, scope, shared_tensors(self.bare(self.network)), self.options.softpull_schedule,
-                self.options.softpull_self_weight, learning_rate / self.initial_lr,
+                self.options.softpull_self_weight, self.optimizer.param_groups[0]["lr"] / self.initial_lr,
             )  # fmt: skip
             self.diagnostics.update(rho=pulled.rho, self_weight=pulled.self_weight, deviation=pulled.deviation)
         self._train_selector(scope)
         if self.current_epoch + 1 == self.num_epochs:
-            self._share_at_last(scope)
-        self.load_shared(self.communicator.mean(key_of(scope, self.MODEL), self.shared_arrays(), self.site_weight))
+            self.found = share_at_last(self, scope)
+        self.average(scope)
         if self._warms_up:
             self.personal_takes_global()
 
@@ -122,17 +90,12 @@ class nnUNetTrainerFedSM(TwoModelTrainer):  # noqa: N801
             self.options.selector_steps_per_round,
         )  # fmt: skip
         self.diagnostics["selector_loss"] = losses[-1]
-        # computed alike everywhere, published for sites that were away (rule 5 of the protocol)
         state = to_arrays(self.selector.state_dict())
-        digests = self.communicator.gather(key_of(scope, "selector"), measure(encode(state))[0])
-        if len(set(digests.values())) > 1:
-            listed = ", ".join(f"{site}: {digest[:12]}" for site, digest in digests.items())
-            raise DisagreementError(
-                f"The sites' selectors differ after the same steps ({listed}). Install the same versions of nnunet_fed "
-                "and numpy at all sites."
-            )
-        first = next(iter(digests)) == self.communicator.site
-        self.communicator.mean(key_of(scope, "state"), _floats(state) if first else {}, float(first), exact=True)
+        digests = self.communicator.gather(key_of(scope, "selector"), digest_of_arrays(state))
+        require_equal(digests, "The sites' selectors differ after the same steps")
+        # a mean takes floating-point tensors; the number of steps is exact in float32 up to 16 million
+        floats = {name: array.astype("float32") for name, array in state.items()}
+        publish_computed(self.communicator, key_of(scope, "state"), next(iter(digests)), floats)
 
     def catch_up(self, scope: str) -> None:
         """Take the selector as the others have it."""
@@ -145,70 +108,15 @@ class nnUNetTrainerFedSM(TwoModelTrainer):  # noqa: N801
         if which not in self._cases:
             training, validation = self.do_split()
             names = training if which == "training" else validation
-            self._cases[which] = SelectorCases(self, names, self.selector_configuration)
+            self._cases[which] = SelectorCases(self, names, self.selector.configuration)
         return self._cases[which]
 
     # ------------------------------------------------------------------------------------------- the end
 
-    def _share_at_last(self, scope: str) -> None:
-        """Judge the selector over the federation, and give every site all personalized models if the study says so."""
-        own = case_log_probabilities(self.selector.network, self.selector_cases("validation"))
-        found = validate_selector(self.communicator, scope, own, self.options.gamma)
-        if self.options.familiarity_gate:
-            self._familiarity = fit_familiarity(
-                self.communicator, scope, self.selector_cases("training"), self.selector_cases("validation")
-            )
-        if self.options.share_personal:
-            self._share_personal(scope)
-        # last: a round that closes without this site in between leaves no half of a super model
-        self._own_site, self._selector_validation = self.communicator.site, found
-
-    def _share_personal(self, scope: str) -> None:
-        folder = Path(self.output_folder)
-        network = copy.deepcopy(self.bare(self.network))
-        for site in self.communicator.sites:
-            mine = site == self.communicator.site
-            arrays = to_arrays(shared_tensors(self.bare(self.network))) if mine else {}
-            received = self.communicator.mean(key_of(scope, f"personal-of-{site}"), arrays, float(mine), exact=True)
-            if not mine and self.local_rank == 0 and not self.disable_checkpointing:
-                load_arrays(shared_tensors(network), received)
-                path = folder / personal_checkpoint(site)
-                write_checkpoint(path, folder / "checkpoint_latest.pth", network.state_dict())
-
     def save_models(self, folder: Path) -> None:
-        """Write the global model, the selector and the bundle of what the super model needs."""
+        """Write the global model and the super model."""
         super().save_models(folder)
-        write_selector(folder / SELECTOR_FILE, self.selector_configuration, self.selector.network)
-        dice = None
-        if self._resumed is not None and self.options.best_model_gate:  # --c after the end validates without the others
-            entry = fold_of(folder.parent, self.fold)
-            dice = None if entry is None else entry.validation_dice
-        self.write_bundle(dice)
-
-    def write_bundle(self, validation_dice: Mapping[str, ValidationDice] | None) -> None:
-        """Describe the super model; without the last round's validation of the selector there is none."""
-        found = self._selector_validation
-        if found is None:
-            self.print_to_log_file(
-                "This site missed the last round: it has no super model. Predict with checkpoint_final.pth, its own "
-                "model, or with checkpoint_global.pth."
-            )
-            return
-        site = self._own_site
-        others = [name for name in self.study.sites if name != site] if self.options.share_personal else []
-        write_fold(
-            Path(self.output_folder_base), self.fold, site=site, gamma=self.options.gamma,
-            selector=self.selector_configuration, validation=found, shared=others,
-            selector_min_accuracy=self.options.selector_min_accuracy, familiarity=self._familiarity,
-            validation_dice=validation_dice,
-        )  # fmt: skip
-        facts = {
-            "accuracy": found.accuracy, "accuracy_by_site": found.accuracy_by_site, "confusion": found.confusion,
-            "share_routed_to_global": found.share_routed_to_global, "temperature": found.temperature,
-            "trusted": found.accuracy >= self.options.selector_min_accuracy,
-        }  # fmt: skip
-        self.note_facts(selector=facts)
-        self.print_to_log_file(f"Selector on the validation cases of all sites: {facts}")
+        save_super_model(self, folder)
 
     @property
     def validates_together(self) -> bool:
@@ -224,27 +132,11 @@ class nnUNetTrainerFedSM(TwoModelTrainer):  # noqa: N801
 
     def method_state(self) -> dict[str, Any]:
         """The global branch, the selector, and what the last round found of it."""
-        found = self._selector_validation
-        return {
-            **super().method_state(),
-            "selector": self.selector.state_dict(),
-            # plain values: a checkpoint is read where nnunet_fed is not installed, too
-            "selector_validation": None if found is None else {**asdict(found), "site": self._own_site},
-            "familiarity": None if self._familiarity is None else asdict(self._familiarity),
-        }
+        found = NOTHING if self.found is None else self.found.plain()
+        return {**super().method_state(), "selector": self.selector.state_dict(), **found}
 
     def load_method_state(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`method_state`."""
         super().load_method_state(state)
         self.selector.load_state_dict(state["selector"])
-        if state["selector_validation"] is not None:
-            found = dict(state["selector_validation"])
-            self._own_site = found.pop("site")
-            self._selector_validation = SelectorValidation(**found)
-        if state["familiarity"] is not None:
-            self._familiarity = Familiarity(**state["familiarity"])
-
-
-def _floats(state: dict[str, Array]) -> dict[str, Array]:
-    """A mean takes floating-point tensors; the number of steps is exact in float32 up to 16 million."""
-    return {name: array.astype("float32") for name, array in state.items()}
+        self.found = Findings.from_plain(state)

@@ -2,44 +2,32 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
-
-import numpy as np
-import torch
-from nnunetv2.utilities.helpers import empty_cache
+from typing import Any
 
 from nnunet_fed.agreement.plan_digest import plans_digest
-from nnunet_fed.errors import ConfigurationError, FederationError, RefusedError
-from nnunet_fed.exchange.payload import Array, Tensors, is_floating, open_payload
-from nnunet_fed.exchange.precision import narrow, widen
-from nnunet_fed.gossip.mailbox import Letter, State, described
-from nnunet_fed.gossip.schedule import Candidate, Version, kept, merged, uniform
-from nnunet_fed.methods.tensors import digest_of_tensors, load_arrays, shared_tensors, to_arrays
+from nnunet_fed.exchange.precision import narrow
+from nnunet_fed.gossip.mailbox import State, described
+from nnunet_fed.gossip.schedule import Version, uniform
+from nnunet_fed.methods.tensors import digest_of_tensors
 from nnunet_fed.processes import Process, Step
 from nnunet_fed.study.federation import digest_of
-from nnunet_fed.study.site import Site
-from nnunet_fed.trainers.gossip.gossip_session import GossipSession, Standing
-from nnunet_fed.trainers.gossip.mutual_learning import MutualTrainer
-from nnunet_fed.trainers.gossip.patch_dice import foreground_dice
+from nnunet_fed.trainers.gossip.gossip_session import GossipSession, Standing, require_peers
+from nnunet_fed.trainers.gossip.mutual_phase import PhaseTrainer
 from nnunet_fed.trainers.gossip.peer_model import PeerModel, plain_values
 from nnunet_fed.trainers.parts import checkpoint
-from nnunet_fed.trainers.parts.ranks import from_rank_zero, patient_group
-from nnunet_fed.trainers.parts.study_trainer import own_site, sentences_for_users
-from nnunet_fed.trainers.parts.training_record import TrainingRecord, logged_by
-
-T = TypeVar("T")
+from nnunet_fed.trainers.parts.ranks import patient_group
+from nnunet_fed.trainers.parts.study_trainer import sentences_for_users
+from nnunet_fed.trainers.parts.training_record import RECORD, TrainingRecord, logged_by
 
 MAILBOX = "mailbox"
 """Folder, beside the checkpoints, through which the training and its peer process talk."""
 
 
-class nnUNetTrainerGCML(MutualTrainer):  # noqa: N801
+class nnUNetTrainerGCML(PhaseTrainer):  # noqa: N801
     """nnU-Net's training, which no other site delays (:mod:`nnunet_fed.methods.gcml`, ``gossip/schedule.py``).
 
     After each round that follows the warm-up the site's model goes to the peer process, a process of its own. At the
@@ -50,12 +38,9 @@ class nnUNetTrainerGCML(MutualTrainer):  # noqa: N801
     method = "gcml"
 
     def configure_study(self) -> None:
-        """Nothing has come yet, and nobody is there to talk to."""
+        """Take from the study how long a site stays alone."""
         super().configure_study()
         self._warm_up = self.options.warm_up(self.study.epochs)
-        self._standing: Standing
-        self._session: GossipSession | None = None
-        self._group: Any = None
 
     # ------------------------------------------------------------------------------------------- start and end
 
@@ -64,7 +49,7 @@ class nnUNetTrainerGCML(MutualTrainer):  # noqa: N801
         """The study's, or the site's own, as the study says."""
         if self.options.common_init:
             return super().initial_seed
-        return int(2**31 * uniform(self.study.seed, "initial weights", Site.from_environment().name))
+        return int(2**31 * uniform(self.study.seed, "initial weights", self.own_site().name))
 
     def run_training(self) -> None:
         """nnU-Net's loop; errors of the federation end in a sentence."""
@@ -80,15 +65,15 @@ class nnUNetTrainerGCML(MutualTrainer):  # noqa: N801
         if self.current_epoch >= self.num_epochs:  # --c after the end
             super().on_train_start()
             return
-        site = own_site(self.study, self.fold)
-        _require_peers(site, self.study.sites)
+        self.require_own_fold()
+        require_peers(self.own_site(), self.study.sites)
         self._plan_of_choice()
         super().on_train_start()
         self._group = patient_group(self.study.deadline_minutes + 10)
         if self._resumed is None:
-            self._standing = Standing(Version(site.name, {}, 0), digest_of_tensors(self.shared()))
+            self._standing = Standing(Version(self.own_site().name, {}, 0), digest_of_tensors(self.shared()))
         if self.local_rank == 0:
-            self._session = self._open_session(site)
+            self._session = self._open_session()
         if self.options.lockstep and not self._standing.members:
             self._standing.members = self._from_rank_zero(lambda here: here.await_members())
         if self._resumed is not None and self.local_rank == 0:
@@ -97,12 +82,12 @@ class nnUNetTrainerGCML(MutualTrainer):  # noqa: N801
             self._here().happened(f"continued with --c in epoch {self.current_epoch}")
             checkpoint.restore_random_states(self._resumed["random"])
 
-    def _open_session(self, site: Site) -> GossipSession:
+    def _open_session(self) -> GossipSession:
         folder = Path(self.output_folder)
         continues = self._resumed is not None
-        record = TrainingRecord(folder / "federation.json", continues)
+        record = TrainingRecord(folder / RECORD, continues)
         record.describe(
-            study=self.study.stored(), digest=self.study.digest_of_fold(self.study.fold), site=site.name,
+            study=self.study.stored(), digest=self.study.digest_of_fold(self.study.fold), site=self.own_site().name,
             training_cases=self._training_cases, initial_weights=self._standing.initial,
         )  # fmt: skip
         schema, size = described(narrow(self.shared_arrays(), self.study.wire_dtype))
@@ -115,7 +100,9 @@ class nnUNetTrainerGCML(MutualTrainer):  # noqa: N801
             training_cases=self._training_cases, initial=self._standing.initial, schema=schema, size=size,
             max_epoch_distance=self.options.max_epoch_distance or None, lockstep=self.options.lockstep,
         )  # fmt: skip
-        return GossipSession(self.study, self._standing, folder / MAILBOX, record, state, self.start_peer, continues)
+        return GossipSession(
+            self.study, self.options, self._standing, folder / MAILBOX, record, state, self.start_peer, continues
+        )
 
     def start_peer(self) -> Process:
         """Start the process that talks to the peers; it ends with this one, whatever ends it."""
@@ -142,18 +129,6 @@ class nnUNetTrainerGCML(MutualTrainer):  # noqa: N801
         if self._session is not None:
             self._session.close()
             self._session = None
-
-    def _here(self) -> GossipSession:
-        if self._session is None:
-            raise RuntimeError("rank 0 alone has the mailbox, and only while it trains")
-        return self._session
-
-    def _from_rank_zero(self, question: Callable[[GossipSession], T]) -> T:
-        return from_rank_zero(lambda: question(self._here()), self._group)
-
-    def _happened(self, text: str) -> None:
-        if self._session is not None:
-            self._session.happened(text)
 
     # ------------------------------------------------------------------------------------------- rounds
 
@@ -193,72 +168,6 @@ class nnUNetTrainerGCML(MutualTrainer):  # noqa: N801
         if self._session is not None and self._ends_round(epoch) and epoch < self.num_epochs:
             self._session.round_over(self.shared_arrays() if sends else None)
 
-    # ------------------------------------------------------------------------------------------- a mutual phase
-
-    def _begin_phase(self, letter: Letter, payload: Path) -> None:
-        try:
-            arrays = widen(open_payload(payload))
-            _require_finite(arrays)
-            before = {name: array.copy() for name, array in self.shared_arrays().items()}
-            self._peer_model = self._make_peer_model(
-                version=letter.version, initial=letter.initial, size=letter.size, plan=self._plan_of_choice(),
-                began=self.current_epoch, epochs_left=self.options.mutual_epochs,
-                before=before if self.options.keep == "best" else None,
-            )  # fmt: skip
-            load_arrays(shared_tensors(self.bare(self._peer_model.network)), arrays)
-        except FederationError as error:  # whatever a peer sends, this training goes on
-            self._peer_model = None
-            self._standing.received[letter.version.site] = letter.version.counter
-            self._happened(f"the model of {letter.version.site} cannot be used. {error}")
-        else:
-            self._happened(
-                f"trains with the model that {letter.version.site} had after {letter.version.epoch} epochs "
-                f"({self._peer_model.plan})"
-            )
-
-    def _end_phase(self, peer_model: PeerModel) -> None:
-        """Decide which model stays, and forget the peer's."""
-        options, standing, site = self.options, self._standing, peer_model.version.site
-        own, theirs = self.shared_arrays(), to_arrays(shared_tensors(self.bare(peer_model.network)))
-        models: dict[Candidate, Tensors] = {"incoming": theirs}
-        if peer_model.before is not None:
-            models["before"] = peer_model.before
-        if options.keep != "local" and peer_model.initial == standing.initial:
-            models["merged"] = merged(
-                own, theirs, options.merge_weight, own_initial=standing.initial, incoming_initial=peer_model.initial
-            )
-        scores = self._scores(models) if options.keep == "best" else {}
-        choice = kept(options.keep, scores, options.keep_tolerance)
-        if choice != "local":
-            self.load_shared(dict(models[choice]))
-        if choice != "local" or self.study.momentum_on_round == "reset":
-            self.optimizer.state.clear()
-        if choice != "before":
-            standing.version = standing.version.influenced_by(peer_model.version)
-        standing.received[site] = peer_model.version.counter
-        standing.used[site] = standing.used.get(site, 0) + 1
-        phase = {
-            "from": site, "counter": peer_model.version.counter, "epoch": peer_model.version.epoch,
-            "bytes": peer_model.size, "began": peer_model.began, "ended": self.current_epoch,
-            "plan": peer_model.plan, "kept": choice,
-            "scores": {name: score for name, score in scores.items() if np.isfinite(score)},
-        }  # fmt: skip
-        standing.phases.append(phase)
-        self._happened(f"keeps the {choice} model after the phase with {site}'s")
-        self._peer_model = None
-        empty_cache(self.device)
-
-    def _scores(self, models: dict[Candidate, Tensors]) -> dict[Candidate, float]:
-        def on_rank_zero(here: GossipSession) -> dict[Candidate, float]:
-            own = self.bare(self.network)
-            networks: dict[Candidate, torch.nn.Module] = {"local": own}
-            for name, arrays in models.items():
-                networks[name] = copy.deepcopy(own)
-                load_arrays(shared_tensors(networks[name]), arrays)
-            return foreground_dice(self, networks, int(2**32 * uniform(self.study.seed, "patches", here.site)))
-
-        return self._from_rank_zero(on_rank_zero)
-
     # ------------------------------------------------------------------------------------------- checkpoints
 
     def method_state(self) -> dict[str, Any]:
@@ -271,27 +180,5 @@ class nnUNetTrainerGCML(MutualTrainer):  # noqa: N801
         super().load_method_state(state)
         self._standing = Standing.from_plain(state["standing"])
         if state["incoming"] is not None:
-            self._peer_model = self._make_peer_model(**plain_values(state["incoming"]))
+            self._peer_model = PeerModel.beside(self, **plain_values(state["incoming"]))
             self._peer_model.load_state(state["incoming"])
-
-
-def _require_finite(arrays: dict[str, Array]) -> None:
-    for name, array in arrays.items():
-        if is_floating(array) and not np.isfinite(array).all():
-            raise RefusedError(f"Its tensor '{name}' holds numbers that are not finite.")
-
-
-def _require_peers(site: Site, sites: tuple[str, ...]) -> None:
-    if site.name not in sites:
-        raise ConfigurationError(
-            f"Site '{site.name}' is not in the study, which is of {', '.join(sites)}: correct 'name' in site.toml."
-        )
-    if site.listen is None:
-        raise ConfigurationError(
-            "site.toml names no peers: GCML needs 'listen', this site's own address, and 'peers', those of all sites."
-        )
-    missing = [name for name in sites if name not in site.peers]
-    if missing:
-        raise ConfigurationError(
-            f"The list of peers in site.toml lacks the study's {', '.join(missing)}: add the addresses, at all sites."
-        )

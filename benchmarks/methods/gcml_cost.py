@@ -28,6 +28,7 @@ def make_trainer(arm: str, plans: dict[str, Any], dataset: dict[str, Any], argum
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
     from nnunet_fed.gossip.schedule import Version
+    from nnunet_fed.trainers.gossip.peer_model import PeerModel
     from nnunet_fed.trainers.nnUNetTrainerGCML import nnUNetTrainerGCML
 
     plans = {**copy.deepcopy(plans), "continue_training": False}
@@ -39,8 +40,8 @@ def make_trainer(arm: str, plans: dict[str, Any], dataset: dict[str, Any], argum
     trainer.initialize()
     trainer.dataloader_train, _ = nnUNetTrainer.get_dataloaders(trainer)
     if arm != "plain":
-        trainer._peer_model = trainer._make_peer_model(
-            version=Version("site_b", {"site_b": 1}, 1), initial="", size=0, plan=arm, began=0, epochs_left=1,
+        trainer._peer_model = PeerModel.beside(
+            trainer, version=Version("site_b", {"site_b": 1}, 1), initial="", size=0, plan=arm, began=0, epochs_left=1,
             before=None,
         )  # fmt: skip
         trainer._peer_model.network.train()

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nnunet_fed.agreement.fingerprint import INTENSITIES
-from nnunet_fed.study.federation import PLANS_KEY, Federation, canonical_json, digest_of
+from nnunet_fed.study.federation import PLANS_KEY, canonical_json, digest_of, study_in
 
 _OF_ONE_SITE = (
     "dataset_name",
@@ -29,8 +29,8 @@ def comparable(plans: Mapping[str, Any]) -> dict[str, Any]:
     numpy's numbers become lists and numbers, keys become strings.
     """
     content: dict[str, Any] = json.loads(json.dumps(dict(plans), default=_plain))
-    study = content.get(PLANS_KEY, {}).get("study")
-    own = _OF_OWN_CHANNELS if study and Federation.restore(study).method.own_channels else ()
+    has_study = "study" in content.get(PLANS_KEY, {})
+    own = _OF_OWN_CHANNELS if has_study and study_in(content).method.own_channels else ()
     for key in (*_OF_ONE_SITE, *own):
         content.pop(key, None)
     for configuration in content["configurations"].values():

@@ -19,7 +19,7 @@ from nnunet_fed.errors import FederationError
 from nnunet_fed.exchange.keys import PLANS
 from nnunet_fed.preflight import site_checks as checks
 from nnunet_fed.preflight.site_checks import Finding, Outcome
-from nnunet_fed.study.federation import PLANS_KEY, Federation
+from nnunet_fed.study.federation import Federation, study_in
 from nnunet_fed.study.site import SITE_FILE_VARIABLE, Site
 
 
@@ -188,7 +188,7 @@ class _Check:
         folder = self._preprocessed()
         if self.plans and folder and self._wanted() in self.plans["configurations"]:
             dataset = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
-            study = Federation.restore(self.plans[PLANS_KEY]["study"])
+            study = study_in(self.plans)
             self.footprint = footprint(self.plans, self._wanted(), dataset, study)
         return check_memory(self.footprint, self.device)
 

@@ -10,8 +10,7 @@ the upload is omega + R with R = sum (eta - 1) * change, and the server does pla
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,8 +18,7 @@ import numpy.typing as npt
 import torch
 
 from nnunet_fed.exchange.payload import Array, Tensors
-
-Floats = npt.NDArray[np.float64]
+from nnunet_fed.methods.lesion_classes import Floats
 
 HISTOGRAM_BINS = 80
 HISTOGRAM_END = 8.0
@@ -29,62 +27,11 @@ CALIBRATION_QUANTILE = 0.8
 """Share of the lesions that do not count as small: the source's LiTS threshold is the 79.7th percentile."""
 
 
-@dataclass(frozen=True)
-class LesionClasses:
-    """Where the classes that are scaled stand in a target of nnU-Net."""
-
-    names: tuple[str, ...]
-    indices: tuple[int, ...]
-    """Label of each class, or its channel in a target of regions."""
-    regions: bool = False
-    """The target has a channel for each region, and one more for ignored voxels if there are any."""
-    ignore: int | None = None
-    """Label of ignored voxels; of regions only whether there is one matters."""
-    truncation_guard: bool = True
-    """In 3D a class that touches a face of the patch is no small lesion: it may be the corner of a large organ."""
-
-    def inverse_areas(self, target: torch.Tensor | Sequence[torch.Tensor]) -> Floats:
-        """The source's a^-1 of each sample and class: valid voxels over voxels of the class.
-
-        Args:
-            target: (samples, 1, ...) of labels or (samples, regions, ...), of any dtype; of a list only the first
-                entry, the full resolution, matters.
-
-        Returns:
-            (samples, classes); not a number where the class is absent, and 0 where the guard applies.
-        """
-        full = target if isinstance(target, torch.Tensor) else target[0]
-        return np.array([self._of_sample(sample) for sample in full.numpy(force=True)], dtype=np.float64)
-
-    def _of_sample(self, sample: npt.NDArray[Any]) -> list[float]:
-        ignored = None
-        if self.ignore is not None:
-            ignored = sample[-1] != 0 if self.regions else sample[0] == self.ignore
-        valid = sample[0].size - (0 if ignored is None else np.count_nonzero(ignored))
-        areas = []
-        for index in self.indices:
-            mask = sample[index] != 0 if self.regions else sample[0] == index
-            if ignored is not None and self.regions:
-                mask &= ~ignored
-            count = np.count_nonzero(mask)
-            if count == 0:
-                areas.append(np.nan)
-            elif self.truncation_guard and mask.ndim == 3 and _touches_a_face(mask):
-                areas.append(0.0)
-            else:
-                areas.append(valid / count)
-        return areas
-
-
-def _touches_a_face(mask: npt.NDArray[np.bool_]) -> bool:
-    return any(np.take(mask, end, axis=axis).any() for axis in range(mask.ndim) for end in (0, -1))
-
-
 def difficulty(inverse_areas: Floats, thresholds: Floats, log_bases: Floats) -> Floats:
     """The source's delta of each sample: tanh((log_l a^-1)^2) where a^-1 is at least the threshold, else 0.
 
     Args:
-        inverse_areas: (samples, classes), see :meth:`LesionClasses.inverse_areas`.
+        inverse_areas: (samples, classes), see :meth:`~nnunet_fed.methods.lesion_classes.LesionClasses.inverse_areas`.
         thresholds: tau of each class, at least 1.
         log_bases: l of each class, above 1.
 
@@ -162,8 +109,10 @@ class GradientScaler:
         self.normaliser = 1.0
         """What every factor is divided by in R, but not in the counts."""
         self.restart()
-        optimizer.register_step_pre_hook(lambda *_: self._before_step())
-        optimizer.register_step_post_hook(lambda *_: self._after_step())
+        self._hooks = (
+            optimizer.register_step_pre_hook(lambda *_: self._before_step()),
+            optimizer.register_step_post_hook(lambda *_: self._after_step()),
+        )
 
     def restart(self) -> None:
         """Begin a round: R is 0."""
@@ -171,6 +120,13 @@ class GradientScaler:
         self.steps = 0
         self.scaled_steps = 0
         self.factor_sum = 0.0
+
+    def release(self) -> None:
+        """Count no further step, and give the memory back."""
+        for hook in self._hooks:
+            hook.remove()
+        self._before.clear()
+        self.restart()
 
     @property
     def mean_factor(self) -> float:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_fed.agreement.plan_digest import plans_digest
-from nnunet_fed.study.federation import PLANS_KEY, Federation
+from nnunet_fed.study.federation import PLANS_KEY, Federation, study_in
 
 PACKAGES = ("nnunet-fed", "nnunetv2", "torch", "grpcio")
 """Whose versions the sites compare."""
@@ -173,7 +173,7 @@ def check_plans(
     """
     carried = plans[PLANS_KEY]
     again = "Run 'nnunet_fed plan_and_preprocess' again."
-    if Federation.restore(carried["study"]).digest != study.digest:
+    if study_in(plans).digest != study.digest:
         text = f"they belong to another study than '{study.name}', which the coordinator serves."
         return Finding("plans", Outcome.failed, text, f"{again} Or correct 'coordinator' in site.toml.")
     digest = plans_digest(plans)

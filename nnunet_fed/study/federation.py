@@ -206,5 +206,19 @@ class Federation(Table):
         return read_table(cls, path)
 
 
+def study_in(plans: Mapping[str, Any]) -> Federation:
+    """The study with which nnU-Net's plans were made.
+
+    Raises:
+        ConfigurationError: they were not made for a federation, or by a version that this one does not understand.
+    """
+    if "study" not in plans.get(PLANS_KEY, {}):
+        raise ConfigurationError(
+            f"The plans '{plans.get('plans_name')}' were not made for a federation. Run 'nnunet_fed "
+            "plan_and_preprocess' and train with the plans that it names, for example -p nnUNetFedPlans."
+        )
+    return Federation.restore(plans[PLANS_KEY]["study"])
+
+
 _OPERATIONAL_KEY = "operational"
 """Key of a stored study under which the newer operational fields are named."""

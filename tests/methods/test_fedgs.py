@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,9 +19,7 @@ from torch import nn
 from nnunet_fed.exchange.communicator import LocalCommunicator, LocalFederation
 from nnunet_fed.methods.fedgs import (
     HISTOGRAM_BINS,
-    Floats,
     GradientScaler,
-    LesionClasses,
     against_plain,
     calibrated_thresholds,
     difficulty,
@@ -30,9 +27,8 @@ from nnunet_fed.methods.fedgs import (
     strength_in_round,
     with_gain,
 )
+from nnunet_fed.methods.lesion_classes import Floats, LesionClasses
 from nnunet_fed.methods.tensors import load_arrays, shared_tensors, to_arrays
-from nnunet_fed.study.methods.fedgs_options import FedGS
-from nnunet_fed.trainers.nnUNetTrainerFedGS import nnUNetTrainerFedGS
 
 TUMOUR = LesionClasses(("tumour",), (1,))
 
@@ -175,12 +171,9 @@ def test_ignored_voxels_are_in_no_region() -> None:
 
 def test_classes_of_region_based_training_are_the_channels_that_nnunet_gives_them() -> None:
     labels = {"whole": [1, 2], "background": 0, "core": [2], "edge": [1], "ignore": 3}
-    dataset_json = {"labels": labels, "regions_class_order": [1, 2, 3]}
     manager = LabelManager(labels, regions_class_order=[1, 2, 3])
     for classes in (None, ("edge", "whole")):
-        options = FedGS(name="fedgs", classes=classes)
-        trainer = SimpleNamespace(dataset_json=dataset_json, label_manager=manager, options=options)
-        found = nnUNetTrainerFedGS._lesion_classes(trainer)
+        found = LesionClasses.named(classes, labels, manager.has_regions, manager.ignore_label)
         assert found.names == (classes or ("whole", "core", "edge"))
         for name, channel in zip(found.names, found.indices, strict=True):
             assert manager.foreground_regions[channel] == tuple(labels[name])

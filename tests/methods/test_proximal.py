@@ -213,4 +213,4 @@ def test_dittos_files_are_the_personal_model_and_the_global_one(
     monkeypatch.setattr(further_validation, "predict_cases", look)
     monkeypatch.setattr(further_validation, "evaluate_lesions", lambda one: None)
     trainer.validate_global(False)
-    assert validated == [(folder / "global", trainer._global_branch["network"])]
+    assert validated == [(folder / "global", trainer._global.network)]

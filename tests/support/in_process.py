@@ -25,7 +25,7 @@ from nnunet_fed.exchange.payload import Tensors
 from nnunet_fed.methods.tensors import shared_tensors, to_arrays
 from nnunet_fed.study.federation import Federation
 from nnunet_fed.study.site import Site
-from nnunet_fed.trainers.parts import checkpoint, federated_trainer
+from nnunet_fed.trainers.parts import checkpoint, connected_trainer
 from nnunet_fed.trainers.parts.study_trainer import SKIP_VALIDATION_VARIABLE
 from nnunet_fed.trainers.parts.training_record import TrainingRecord
 
@@ -130,7 +130,7 @@ class InProcess:
         def join(study: Federation, *rest: Any, continues: bool, attempt: int | None) -> LocalSession:
             return LocalSession(self.rooms, self._here.site, study, rest[-1], continues)
 
-        monkeypatch.setattr(federated_trainer, "CoordinatorSession", join)
+        monkeypatch.setattr(connected_trainer, "CoordinatorSession", join)
 
     def _settings(self) -> Site:
         return Site(name=self._here.site, coordinator="127.0.0.1:1", insecure=True)

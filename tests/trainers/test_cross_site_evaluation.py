@@ -25,7 +25,7 @@ from nnunet_fed.trainers.nnUNetTrainerDitto import nnUNetTrainerDitto
 from nnunet_fed.trainers.nnUNetTrainerFedAvg import nnUNetTrainerFedAvg
 from nnunet_fed.trainers.nnUNetTrainerFedOAP import nnUNetTrainerFedOAP
 from nnunet_fed.trainers.nnUNetTrainerLocal import nnUNetTrainerLocal
-from nnunet_fed.trainers.parts import cross_site_evaluation, federated_trainer, further_validation, study_trainer
+from nnunet_fed.trainers.parts import connected_trainer, cross_site_evaluation, further_validation, study_trainer
 from nnunet_fed.trainers.parts.checkpoint import network_weights
 from nnunet_fed.trainers.parts.study_trainer import SKIP_VALIDATION_VARIABLE
 
@@ -157,7 +157,7 @@ def test_after_the_end_nobody_is_needed(
 ) -> None:
     study = sites.study(method={"name": "fedavg"}, cross_site=True)
     trained(sites, nnUNetTrainerFedAvg, study)
-    monkeypatch.setattr(federated_trainer, "CoordinatorSession", lambda *given, **named: pytest.fail("joins"))
+    monkeypatch.setattr(connected_trainer, "CoordinatorSession", lambda *given, **named: pytest.fail("joins"))
     sites.run(again(sites, nnUNetTrainerFedAvg, study, "--c"), validate=True)
     for one in again(sites, nnUNetTrainerFedAvg, study, "--val").values():
         (Path(one.output_folder) / "federation.json").unlink()  # as if it had not come to the evaluation
@@ -179,7 +179,7 @@ def test_only_with_the_consent_of_the_plans(sites: InProcess, validations: Valid
     off, on = (sites.study(method={"name": "fedavg"}, cross_site=value) for value in (False, True))
     for planned, served in ((off, on), (on, off), (off, off)):
         one = sites.make(nnUNetTrainerFedAvg, planned)["a"]
-        one._study_now = served
+        one.operational = served
         assert not one.validates_together
     trainers = trained(sites, nnUNetTrainerFedAvg, off)
     assert ("a", "b") not in validations.done

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,12 +10,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from in_process import InProcess, Killed, same_arrays, same_training, weights
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_fed.errors import ConfigurationError
+from nnunet_fed.methods.tensors import shared_tensors
 from nnunet_fed.study.federation import Federation
 from nnunet_fed.study.methods import METHODS
-from nnunet_fed.trainers.nnUNetTrainerFedOAP import PRETRAINED, check_pretrained_weights, nnUNetTrainerFedOAP
+from nnunet_fed.trainers.nnUNetTrainerFedGS import nnUNetTrainerFedGS
+from nnunet_fed.trainers.nnUNetTrainerFedOAP import nnUNetTrainerFedOAP
+from nnunet_fed.trainers.parts.checkpoint import network_weights
 from nnunet_fed.trainers.parts.finetuning import TwoPhaseLRScheduler
 
 
@@ -67,19 +70,6 @@ def test_options_outside_their_bounds(options: dict[str, Any], message: str) -> 
         Federation.model_validate({"name": "s", "sites": ["a"], "rounds": 1, "method": {"name": "fedoap", **options}})
 
 
-def test_pretrained_weights_of_another_network(tmp_path: Path) -> None:
-    network = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
-    own, stock = tmp_path / "own.pth", tmp_path / "stock.pth"
-    torch.save({"network_weights": network.state_dict()}, own)
-    torch.save({"network_weights": network[:1].state_dict()}, stock)
-    check_pretrained_weights(network, ["nnUNetv2_train", PRETRAINED, str(own)])
-    check_pretrained_weights(network, ["nnUNetv2_train", "1"])
-    with pytest.raises(ConfigurationError, match=r"not of a network of FedOAP, they lack 1.bias and 1 more"):
-        check_pretrained_weights(network, ["nnUNetv2_train", PRETRAINED, str(stock)])
-    with pytest.raises(ConfigurationError, match="there is no such file"):
-        check_pretrained_weights(network, [sys.argv[0], PRETRAINED, str(tmp_path / "none.pth")])
-
-
 @pytest.mark.parametrize(("training", "validation", "missing"), [(["a"], [], "validation"), ([], ["b"], "training")])
 def test_a_fold_without_cases_is_refused(
     training: list[str], validation: list[str], missing: str, monkeypatch: pytest.MonkeyPatch
@@ -90,3 +80,51 @@ def test_a_fold_without_cases_is_refused(
     trainer.fold, trainer.preprocessed_dataset_folder_base = 2, "somewhere"
     with pytest.raises(ConfigurationError, match=rf"Fold 2 has no {missing} case\. Correct .* in somewhere"):
         trainer.get_tr_and_val_datasets()
+
+
+# --------------------------------------------------------------------------------------------------------------- FedGS
+
+FEDGS = {"name": "fedgs", "variant": "fedgs_norm", "threshold": 1.5, "log_base": 2.0}
+
+
+def test_fedgs_fine_tunes_without_counting_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sites = InProcess(tmp_path, monkeypatch)
+    rounds = sites.train(nnUNetTrainerFedGS, sites.study(method=FEDGS))
+    common = sites.rooms.means["round-0001/model"]
+    study = sites.study(method={**FEDGS, "finetune_epochs": 2, "finetune_lr_factor": 0.5})
+    tuned = sites.train(nnUNetTrainerFedGS, study)
+    assert same_arrays(sites.rooms.means["round-0001/model"], common), "the rounds are the same"
+    for site, one in tuned.items():
+        assert one.current_epoch == 4
+        assert (one.scaler.steps, one.scaler._before, one.scaler._residual) == (0, {}, {})
+        assert rounds[site].diagnostics["scaled_share"] > 0
+        folder = Path(one.output_folder)
+        after_rounds, final = (network_weights(folder / f"checkpoint_{name}.pth") for name in ("global", "final"))
+        assert all(
+            torch.equal(tensor, torch.from_numpy(common[name]))
+            for name, tensor in shared_tensors(rounds[site].network).items()
+        )
+        assert any(not torch.equal(after_rounds[name], final[name]) for name in final)
+    assert not same_arrays(weights(tuned["a"].network), weights(tuned["b"].network)), "each site has its own"
+
+
+def test_fedgs_goes_on_in_the_middle_of_its_fine_tuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sites = InProcess(tmp_path, monkeypatch, {"a": 4})
+    study = sites.study(method={**FEDGS, "finetune_epochs": 2})
+    calm = sites.train(nnUNetTrainerFedGS, study)["a"]
+    killed = sites.make(nnUNetTrainerFedGS, study)["a"]
+    step = killed.train_step
+
+    def dying(batch: Any) -> Any:
+        if killed.current_epoch == 3:
+            raise Killed
+        return step(batch)
+
+    killed.train_step = dying
+    with pytest.raises(Killed):
+        sites.run({"a": killed})
+    resumed = sites.trainer(nnUNetTrainerFedGS, study, "a")
+    resumed.load_checkpoint(str(Path(resumed.output_folder) / "checkpoint_latest.pth"))
+    assert resumed.is_finetuning
+    sites.run({"a": resumed})
+    assert same_training(resumed, calm)

@@ -497,7 +497,7 @@ def test_19_best_takes_the_highest_score_on_the_frozen_patches(
 
 def test_best_goes_back_to_the_model_before_a_phase(postman: Postman, monkeypatch: pytest.MonkeyPatch) -> None:
     scores = {"local": 0.1, "before": 0.9, "incoming": 0.2, "merged": 0.3}
-    monkeypatch.setattr("nnunet_fed.trainers.nnUNetTrainerGCML.foreground_dice", lambda *arguments: scores)
+    monkeypatch.setattr("nnunet_fed.trainers.gossip.mutual_phase.foreground_dice", lambda *arguments: scores)
     begin, end = nnUNetTrainerGCML._begin_phase, nnUNetTrainerGCML._end_phase
     before: list[Weights] = []
 

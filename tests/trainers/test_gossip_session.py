@@ -18,6 +18,7 @@ from nnunet_fed.gossip.mailbox import Mailbox, State, described
 from nnunet_fed.gossip.schedule import Version
 from nnunet_fed.simulation.simulate import free_ports
 from nnunet_fed.study.federation import Federation
+from nnunet_fed.study.methods.gcml_options import GCML
 from nnunet_fed.study.site import Site
 from nnunet_fed.trainers.gossip.gossip_session import GossipSession, Standing
 from nnunet_fed.trainers.parts.training_record import TrainingRecord
@@ -50,8 +51,9 @@ def train(study: Federation, site: Site, folder: Path, paces: random.Random) -> 
     standing = Standing(Version(site.name, {}, 0), "i")
     state = State("r", standing.version, {}, 1 + SITES.index(site.name), "i", SCHEMA, SIZE, lockstep=True)
     peer: Any = lambda: PeerThread(site, mailbox)  # noqa: E731
+    assert isinstance(study.method, GCML)
     here = GossipSession(
-        study, standing, mailbox, TrainingRecord(folder / "federation.json", False), state, peer, False
+        study, study.method, standing, mailbox, TrainingRecord(folder / "federation.json", False), state, peer, False
     )
     taken: Taken = []
     try:

@@ -10,6 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from torch import distributed as dist
@@ -19,7 +20,13 @@ from nnunet_fed import errors
 from nnunet_fed.errors import FederationError, RefusedError
 from nnunet_fed.exchange.communicator import Array, LocalFederation
 from nnunet_fed.exchange.payload import Tensors
-from nnunet_fed.trainers.parts.ranks import RankZeroCommunicator, from_rank_zero, is_distributed, patient_group
+from nnunet_fed.trainers.parts.ranks import (
+    RankZeroCommunicator,
+    from_rank_zero,
+    is_distributed,
+    patient_group,
+    tensors_from_rank_zero,
+)
 
 Body = Callable[[], Any]
 Answers = tuple[dict[str, Any], list[tuple[str, str]], tuple[str, str]]
@@ -98,6 +105,47 @@ def test_every_rank_gets_the_answers_of_rank_0(answers: list[Answers]) -> None:
             assert answer[name]["w"].dtype == np.float32
             assert answer[name]["w"].tobytes() == np.float32([[1, -0.0]]).tobytes()
             assert (answer[name]["s"].shape, float(answer[name]["s"])) == ((), 0.5)
+
+
+def _odd_tensors() -> dict[str, Array]:
+    """What a broadcast could bend: no dimension, no element, other bytes than numbers, a view, read-only memory."""
+    random = np.random.default_rng(0)
+    tensors = {
+        "z first": random.normal(size=(3, 5)).astype(np.float32),
+        "bfloat16": random.normal(size=7).astype(ml_dtypes.bfloat16),
+        "scalar": np.array(-0.0),
+        "empty": np.empty((0, 3), np.float16),
+        "view": random.normal(size=(4, 6)).astype(np.float32)[:, ::2],
+        "not numbers": np.array([0x7FC00001, 0xFF800000, 0x80000000], np.uint32).view(np.float32),
+        "read-only": np.frombuffer(random.bytes(64), np.float64),
+        "whole": np.arange(4, dtype=np.int64),
+    }
+    assert not tensors["read-only"].flags.writeable
+    return tensors
+
+
+def _tensors_and_errors() -> list[Any]:
+    rank, group = dist.get_rank(), patient_group(1)
+    odd = tensors_from_rank_zero(_odd_tensors if rank == 0 else _never, group)
+    caught = None
+    try:
+        tensors_from_rank_zero(_refused if rank == 0 else _never, group)
+    except RefusedError as error:
+        caught = str(error)
+    again = tensors_from_rank_zero(_odd_tensors if rank == 0 else _never, group)  # and the ranks are still in step
+    return [caught, *(list(arrays.items()) for arrays in (odd, again))]
+
+
+def _refused() -> dict[str, Array]:
+    raise RefusedError("This one not.")
+
+
+def test_tensors_of_rank_0_come_to_every_rank_bit_for_bit(tmp_path: Path) -> None:
+    expected = [(name, array.dtype, array.shape, array.tobytes()) for name, array in _odd_tensors().items()]
+    for caught, *received in on_two_ranks(_tensors_and_errors, tmp_path):
+        assert caught == "This one not."
+        for tensors in received:
+            assert [(name, array.dtype, array.shape, array.tobytes()) for name, array in tensors] == expected
 
 
 class Failing(OneSite):

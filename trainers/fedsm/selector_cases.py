@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from nnunetv2.paths import nnUNet_raw
@@ -14,8 +14,22 @@ from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 from nnunet_fed.errors import FederationError
 from nnunet_fed.methods.selector import SelectorCase, SelectorConfiguration, draw_patches, header_features
 
+if TYPE_CHECKING:
+    from nnunet_fed.trainers.nnUNetTrainerFedSM import nnUNetTrainerFedSM
+
 KEPT_BYTES = 2**31
 """Patches are kept in memory up to here; those of further cases are drawn again for each pass."""
+
+
+def configuration_of(trainer: nnUNetTrainerFedSM) -> SelectorConfiguration:
+    """Of the selector, from the plans and the study."""
+    return SelectorConfiguration(
+        channels=len(trainer.dataset_json.get("channel_names") or trainer.dataset_json["modality"]),
+        classes=len(trainer.study.sites),
+        patch_size=tuple(trainer.configuration_manager.patch_size),
+        patches=trainer.options.selector_patches,
+        header_features=trainer.options.selector_header_features,
+    )
 
 
 class SelectorCases:

@@ -13,6 +13,7 @@ from nnunet_fed.exchange.keys import VALIDATION, key_of
 from nnunet_fed.methods.fedsm import GLOBAL
 from nnunet_fed.prediction.bundle import FoldBundle, ValidationDice, fold_of, load_tensors
 from nnunet_fed.prediction.routing import Router
+from nnunet_fed.trainers.fedsm.super_model import write_bundle
 from nnunet_fed.trainers.parts.further_validation import below, mean_dice, predict_cases, weights_of
 from nnunet_fed.trainers.parts.lesion_report import evaluate_lesions
 
@@ -37,7 +38,7 @@ def validate_global_and_super(trainer: nnUNetTrainerFedSM, save_probabilities: b
         dice = {"personal": mean_dice(folder) or 0.0, "common": mean_dice(folder / GLOBAL) or 0.0}
         gathered = trainer.communicator.gather(key_of(VALIDATION, "dice"), dice)
         if trainer.local_rank == 0:
-            trainer.write_bundle({site: ValidationDice(**values) for site, values in gathered.items()})
+            write_bundle(trainer, {site: ValidationDice(**values) for site, values in gathered.items()})
     entry = fold_of(folder.parent, trainer.fold)
     if entry is not None:
         _validate_super(trainer, folder, entry, save_probabilities)

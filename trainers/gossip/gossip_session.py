@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from nnunet_fed.errors import RefusedError
+from nnunet_fed.errors import ConfigurationError, RefusedError
 from nnunet_fed.exchange.outgoing_log import FILE
 from nnunet_fed.exchange.payload import Tensors
 from nnunet_fed.exchange.precision import narrow
@@ -19,6 +19,7 @@ from nnunet_fed.gossip.schedule import Schedule, Version, judge, next_delivery
 from nnunet_fed.processes import Process, stop
 from nnunet_fed.study.federation import Federation
 from nnunet_fed.study.methods.gcml_options import GCML
+from nnunet_fed.study.site import Site
 from nnunet_fed.trainers.parts.training_record import TrainingRecord
 
 logger = logging.getLogger(__name__)
@@ -53,11 +54,29 @@ class Standing:
         return cls(**{**values, "version": Version(**values["version"])})
 
 
+def require_peers(site: Site, sites: tuple[str, ...]) -> None:
+    """Raise :class:`ConfigurationError` if site.toml does not name all sites of the study."""
+    if site.name not in sites:
+        raise ConfigurationError(
+            f"Site '{site.name}' is not in the study, which is of {', '.join(sites)}: correct 'name' in site.toml."
+        )
+    if site.listen is None:
+        raise ConfigurationError(
+            "site.toml names no peers: GCML needs 'listen', this site's own address, and 'peers', those of all sites."
+        )
+    missing = [name for name in sites if name not in site.peers]
+    if missing:
+        raise ConfigurationError(
+            f"The list of peers in site.toml lacks the study's {', '.join(missing)}: add the addresses, at all sites."
+        )
+
+
 class GossipSession:
     """The other sites, as far as a training needs them; nothing here waits for them, but for ``lockstep``.
 
     Args:
-        study: in the plans, of GCML.
+        study: in the plans.
+        options: its method's.
         standing: of the training, which changes it; on rank 0 the checkpoint's own.
         folder: of the mailbox; emptied unless the training continues, but for the list of all that was sent.
         record: of the training.
@@ -69,6 +88,7 @@ class GossipSession:
     def __init__(
         self,
         study: Federation,
+        options: GCML,
         standing: Standing,
         folder: Path,
         record: TrainingRecord,
@@ -76,8 +96,7 @@ class GossipSession:
         start_peer: Callable[[], Process],
         continues: bool,
     ):
-        assert isinstance(study.method, GCML)
-        self.study, self.options, self.standing = study, study.method, standing
+        self.study, self.options, self.standing = study, options, standing
         self.site = standing.version.site
         self._schedule = Schedule(self.options.topology, study.seed, self.options.expected_senders)
         self._record, self._state, self._start_peer = record, state, start_peer

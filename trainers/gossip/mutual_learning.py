@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from typing import Any, get_args
+from contextlib import nullcontext
+from typing import Any, ClassVar, get_args
 
 import torch
 
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.methods.gcml import Contrast, MutualLoss, Outputs, Plan, execution_plan, ramped_weight
+from nnunet_fed.study.method_table import MethodTable
 from nnunet_fed.study.methods.gcml_options import GCML
 from nnunet_fed.trainers.gossip.peer_model import Computed, PeerModel, with_non_finite_replaced
 from nnunet_fed.trainers.parts.study_trainer import StudyTrainer
@@ -23,16 +22,13 @@ PLAN_VARIABLE = "nnUNet_fed_mutual_plan"
 class MutualTrainer(StudyTrainer):
     """Trains as nnU-Net does, and while there is an incoming model trains that one, too. Source: GCML's notes, 5.3."""
 
-    network: Any
-    optimizer: Any
-    grad_scaler: Any
+    Options: ClassVar[type[MethodTable]] = GCML
+    options: GCML
     loss: Any
 
     def configure_study(self) -> None:
-        """Take the method's options."""
+        """No model has come yet."""
         super().configure_study()
-        assert isinstance(self.study.method, GCML)
-        self.options = self.study.method
         self._peer_model: PeerModel | None = None
         self._step_bytes: int | None = None
 
@@ -49,33 +45,13 @@ class MutualTrainer(StudyTrainer):
         """Give the incoming model the site's learning rate."""
         super().on_train_epoch_start()
         if self._peer_model is not None:
-            self._peer_model.network.train()
-            for group in self._peer_model.optimizer.param_groups:
-                group["lr"] = self.optimizer.param_groups[0]["lr"]
+            self._peer_model.begin_epoch(self.current_epoch)
 
     def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
         """Note, once, what a plain step needs."""
         super().on_train_epoch_end(train_outputs)
         if self._peer_model is None and self._step_bytes is None and self.device.type == "cuda":
             self._step_bytes = torch.cuda.max_memory_allocated(self.device)
-
-    def _make_peer_model(self, **facts: Any) -> PeerModel:
-        """A second network like the site's own, with an optimizer and a gradient scaler."""
-        network: Any = copy.deepcopy(self.bare(self.network))
-        if self._do_i_compile():
-            network = torch.compile(network)
-        own, self.network = self.network, network
-        try:
-            optimizer, _ = self.configure_optimizers()
-        finally:
-            self.network = own
-        if self.is_ddp:
-            network = torch.nn.parallel.DistributedDataParallel(network, device_ids=[self.local_rank])
-        scaler = None
-        if self.grad_scaler is not None:
-            scaler = torch.amp.GradScaler("cuda")
-            scaler.load_state_dict(self.grad_scaler.state_dict())
-        return PeerModel(network=network, optimizer=optimizer, grad_scaler=scaler, **facts)
 
     def _plan_of_choice(self) -> Plan:
         chosen: Any = os.environ.get(PLAN_VARIABLE)
@@ -100,9 +76,9 @@ class MutualTrainer(StudyTrainer):
         at_once = peer_model.plan == "simultaneous"
         with torch.autocast("cuda") if self.device.type == "cuda" else nullcontext(), torch.set_grad_enabled(at_once):
             outputs = peer_model.network(batch["data"])
-        network: Any = Computed(peer_model.network, outputs) if at_once else peer_model.network
+        network = Computed(peer_model.network, outputs) if at_once else None
         result, said = self._taught_step(batch, self.loss.lesson(outputs))
-        with self._in_place_of_own(network, peer_model):
+        with peer_model.in_place_of_own(self, network):
             self._taught_step(batch, said)
         return result
 
@@ -125,12 +101,3 @@ class MutualTrainer(StudyTrainer):
         if isinstance(tensors, list):
             return [self._on_device(tensor) for tensor in tensors]
         return tensors.to(self.device, non_blocking=True)
-
-    @contextmanager
-    def _in_place_of_own(self, network: Any, peer_model: PeerModel) -> Iterator[None]:
-        own = self.network, self.optimizer, self.grad_scaler
-        self.network, self.optimizer, self.grad_scaler = network, peer_model.optimizer, peer_model.grad_scaler
-        try:
-            yield
-        finally:
-            self.network, self.optimizer, self.grad_scaler = own

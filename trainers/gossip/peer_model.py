@@ -11,24 +11,18 @@ import torch
 from nnunet_fed.exchange.payload import Array
 from nnunet_fed.gossip.schedule import Version
 from nnunet_fed.methods.gcml import Outputs, Plan
-from nnunet_fed.trainers.parts.study_trainer import StudyTrainer
+from nnunet_fed.trainers.parts.branch import Branch
 
 
-@dataclass
-class PeerModel:
-    """A model that has arrived; nothing of it outlives its mutual phase.
-
-    It has an optimizer and a gradient scaler of its own: what overflows in one model delays the other one not.
-    """
+@dataclass(eq=False, repr=False)
+class PeerModel(Branch):
+    """A model that has arrived; nothing of it outlives its mutual phase."""
 
     version: Version
     initial: str
     """Digest of the weights that its site started from."""
     size: int
     """Bytes that came."""
-    network: Any
-    optimizer: torch.optim.Optimizer
-    grad_scaler: Any
     plan: Plan
     began: int
     """Epoch in which the phase began."""
@@ -39,20 +33,8 @@ class PeerModel:
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint: plain values and tensors."""
-        return {
-            "version": asdict(self.version),
-            **{name: getattr(self, name) for name in _PLAIN},
-            "network": StudyTrainer.bare(self.network).state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "grad_scaler": None if self.grad_scaler is None else self.grad_scaler.state_dict(),
-        }
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state`, of which the plain values were given at the construction."""
-        StudyTrainer.bare(self.network).load_state_dict(state["network"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.grad_scaler is not None and state["grad_scaler"] is not None:
-            self.grad_scaler.load_state_dict(state["grad_scaler"])
+        facts = {name: getattr(self, name) for name in _PLAIN}
+        return {"version": asdict(self.version), **facts, **super().state()}
 
 
 _PLAIN = ("initial", "size", "plan", "began", "epochs_left", "before", "steps")

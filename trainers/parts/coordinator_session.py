@@ -11,7 +11,7 @@ from typing import Any
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.exchange.outgoing_log import FILE, OutgoingLog
 from nnunet_fed.study.federation import Federation
-from nnunet_fed.trainers.parts.study_trainer import own_site
+from nnunet_fed.study.site import Site
 from nnunet_fed.trainers.parts.training_record import RECORD, TrainingRecord
 from nnunet_fed.transport.site.client import GrpcCommunicator
 
@@ -21,30 +21,29 @@ class CoordinatorSession:
 
     Args:
         study: the study in the plans.
+        site: this site's settings.
         configuration: of nnU-Net.
         trainer: name of the trainer class.
-        fold: what the command trains.
         folder: where the record and the list of all that is sent go.
         continues: the command said ``--c``.
         attempt: the attempt of the checkpoint from which the training continues; ``None``: there is no checkpoint.
 
     Raises:
-        ConfigurationError: site.toml is missing or wrong, or fold or attempt are not the federation's.
-        RefusedError: see :meth:`nnunet_fed.coordinator.members.Members.join`.
+        ConfigurationError: the attempt is not the federation's.
+        RefusedError: see :meth:`nnunet_fed.coordinator.coordinator.Coordinator.join`.
         UnreachableError: no coordinator answers.
     """
 
     def __init__(
         self,
         study: Federation,
+        site: Site,
         configuration: str,
         trainer: str,
-        fold: int | str,
         folder: Path,
         continues: bool,
         attempt: int | None,
     ):
-        site = own_site(study, fold)
         self.communicator = GrpcCommunicator(site, outgoing=OutgoingLog(folder / FILE))
         self.study = self.communicator.join(
             "training", study.digest_of_fold(study.fold), configuration, trainer, not continues, study.fold

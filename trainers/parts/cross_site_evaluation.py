@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,8 @@ from nnunet_fed.errors import NoContributionError, RoundClosedError
 from nnunet_fed.exchange.cross_site_matrix import DICE, Column, matrix, model_key
 from nnunet_fed.methods.tensors import load_arrays, shared_tensors, to_arrays
 from nnunet_fed.trainers.parts.further_validation import mean_dice, validate_below, weights_kept
+from nnunet_fed.trainers.parts.publishing import publish
+from nnunet_fed.trainers.parts.training_record import RECORD
 
 if TYPE_CHECKING:
     from nnunet_fed.trainers.parts.federated_trainer import FederatedTrainer
@@ -53,9 +56,9 @@ def evaluate_across_sites(trainer: FederatedTrainer, save_probabilities: bool, t
             continue
         mine = site == communicator.site
         tell(f"handing out the model of {site}")
-        own = to_arrays(shared_tensors(trainer.bare(trainer.network))) if mine else {}
+        own = shared_tensors(trainer.bare(trainer.network))
         try:
-            received = communicator.mean(model_key(site), own, float(mine), exact=True)
+            received = publish(communicator, model_key(site), site, partial(to_arrays, own))
         except (NoContributionError, RoundClosedError):
             trainer.happened(f"the model of {site} was not handed out here: that site or this one was away")
             continue
@@ -79,7 +82,7 @@ def evaluate_across_sites(trainer: FederatedTrainer, save_probabilities: bool, t
 
 def _recorded(folder: Path) -> dict[str, Any]:
     """What this training's record has of it; a training that starts anew starts a new record."""
-    path = folder / "federation.json"
+    path = folder / RECORD
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     found: dict[str, Any] = content.get("cross_site", {})
     return found

@@ -9,51 +9,44 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
 
 from nnunet_fed.agreement.plan_digest import plans_digest
-from nnunet_fed.errors import (
-    DeadlineError,
-    DisagreementError,
-    RoundClosedError,
-)
+from nnunet_fed.errors import DeadlineError, DisagreementError, RoundClosedError
 from nnunet_fed.exchange import keys
+from nnunet_fed.exchange.payload import Tensors
 from nnunet_fed.files import replacing
 from nnunet_fed.methods.tensors import digest_of_tensors
 from nnunet_fed.prediction.checkpoint_files import FINAL_CHECKPOINT, GLOBAL_CHECKPOINT
-from nnunet_fed.study.federation import Federation
-from nnunet_fed.study.site import Site
 from nnunet_fed.trainers.parts import checkpoint
-from nnunet_fed.trainers.parts.coordinator_session import CoordinatorSession
+from nnunet_fed.trainers.parts.connected_trainer import ConnectedTrainer
 from nnunet_fed.trainers.parts.cross_site_evaluation import evaluate_across_sites, is_complete
-from nnunet_fed.trainers.parts.ranks import RankZeroCommunicator, from_rank_zero, patient_group
 from nnunet_fed.trainers.parts.rounds import common_start, pad_log, require_agreement
-from nnunet_fed.trainers.parts.study_trainer import StudyTrainer, sentences_for_users
-from nnunet_fed.trainers.parts.training_record import RECORD, TrainingRecord, logged_by
+from nnunet_fed.trainers.parts.study_trainer import sentences_for_users
+from nnunet_fed.trainers.parts.training_record import logged_by
 
 
 class _TrainingOver(Exception):  # noqa: N818
     """The last round is over, though nnU-Net's loop has epochs left, because this site skipped some."""
 
 
-class FederatedTrainer(StudyTrainer):
+class FederatedTrainer(ConnectedTrainer):
     """nnU-Net's trainer with an exchange at the end of every round.
 
     A method overrides :meth:`exchange` and the few hooks that it needs. One round is ``local_epochs`` epochs of
     nnU-Net; the study comes from the plans. Prediction and ``--val`` need no network and no coordinator.
+
+    What is exchanged is saved before it is sent: ``checkpoint_latest.pth`` first holds the state *before* the exchange,
+    so that a killed training contributes the same bytes again (rule 2 of the protocol), then the state after the epoch.
     """
 
     MODEL: ClassVar[str] = keys.MODEL
     """Name of the mean that a late site continues from, in every scope."""
 
-    communicator: RankZeroCommunicator
-    """The verbs, on every rank; set when the training starts."""
-
     def configure_study(self) -> None:
         """Take what the trainer needs from the study, at the end of construction."""
-        self._session: CoordinatorSession | None = None
-        self._study_now = self.study
-        self._figures: dict[str, float] = {}
+        super().configure_study()
+        self._pending: list[dict[str, Any]] | None = None
+        self._next_epoch = 0
         self.diagnostics: dict[str, float] = {}
         """The method's figures of the round, for the log and the record; set them in :meth:`exchange`."""
 
@@ -67,6 +60,16 @@ class FederatedTrainer(StudyTrainer):
                 late site continues from.
         """
         raise NotImplementedError
+
+    def average(self, scope: str, uploaded: Tensors | None = None) -> None:
+        """Replace the shared tensors by the mean over the sites of the round: the last collective of an exchange.
+
+        Args:
+            scope: of the exchange.
+            uploaded: what this site gives; ``None``: its shared tensors as they are.
+        """
+        given = self.shared_arrays() if uploaded is None else uploaded
+        self.load_shared(self.communicator.mean(keys.key_of(scope, self.MODEL), given, self.site_weight))
 
     def prepare(self) -> None:
         """Agree on what the method needs before the first round; called on every rank, never after ``--c``.
@@ -83,46 +86,11 @@ class FederatedTrainer(StudyTrainer):
         return [self.optimizer]
 
     @property
-    def is_connected(self) -> bool:
-        """Whether this process trains with the others; after ``--val``, and ``--c`` after the end, it does not."""
-        return "communicator" in vars(self)
-
-    @property
     def validates_together(self) -> bool:
         """Whether the site needs the others after the validation; otherwise it leaves when the training ends."""
         return self._evaluates_across_sites
 
-    def happened(self, text: str) -> None:
-        """Note an event in the log, in this site's record and at the coordinator."""
-        self.print_to_log_file(text)
-        if self._session is not None:
-            self._session.happened(text)
-
-    def note_facts(self, **facts: Any) -> None:
-        """Note facts of the training in this site's record; those of ``--val`` in the record that the training left."""
-        path = Path(self.output_folder) / RECORD
-        if self._session is not None:
-            self._session.note_facts(**facts)
-        elif self.local_rank == 0 and path.is_file():
-            TrainingRecord(path, resumed=True).note(**facts)
-
     # ------------------------------------------------------------------------------------------- nnU-Net's hooks
-
-    def get_dataloaders(self) -> Any:
-        """nnU-Net's loaders, then the federation: who has used gRPC must not fork, and nnU-Net forks its workers here.
-
-        A training that is refused has written nothing yet but its log.
-        """
-        loaders = super().get_dataloaders()
-        if self.current_epoch < self.study.epochs:
-            try:
-                self._study_now = from_rank_zero(self._join)
-            except BaseException:
-                for loader in loaders:
-                    if isinstance(loader, NonDetMultiThreadedAugmenter):
-                        loader._finish()
-                raise
-        return loaders
 
     def run_training(self) -> None:
         """nnU-Net's loop; a site that skipped rounds leaves it early. Errors of the federation end in a sentence."""
@@ -202,10 +170,6 @@ class FederatedTrainer(StudyTrainer):
         with replacing(folder / GLOBAL_CHECKPOINT) as part:
             shutil.copyfile(folder / FINAL_CHECKPOINT, part)
 
-    def _leave(self) -> None:
-        if self._session is not None:
-            self._session.leave("finished")
-
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """The validation, watched by those who watch."""
         if not self.skips_validation:
@@ -223,45 +187,15 @@ class FederatedTrainer(StudyTrainer):
     # ------------------------------------------------------------------------------------------- the federation
 
     @property
-    def _continues(self) -> bool:
-        """Whether the command said ``--c``."""
-        return bool(self.logger.resume)
-
-    def _join(self) -> Federation:
-        """Join the run (on rank 0); returns the study as the coordinator has it."""
-        self._session = CoordinatorSession(
-            self.study,
-            self.configuration_name,
-            type(self).__name__,
-            self.fold,
-            Path(self.output_folder),
-            continues=self._continues,
-            attempt=None if self._resumed is None else self._resumed["attempt"],
-        )
-        self._attempt = self._session.attempt
-        return self._session.study
-
-    def _connect(self) -> None:
-        """Let every rank have the verbs, once rank 0 has joined."""
-        study = self._study_now
-        communicator, site = None, Site.from_environment().name
-        if self._session is not None:
-            communicator = self._session.communicator
-            self._session.describe(self._training_cases)
-        self.communicator = RankZeroCommunicator(
-            communicator, site, study.sites, patient_group(study.deadline_minutes + 10)
-        )
-
-    @property
     def _evaluates_across_sites(self) -> bool:
-        return self.study.cross_site and self._study_now.cross_site
+        return self.study.cross_site and self.operational.cross_site
 
     def _evaluate_across_sites(self, save_probabilities: bool) -> None:
         """Evaluate across sites; --c after the end joins again for what is missing, and --val needs nobody."""
         if not self.is_connected:
             if not self._continues or is_complete(self):
                 return
-            self._study_now = from_rank_zero(self._join)
+            self._join()
             self._connect()
         if self._evaluates_across_sites:
             evaluate_across_sites(self, save_probabilities, self._report)
@@ -318,7 +252,7 @@ class FederatedTrainer(StudyTrainer):
 
     def _take_newest(self, number: int = -1) -> None:
         """Load the federation's newest model, of round ``number`` or later, and note the epoch from which to go on."""
-        end = time.monotonic() + 60 * self._study_now.deadline_minutes
+        end = time.monotonic() + 60 * self.operational.deadline_minutes
         while (key := self.communicator.newest(self.MODEL)) is None or keys.last_round(key) < number:
             if key is None and number < 0:
                 raise DisagreementError("The federation has no model yet from which this site could go on.")
@@ -336,8 +270,30 @@ class FederatedTrainer(StudyTrainer):
         pad_log(self.logger.get_checkpoint(), epoch)
         self.current_epoch = epoch
 
-    def _report(self, phase: str, wait: bool = False) -> None:
-        if self._session is not None:
-            number = min(self.current_epoch // self.study.local_epochs + 1, self.study.rounds)
-            progress = {"phase": phase, "round": number, "rounds": self.study.rounds, "epoch": self.current_epoch}
-            self._session.report({**progress, **self._figures}, wait)
+    # ------------------------------------------------------------------------------------------- checkpoints
+
+    def training_state(self) -> dict[str, Any]:
+        """Also the attempt, what was trained and is not exchanged yet, and the epoch from which to go on."""
+        return {
+            **super().training_state(),
+            "attempt": self._attempt if self._resumed is None else self._resumed["attempt"],
+            "pending": self._pending,
+            "next_epoch": self._next_epoch,
+        }
+
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`training_state`; an epoch that is not exchanged yet is not over."""
+        self._pending, self._next_epoch = state["pending"], state["next_epoch"]
+        if self._pending is not None:
+            for values in self.logger.get_checkpoint().values():
+                del values[self.current_epoch :]
+        super().load_training_state(state)
+
+    def _save_pending(self, train_outputs: list[dict[str, Any]]) -> None:
+        """Save the state before the exchange, as of an epoch that is not over."""
+        self._pending = train_outputs
+        self.current_epoch -= 1  # nnU-Net writes the number of the next epoch
+        try:
+            self.save_checkpoint(str(Path(self.output_folder) / "checkpoint_latest.pth"))
+        finally:
+            self.current_epoch += 1

@@ -14,7 +14,7 @@ import torch
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 
 from nnunet_fed.files import replacing
-from nnunet_fed.study.method_table import FineTuned
+from nnunet_fed.study.method_table import FineTuned, MethodTable
 from nnunet_fed.trainers.parts.checkpoint import network_weights
 from nnunet_fed.trainers.parts.federated_trainer import FederatedTrainer
 from nnunet_fed.trainers.parts.further_validation import validate_weights
@@ -61,14 +61,13 @@ class FineTuningTrainer(FederatedTrainer):
     FEDERATED: ClassVar[str] = "global"
     """What the model after the rounds is called: ``checkpoint_NAME.pth``, and its validation ``NAME/validation``."""
 
-    grad_scaler: Any
+    Options: ClassVar[type[MethodTable]] = FineTuned
+    options: FineTuned
 
     def configure_study(self) -> None:
         """Take the number of fine-tuning epochs."""
         super().configure_study()
-        assert isinstance(self.study.method, FineTuned)
-        self.finetuning: FineTuned = self.study.method
-        self.num_epochs += self.finetuning.finetune_epochs
+        self.num_epochs += self.options.finetune_epochs
         self._best_finetuned: float | None = None
 
     @property
@@ -79,7 +78,7 @@ class FineTuningTrainer(FederatedTrainer):
     def configure_optimizers(self) -> Any:
         """nnU-Net's, with a schedule of two phases."""
         optimizer, schedule = super().configure_optimizers()
-        epochs, factor = self.finetuning.finetune_epochs, self.finetuning.finetune_lr_factor
+        epochs, factor = self.options.finetune_epochs, self.options.finetune_lr_factor
         if epochs:
             schedule = TwoPhaseLRScheduler(
                 optimizer, self.initial_lr, self.study.epochs, factor * self.initial_lr, epochs
@@ -103,7 +102,7 @@ class FineTuningTrainer(FederatedTrainer):
         if self.grad_scaler is not None:
             self.grad_scaler = torch.amp.GradScaler("cuda")
         self._best_ema = None
-        self.print_to_log_file(f"Fine-tuning for {self.finetuning.finetune_epochs} epochs, without the other sites")
+        self.print_to_log_file(f"Fine-tuning for {self.options.finetune_epochs} epochs, without the other sites")
 
     def on_epoch_end(self) -> None:
         """Keep a fine-tuned model that is better than the ones before on this site's validation cases."""
@@ -129,14 +128,14 @@ class FineTuningTrainer(FederatedTrainer):
 
     def save_models(self, folder: Path) -> None:
         """Without fine-tuning the final model is the one of the rounds."""
-        if not self.finetuning.finetune_epochs:
+        if not self.options.finetune_epochs:
             with replacing(self._federated_checkpoint) as part:
                 shutil.copyfile(folder / "checkpoint_final.pth", part)
 
     def validate(self, save_probabilities: bool) -> None:
         """nnU-Net's validation of the final model, and of the one after the rounds."""
         super().validate(save_probabilities)
-        if self.finetuning.finetune_epochs and self._federated_checkpoint.is_file():
+        if self.options.finetune_epochs and self._federated_checkpoint.is_file():
             validate_weights(self, network_weights(self._federated_checkpoint), self.FEDERATED, save_probabilities)
 
     def method_state(self) -> dict[str, Any]:
@@ -146,7 +145,7 @@ class FineTuningTrainer(FederatedTrainer):
     def load_method_state(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`method_state`."""
         super().load_method_state(state)
-        self._best_finetuned = state["best_finetuned"]
+        self._best_finetuned = state.get("best_finetuned")  # FedGS came to fine-tune after 0.1
         if self.is_finetuning:
             self.save_every = 1
 

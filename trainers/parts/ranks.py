@@ -6,6 +6,8 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
+import torch
 from torch import distributed as dist
 
 from nnunet_fed.errors import FederationError
@@ -35,7 +37,8 @@ def is_distributed() -> bool:
 def from_rank_zero(function: Callable[[], T], group: Any = None) -> T:
     """Call ``function`` on rank 0; every rank returns its value or raises its error.
 
-    Without ``torch.distributed`` it is just called. Values travel by pickle between the processes of one training.
+    Without ``torch.distributed`` it is just called. Values travel by pickle between the processes of one training: for
+    tensors there is :func:`tensors_from_rank_zero`.
     """
     if not is_distributed():
         return function()
@@ -52,6 +55,26 @@ def from_rank_zero(function: Callable[[], T], group: Any = None) -> T:
         raise outcome[1]
     value: T = outcome[0]
     return value
+
+
+def tensors_from_rank_zero(function: Callable[[], dict[str, Array]], group: Any = None) -> dict[str, Array]:
+    """As :func:`from_rank_zero`, for arrays by name: they travel as they are, one by one, and no model is pickled."""
+    if not is_distributed():
+        return function()
+    arrays: dict[str, Array] = {}
+
+    def described() -> list[tuple[str, Any, tuple[int, ...]]]:
+        arrays.update(function())
+        return [(name, array.dtype, array.shape) for name, array in arrays.items()]
+
+    for name, dtype, shape in from_rank_zero(described, group):
+        if name not in arrays:
+            arrays[name] = np.empty(shape, dtype)
+        if arrays[name].nbytes:
+            # rank 0's may be a view of a file, or of something else that torch must not write to
+            sent = np.require(arrays[name], requirements=["C", "W"])
+            dist.broadcast(torch.from_numpy(sent.reshape(-1).view(np.uint8)), src=0, group=group)
+    return arrays
 
 
 def wait_for_all() -> None:
@@ -80,16 +103,19 @@ class RankZeroCommunicator:
         self.sites = sites
 
     def _ask(self, question: Callable[[TrainingCommunicator], T]) -> T:
-        def answer() -> T:
-            if self._communicator is None:
-                raise RuntimeError("rank 0 has no communicator")
-            return question(self._communicator)
+        return from_rank_zero(lambda: question(self._at_rank_zero()), self._group)
 
-        return from_rank_zero(answer, self._group)
+    def _ask_for_tensors(self, question: Callable[[TrainingCommunicator], dict[str, Array]]) -> dict[str, Array]:
+        return tensors_from_rank_zero(lambda: question(self._at_rank_zero()), self._group)
+
+    def _at_rank_zero(self) -> TrainingCommunicator:
+        if self._communicator is None:
+            raise RuntimeError("rank 0 has no communicator")
+        return self._communicator
 
     def mean(self, key: str, tensors: Tensors, weight: float, exact: bool = False) -> dict[str, Array]:
         """See :meth:`nnunet_fed.exchange.communicator.Collectives.mean`."""
-        return self._ask(lambda communicator: communicator.mean(key, tensors, weight, exact))
+        return self._ask_for_tensors(lambda communicator: communicator.mean(key, tensors, weight, exact))
 
     def sum(self, key: str, array: Array) -> Array:
         """See :meth:`nnunet_fed.exchange.communicator.Collectives.sum`."""
@@ -105,4 +131,4 @@ class RankZeroCommunicator:
 
     def fetch(self, key: str) -> dict[str, Array]:
         """See :meth:`TrainingCommunicator.fetch`."""
-        return self._ask(lambda communicator: communicator.fetch(key))
+        return self._ask_for_tensors(lambda communicator: communicator.fetch(key))

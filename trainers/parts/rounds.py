@@ -8,10 +8,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from nnunet_fed.errors import DisagreementError, NoContributionError
 from nnunet_fed.exchange.communicator import Collectives
 from nnunet_fed.exchange.keys import key_of, start_scope
 from nnunet_fed.exchange.payload import Array, Tensors
+from nnunet_fed.trainers.parts.publishing import from_next_source, publish, require_equal
+
+NO_START = "No site contributed initial weights."
 
 
 def common_start(communicator: Collectives, name: str, tensors: Callable[[], Tensors]) -> tuple[str, dict[str, Array]]:
@@ -25,14 +27,14 @@ def common_start(communicator: Collectives, name: str, tensors: Callable[[], Ten
     Returns:
         The scope in which the sites agreed, and the tensors.
     """
-    for number, source in enumerate(communicator.sites):
+
+    def from_source(numbered: tuple[int, str]) -> tuple[str, dict[str, Array]]:
+        number, source = numbered
         scope = start_scope(number)
-        mine = communicator.site == source
-        try:
-            return scope, communicator.mean(key_of(scope, name), tensors() if mine else {}, float(mine))
-        except NoContributionError:
-            continue
-    raise NoContributionError("No site contributed initial weights.")
+        # as every later model: what the wire's dtype cannot hold, no site has from the start
+        return scope, publish(communicator, key_of(scope, name), source, tensors, exact=False)
+
+    return from_next_source(enumerate(communicator.sites), from_source, NO_START)
 
 
 def require_agreement(communicator: Collectives, scope: str, digests: dict[str, str]) -> None:
@@ -43,13 +45,12 @@ def require_agreement(communicator: Collectives, scope: str, digests: dict[str, 
     """
     gathered = communicator.gather(key_of(scope, "agreement"), digests)
     for what in dict.fromkeys(name for told in gathered.values() for name in told):
-        values = {site: values.get(what) for site, values in gathered.items()}
-        if len(set(values.values())) > 1:
-            listed = ", ".join(f"{site}: {str(value)[:12]}" for site, value in values.items())
-            raise DisagreementError(
-                f"The sites differ in their {what} ({listed}). Run 'nnunet_fed plan_and_preprocess' at all sites "
-                "again, with the same versions of nnunet_fed, nnunetv2 and torch."
-            )
+        require_equal(
+            {site: values.get(what) for site, values in gathered.items()},
+            f"The sites differ in their {what}",
+            "Run 'nnunet_fed plan_and_preprocess' at all sites again, with the same versions of nnunet_fed, nnunetv2 "
+            "and torch.",
+        )
 
 
 def pad_log(log: dict[str, list[Any]], epochs: int) -> None:

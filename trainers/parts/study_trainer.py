@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from pydantic import ValidationError
 from torch._dynamo import OptimizedModule
 
 from nnunet_fed.errors import ConfigurationError, FederationError
@@ -18,8 +20,11 @@ from nnunet_fed.exchange.payload import Array
 from nnunet_fed.files import PARTIAL
 from nnunet_fed.methods.fedavg import site_weight
 from nnunet_fed.methods.tensors import load_arrays, shared_tensors, to_arrays
-from nnunet_fed.study.federation import PLANS_KEY, Federation
+from nnunet_fed.study.federation import Federation, study_in
+from nnunet_fed.study.method_table import MethodTable
+from nnunet_fed.study.methods.custom_options import Custom
 from nnunet_fed.study.site import Site
+from nnunet_fed.study.toml import explain
 from nnunet_fed.trainers.parts import checkpoint
 from nnunet_fed.trainers.parts.lesion_report import evaluate_lesions
 from nnunet_fed.trainers.parts.site_tracker import SiteTracker
@@ -42,21 +47,6 @@ def sentences_for_users() -> Iterator[None]:
         raise SystemExit(f"Error: {error}") from None
 
 
-def own_site(study: Federation, fold: int | str) -> Site:
-    """This site's settings.
-
-    Raises:
-        ConfigurationError: site.toml is missing or wrong, or the fold is not the one that this site trains.
-    """
-    site = Site.from_environment()
-    if fold not in (study.fold, "all", site.fold):
-        raise ConfigurationError(
-            f"The study trains fold {study.fold}, this command fold {fold}. Train fold {study.fold} or 'all', or "
-            f"set 'fold = {fold}' in site.toml."
-        )
-    return site
-
-
 def _all_in(transform: Any) -> Iterator[Any]:
     """A transform, and those that it is made of."""
     yield transform
@@ -66,18 +56,22 @@ def _all_in(transform: Any) -> Iterator[Any]:
 
 
 class StudyTrainer(nnUNetTrainer):
-    """What a federated trainer is without the other sites.
-
-    What is exchanged is saved before it is sent: ``checkpoint_latest.pth`` first holds the state *before* the exchange,
-    so that a killed training contributes the same bytes again (rule 2 of the protocol), then the state after the epoch.
-    """
+    """What a federated trainer is without the other sites: what averaging and gossip share."""
 
     method: ClassVar[str]
     """Name of the method, as in the study's table."""
+    Options: ClassVar[type[MethodTable]] = MethodTable
+    """The method's table. A trainer that sets it says with ``options: ...`` what it is, for whoever reads types."""
+    options: MethodTable
+    """The method's options, as the study has them."""
     PREDICTED_AS: ClassVar[str] = nnUNetTrainer.__name__
     """The trainer that checkpoints name: the one whose network it is. The stock one predicts without nnunet_fed."""
 
     current_epoch: int
+    network: Any
+    optimizer: Any
+    lr_scheduler: Any
+    grad_scaler: Any
 
     def __init__(
         self,
@@ -88,7 +82,8 @@ class StudyTrainer(nnUNetTrainer):
         device: torch.device = torch.device("cuda"),  # noqa: B008 (nnU-Net's own signature, which it inspects)
     ):
         with sentences_for_users():
-            self.study = self._study_of(plans)
+            self.study = study_in(plans)
+            self.options = self.options_of(self.study)
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.initial_lr = self.study.initial_lr
         self.num_iterations_per_epoch = self.study.iterations_per_epoch
@@ -98,31 +93,47 @@ class StudyTrainer(nnUNetTrainer):
         if self.device.type == "cpu" and os.environ.get(THREADS_VARIABLE):
             torch.set_num_threads(int(os.environ[THREADS_VARIABLE]))
         self.tracker: SiteTracker | None = None
+        self.own_site = cache(Site.from_environment)
+        """This site's settings, which are read once in a training: somebody may edit site.toml meanwhile. A function:
+        nnU-Net writes all other attributes down, and ``--val`` needs no site.toml."""
         self._training_cases = 0
-        self._attempt: int | None = None
         self._resumed: dict[str, Any] | None = None
-        self._pending: list[dict[str, Any]] | None = None
-        self._next_epoch = 0
         with sentences_for_users():
             self.configure_study()
 
     def configure_study(self) -> None:
         """Take what the trainer needs from the study, at the end of construction; raises :class:`FederationError`."""
 
-    def _study_of(self, plans: dict[str, Any]) -> Federation:
-        name = plans.get("plans_name")
-        if PLANS_KEY not in plans:
+    @classmethod
+    def options_of(cls, study: Federation) -> Any:
+        """The method's options in a study; those of a method from outside the package are checked by :attr:`Options`.
+
+        Raises:
+            ConfigurationError: the study is of another method, or trainer, or the options are not this one's.
+        """
+        table = study.method
+        if table.name != cls.method or (table.name == "custom" and table.trainer_name != cls.__name__):
+            asked = f"the trainer '{table.trainer_name}'" if table.name == "custom" else f"the method '{table.name}'"
             raise ConfigurationError(
-                f"The plans '{name}' were not made for a federation. Run 'nnunet_fed plan_and_preprocess' and train "
-                "with the plans that it names, for example -p nnUNetFedPlans."
+                f"The study '{study.name}', for which the plans were made, is of {asked}; '{cls.__name__}' does the "
+                f"method '{cls.method}'. Use the trainer that goes with it, or plan for another study."
             )
-        study = Federation.restore(plans[PLANS_KEY]["study"])
-        if study.method.name != self.method:
+        if not isinstance(table, Custom):
+            return table
+        try:
+            return cls.Options.model_validate(table.options)
+        except ValidationError as error:
             raise ConfigurationError(
-                f"The plans '{name}' were made for the method '{study.method.name}', {type(self).__name__} does "
-                f"'{self.method}'. Use the trainer of that method, or plan for another study."
+                f"The options of '{cls.__name__}' in the study '{study.name}': {explain(error, cls.Options)}"
+            ) from None
+
+    def require_own_fold(self) -> None:
+        """Raise :class:`ConfigurationError` if site.toml is missing or wrong, or if this site trains another fold."""
+        if self.fold not in (self.study.fold, "all", self.own_site().fold):
+            raise ConfigurationError(
+                f"The study trains fold {self.study.fold}, this command fold {self.fold}. Train fold "
+                f"{self.study.fold} or 'all', or set 'fold = {self.fold}' in site.toml."
             )
-        return study
 
     # ------------------------------------------------------------------------------------------- for the methods
 
@@ -132,6 +143,14 @@ class StudyTrainer(nnUNetTrainer):
 
     def load_method_state(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`method_state`; the network and the optimizer are restored already."""
+
+    def training_state(self) -> dict[str, Any]:
+        """What a checkpoint holds besides nnU-Net's own."""
+        return {"random": checkpoint.random_states(), "method": self.method_state()}
+
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`training_state`; the random states wait until the training has started."""
+        self.load_method_state(state["method"])
 
     @staticmethod
     def bare(network: torch.nn.Module) -> torch.nn.Module:
@@ -198,7 +217,7 @@ class StudyTrainer(nnUNetTrainer):
         """nnU-Net's start, then TensorBoard if site.toml asks for it: its thread must not be there at a fork."""
         super().on_train_start()
         going_on = self.current_epoch < self.num_epochs  # a finished training needs no site.toml
-        if self.local_rank == 0 and going_on and Site.from_environment().tensorboard:
+        if self.local_rank == 0 and going_on and self.own_site().tensorboard:
             self.tracker = SiteTracker(Path(self.output_folder), self.current_epoch)
             self.logger.loggers.append(self.tracker)
 
@@ -220,14 +239,7 @@ class StudyTrainer(nnUNetTrainer):
 
     def save_checkpoint(self, filename: str) -> None:
         """nnU-Net's checkpoint with our state added; it replaces an older one only once it is complete."""
-        state = {
-            "attempt": self._attempt if self._resumed is None else self._resumed["attempt"],
-            "pending": self._pending,
-            "next_epoch": self._next_epoch,
-            "random": checkpoint.random_states(),
-            "method": self.method_state(),
-        }
-        self.save_for_prediction(filename, {checkpoint.FEDERATION: state})
+        self.save_for_prediction(filename, {checkpoint.FEDERATION: self.training_state()})
 
     def save_for_prediction(self, filename: str, additions: dict[str, Any] | None = None) -> None:
         """nnU-Net's checkpoint of the current network.
@@ -246,18 +258,11 @@ class StudyTrainer(nnUNetTrainer):
         checkpoint.amend(stock, Path(filename), {**(additions or {}), "trainer_name": self.PREDICTED_AS})
 
     def load_checkpoint(self, filename_or_checkpoint: Any) -> None:
-        """nnU-Net's checkpoint and our state; the random states wait until the training has started."""
+        """nnU-Net's checkpoint and our state."""
         super().load_checkpoint(filename_or_checkpoint)
-        state = checkpoint.federation_state(Path(filename_or_checkpoint))
-        if state is None:
-            return
-        self._resumed = state
-        self._pending = state["pending"]
-        self._next_epoch = state["next_epoch"]
-        if self._pending is not None:
-            for values in self.logger.get_checkpoint().values():
-                del values[self.current_epoch :]
-        self.load_method_state(state["method"])
+        self._resumed = checkpoint.federation_state(Path(filename_or_checkpoint))
+        if self._resumed is not None:
+            self.load_training_state(self._resumed)
 
     @property
     def skips_validation(self) -> bool:
@@ -284,12 +289,3 @@ class StudyTrainer(nnUNetTrainer):
         """nnU-Net's validation of :attr:`network`, then the same by lesion size."""
         super().perform_actual_validation(save_probabilities)
         evaluate_lesions(self)
-
-    def _save_pending(self, train_outputs: list[dict[str, Any]]) -> None:
-        """Save the state before the exchange, as of an epoch that is not over."""
-        self._pending = train_outputs
-        self.current_epoch -= 1  # nnU-Net writes the number of the next epoch
-        try:
-            self.save_checkpoint(str(Path(self.output_folder) / "checkpoint_latest.pth"))
-        finally:
-            self.current_epoch += 1

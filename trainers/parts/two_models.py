@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -12,68 +10,40 @@ import torch
 
 from nnunet_fed.methods.tensors import load_arrays, shared_tensors
 from nnunet_fed.prediction.checkpoint_files import GLOBAL_CHECKPOINT
+from nnunet_fed.trainers.parts.branch import Branch
 from nnunet_fed.trainers.parts.federated_trainer import FederatedTrainer
 from nnunet_fed.trainers.parts.further_validation import validate_below
 
 GLOBAL = "global"
 """Folder of the global model's validation, below the fold's."""
-_BRANCH = ("network", "optimizer", "lr_scheduler", "grad_scaler")
-"""What a branch has of its own, as nnU-Net calls it."""
 
 
 class TwoModelTrainer(FederatedTrainer):
     """``self.network`` is the personalized model: nnU-Net validates, saves and deploys it. The global one is shared.
 
-    Each branch has a network, an optimizer, a schedule and a gradient scaler of its own. A method says in its
-    ``train_step`` when which of them trains.
+    A method says in its ``train_step`` when which of them trains.
     """
 
-    network: Any
-    grad_scaler: Any
-
-    def configure_study(self) -> None:
-        """There is no global branch yet."""
-        super().configure_study()
-        self._global_branch: dict[str, Any] = {}
+    _global: Branch
 
     def initialize(self) -> None:
         """nnU-Net's network for the personalized model, and a copy of it for the global one."""
         super().initialize()
-        network: Any = copy.deepcopy(self.bare(self.network))
-        if self._do_i_compile():
-            network = torch.compile(network)
-        personal = {name: getattr(self, name) for name in _BRANCH}
-        self.network = network
-        self.optimizer, self.lr_scheduler = self.configure_optimizers()
-        if self.is_ddp:
-            self.network = torch.nn.parallel.DistributedDataParallel(network, device_ids=[self.local_rank])
-        self.grad_scaler = None if self.grad_scaler is None else torch.amp.GradScaler("cuda")
-        self._global_branch = {name: getattr(self, name) for name in _BRANCH}
-        self._set_branch(personal)
+        self._global = Branch.beside(self)
 
-    def _set_branch(self, branch: dict[str, Any]) -> None:
-        for name, value in branch.items():
-            setattr(self, name, value)
-
-    @contextmanager
-    def global_branch(self) -> Iterator[None]:
+    def global_branch(self) -> AbstractContextManager[None]:
         """Let nnU-Net's functions work on the global model within."""
-        personal = {name: getattr(self, name) for name in _BRANCH}
-        self._set_branch(self._global_branch)
-        try:
-            yield
-        finally:
-            self._set_branch(personal)
+        return self._global.in_place_of_own(self)
 
     @property
     def shared_network(self) -> torch.nn.Module:
         """The global model."""
-        return self.bare(self._global_branch["network"])
+        return self.bare(self._global.network)
 
     @property
     def optimizers(self) -> list[torch.optim.Optimizer]:
         """Of both branches."""
-        return [self.optimizer, self._global_branch["optimizer"]]
+        return [self.optimizer, self._global.optimizer]
 
     def personal_takes_global(self) -> None:
         """Let the personalized model have the weights of the global one."""
@@ -86,8 +56,7 @@ class TwoModelTrainer(FederatedTrainer):
     def on_train_epoch_start(self) -> None:
         """nnU-Net's, for both branches."""
         super().on_train_epoch_start()
-        self._global_branch["network"].train()
-        self._global_branch["lr_scheduler"].step(self.current_epoch)
+        self._global.begin_epoch(self.current_epoch)
 
     def save_models(self, folder: Path) -> None:
         """Write the global model."""
@@ -101,18 +70,9 @@ class TwoModelTrainer(FederatedTrainer):
 
     def method_state(self) -> dict[str, Any]:
         """The global branch."""
-        branch = self._global_branch
-        return {
-            **super().method_state(),
-            "network": self.shared_network.state_dict(),
-            "optimizer": branch["optimizer"].state_dict(),
-            "grad_scaler": None if branch["grad_scaler"] is None else branch["grad_scaler"].state_dict(),
-        }
+        return {**super().method_state(), **self._global.state()}
 
     def load_method_state(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`method_state`."""
         super().load_method_state(state)
-        self.shared_network.load_state_dict(state["network"])
-        self._global_branch["optimizer"].load_state_dict(state["optimizer"])
-        if self._global_branch["grad_scaler"] is not None and state["grad_scaler"] is not None:
-            self._global_branch["grad_scaler"].load_state_dict(state["grad_scaler"])
+        self._global.load_state(state)

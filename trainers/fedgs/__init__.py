@@ -1,0 +1,1 @@
+"""What only FedGS's trainer needs."""

@@ -1,0 +1,114 @@
+"""A training that sits at a coordinator: how it joins, what it tells there, and how it leaves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
+
+from nnunet_fed.study.federation import Federation
+from nnunet_fed.trainers.parts.coordinator_session import CoordinatorSession
+from nnunet_fed.trainers.parts.ranks import RankZeroCommunicator, from_rank_zero, patient_group
+from nnunet_fed.trainers.parts.study_trainer import StudyTrainer
+from nnunet_fed.trainers.parts.training_record import RECORD, TrainingRecord
+
+
+class ConnectedTrainer(StudyTrainer):
+    """Joins the run before it trains, and has the verbs on every rank; rank 0 talks to the coordinator."""
+
+    communicator: RankZeroCommunicator
+    """The verbs, on every rank; set when the training starts."""
+    operational: Federation
+    """The study as the coordinator has it now: its *operational* fields count, which may change while it runs. What
+    is mathematics is in ``study``, the one in the plans."""
+
+    def configure_study(self) -> None:
+        """Nobody has been asked yet."""
+        super().configure_study()
+        self._session: CoordinatorSession | None = None
+        self.operational = self.study
+        self._attempt: int | None = None
+        self._figures: dict[str, float] = {}
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether this process trains with the others; after ``--val``, and ``--c`` after the end, it does not."""
+        return "communicator" in vars(self)
+
+    @property
+    def _continues(self) -> bool:
+        """Whether the command said ``--c``."""
+        return bool(self.logger.resume)
+
+    def get_dataloaders(self) -> Any:
+        """nnU-Net's loaders, then the federation: who has used gRPC must not fork, and nnU-Net forks its workers here.
+
+        A training that is refused has written nothing yet but its log.
+        """
+        loaders = super().get_dataloaders()
+        if self.current_epoch < self.study.epochs:
+            try:
+                self._join()
+            except BaseException:
+                for loader in loaders:
+                    if isinstance(loader, NonDetMultiThreadedAugmenter):
+                        loader._finish()
+                raise
+        return loaders
+
+    def _join(self) -> None:
+        """Join the run, on rank 0, and let every rank have the study as the coordinator has it."""
+
+        def on_rank_zero() -> Federation:
+            self.require_own_fold()
+            self._session = CoordinatorSession(
+                self.study,
+                self.own_site(),
+                self.configuration_name,
+                type(self).__name__,
+                Path(self.output_folder),
+                continues=self._continues,
+                attempt=None if self._resumed is None else self._resumed["attempt"],
+            )
+            self._attempt = self._session.attempt
+            return self._session.study
+
+        self.operational = from_rank_zero(on_rank_zero)
+
+    def _connect(self) -> None:
+        """Let every rank have the verbs, once rank 0 has joined."""
+        communicator = None
+        if self._session is not None:
+            communicator = self._session.communicator
+            self._session.describe(self._training_cases)
+        self.communicator = RankZeroCommunicator(
+            communicator,
+            self.own_site().name,
+            self.operational.sites,
+            patient_group(self.operational.deadline_minutes + 10),
+        )
+
+    def happened(self, text: str) -> None:
+        """Note an event in the log, in this site's record and at the coordinator."""
+        self.print_to_log_file(text)
+        if self._session is not None:
+            self._session.happened(text)
+
+    def note_facts(self, **facts: Any) -> None:
+        """Note facts of the training in this site's record; those of ``--val`` in the record that the training left."""
+        path = Path(self.output_folder) / RECORD
+        if self._session is not None:
+            self._session.note_facts(**facts)
+        elif self.local_rank == 0 and path.is_file():
+            TrainingRecord(path, resumed=True).note(**facts)
+
+    def _report(self, phase: str, wait: bool = False) -> None:
+        if self._session is not None:
+            number = min(self.current_epoch // self.study.local_epochs + 1, self.study.rounds)
+            progress = {"phase": phase, "round": number, "rounds": self.study.rounds, "epoch": self.current_epoch}
+            self._session.report({**progress, **self._figures}, wait)
+
+    def _leave(self) -> None:
+        if self._session is not None:
+            self._session.leave("finished")
