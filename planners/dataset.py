@@ -24,7 +24,7 @@ from rich.text import Text
 
 from nnunet_fed.errors import ConfigurationError, DisagreementError
 from nnunet_fed.study.federation import canonical_json
-from nnunet_fed.study.method_tables import MethodTable
+from nnunet_fed.study.method_table import MethodTable
 
 # nnU-Net lists the cases in a pool of forked processes, before and after planning talks to the coordinator. A process
 # that has ever opened a gRPC channel must not fork, be it closed since: now and then a child hangs, and the pool waits

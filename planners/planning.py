@@ -15,6 +15,7 @@ from nnunet_fed.agreement.plan_digest import comparable, differences
 from nnunet_fed.errors import ConfigurationError, DisagreementError, FederationError
 from nnunet_fed.evaluation.lesions import SMALL_LESIONS, small_lesion_thresholds
 from nnunet_fed.exchange.communicator import Collectives
+from nnunet_fed.exchange.keys import PLANNING, PLANS, key_of
 from nnunet_fed.files import move, write_json
 from nnunet_fed.planners.dataset import PLAN_AGAIN, RawDataset, check_agreement, describe
 from nnunet_fed.planners.explanation import Row, explain
@@ -26,7 +27,7 @@ from nnunet_fed.study.federation import PLANS_KEY, Federation
 from nnunet_fed.study.labels import LabelMap
 
 logger = logging.getLogger(__name__)
-DESCRIPTIONS, PUBLISHED = "planning/dataset", "planning/published"
+DESCRIPTIONS, PUBLISHED = key_of(PLANNING, "dataset"), key_of(PLANNING, "published")
 """Keys of what the sites compare, and of what a site takes that joins later."""
 _LINES_SHOWN = 30
 
@@ -135,7 +136,9 @@ def agree(
     intensities = own_intensities(local) if own_channels else None
 
     report("harmonising")
-    small_lesions = {SMALL_LESIONS: small_lesion_thresholds(communicator, "planning/lesions", local.lesion_volumes)}
+    small_lesions = {
+        SMALL_LESIONS: small_lesion_thresholds(communicator, key_of(PLANNING, "lesions"), local.lesion_volumes)
+    }
     planner = harmonised_planner(
         communicator,
         local,
@@ -227,10 +230,10 @@ def make_planner(
 
 
 def _agree_on_plans(communicator: Collectives, plans: dict[str, Any]) -> None:
-    digests = communicator.gather("planning/plans", {"digest": plans[PLANS_KEY]["plans_digest"]})
+    digests = communicator.gather(PLANS, {"digest": plans[PLANS_KEY]["plans_digest"]})
     if len({answer["digest"] for answer in digests.values()}) == 1:
         return
-    lines = differences(communicator.gather("planning/plans/full", comparable(plans)))
+    lines = differences(communicator.gather(key_of(PLANS, "full"), comparable(plans)))
     more = [f"... and {len(lines) - _LINES_SHOWN} more"] if len(lines) > _LINES_SHOWN else []
     raise DisagreementError(
         "The sites have planned from the same fingerprint, but their plans differ:\n\n"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from nnunet_fed.study.method_tables import Ditto
+from nnunet_fed.exchange.keys import key_of
+from nnunet_fed.study.methods.ditto_options import Ditto
 from nnunet_fed.trainers.parts.proximal_trainer import ProximalTrainer
 from nnunet_fed.trainers.parts.two_models import TwoModelTrainer
 
@@ -33,7 +34,7 @@ class nnUNetTrainerDitto(ProximalTrainer, TwoModelTrainer):  # noqa: N801
 
     def exchange(self, scope: str) -> None:
         """Replace the global model by the mean over the sites of the round."""
-        self.load_shared(self.communicator.mean(f"{scope}/{self.MODEL}", self.shared_arrays(), self.site_weight))
+        self.load_shared(self.communicator.mean(key_of(scope, self.MODEL), self.shared_arrays(), self.site_weight))
 
     def validate(self, save_probabilities: bool) -> None:
         """nnU-Net's validation of the personalized and of the global model."""

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 
 from nnunet_fed.errors import DisagreementError, NoContributionError
+from nnunet_fed.exchange.keys import key_of, last_round
 from nnunet_fed.exchange.payload import Array, encode, measure
 from nnunet_fed.methods.server_optimizer import AdamMoments, difference
 from nnunet_fed.methods.tensors import to_arrays
-from nnunet_fed.study.method_tables import FedAdam
+from nnunet_fed.study.methods.fedadam_options import FedAdam
 from nnunet_fed.trainers.parts.finetuning import FineTuningTrainer
-from nnunet_fed.trainers.parts.rounds import round_of
 
 
 class nnUNetTrainerFedAdam(FineTuningTrainer):  # noqa: N801
@@ -42,12 +42,12 @@ class nnUNetTrainerFedAdam(FineTuningTrainer):  # noqa: N801
     def exchange(self, scope: str) -> None:
         """Take the mean of the updates, do Adam's step on it, and load the model that the first site publishes."""
         own = difference(self.shared_arrays(), self._round_start)
-        update = self.communicator.mean(f"{scope}/update", own, self.site_weight)
+        update = self.communicator.mean(key_of(scope, "update"), own, self.site_weight)
         first = self._agree_on_moments(scope) == self.communicator.site
-        model = self.moments.step(self._round_start, update, self.options.server_lr, round_of(scope))
+        model = self.moments.step(self._round_start, update, self.options.server_lr, last_round(scope))
         try:
             published = self.communicator.mean(
-                f"{scope}/{self.MODEL}", model if first else {}, float(first), exact=True
+                key_of(scope, self.MODEL), model if first else {}, float(first), exact=True
             )
         except NoContributionError:  # the first site went away since the update: the others have computed the same
             published = model
@@ -60,7 +60,7 @@ class nnUNetTrainerFedAdam(FineTuningTrainer):  # noqa: N801
             DisagreementError: moments of the same round differ.
         """
         own = {"round": self.moments.number, "digest": measure(encode(self.moments.tensors()))[0]}
-        told = self.communicator.gather(f"{scope}/moments", own)
+        told = self.communicator.gather(key_of(scope, "moments"), own)
         newest = max(entry["round"] for entry in told.values())
         digests = {site: entry["digest"] for site, entry in told.items() if entry["round"] == newest}
         if len(set(digests.values())) > 1:
@@ -79,7 +79,7 @@ class nnUNetTrainerFedAdam(FineTuningTrainer):  # noqa: N801
             mine = source == self.communicator.site
             tensors = self.moments.tensors() if mine else {}
             try:
-                return self.communicator.mean(f"{scope}/state-{number}", tensors, float(mine), exact=True)
+                return self.communicator.mean(key_of(scope, f"state-{number}"), tensors, float(mine), exact=True)
             except NoContributionError:
                 continue
         raise NoContributionError("The sites that had the moments of FedAdam have all gone away.")

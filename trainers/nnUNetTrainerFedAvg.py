@@ -1,5 +1,6 @@
 """Federated averaging inside nnU-Net's training."""
 
+from nnunet_fed.exchange.keys import key_of
 from nnunet_fed.trainers.parts.finetuning import FineTuningTrainer
 
 
@@ -10,4 +11,4 @@ class nnUNetTrainerFedAvg(FineTuningTrainer):  # noqa: N801
 
     def exchange(self, scope: str) -> None:
         """Replace this site's weights by the mean over the sites of the round."""
-        self.load_shared(self.communicator.mean(f"{scope}/{self.MODEL}", self.shared_arrays(), self.site_weight))
+        self.load_shared(self.communicator.mean(key_of(scope, self.MODEL), self.shared_arrays(), self.site_weight))

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 
 from nnunet_fed.errors import NoContributionError
+from nnunet_fed.exchange.keys import key_of, last_round, scope_of_round, start_scope
 from nnunet_fed.exchange.payload import Array
 from nnunet_fed.methods.server_optimizer import difference, with_momentum
 from nnunet_fed.methods.tensors import to_arrays
-from nnunet_fed.study.method_tables import FedAvgM
+from nnunet_fed.study.methods.fedavgm_options import FedAvgM
 from nnunet_fed.trainers.parts.finetuning import FineTuningTrainer
-from nnunet_fed.trainers.parts.rounds import round_of, scope_of_round, start_scope
 
 
 class nnUNetTrainerFedAvgM(FineTuningTrainer):  # noqa: N801
@@ -38,7 +38,7 @@ class nnUNetTrainerFedAvgM(FineTuningTrainer):  # noqa: N801
             self._round_start, self.shared_arrays(), self._last_step,
             self.options.server_lr, self.options.server_momentum,
         )  # fmt: skip
-        self.load_shared(self.communicator.mean(f"{scope}/{self.MODEL}", uploaded, self.site_weight))
+        self.load_shared(self.communicator.mean(key_of(scope, self.MODEL), uploaded, self.site_weight))
 
     def load_shared(self, arrays: dict[str, Array]) -> None:
         """Take received tensors into the network, and note how the global model has moved."""
@@ -51,15 +51,15 @@ class nnUNetTrainerFedAvgM(FineTuningTrainer):  # noqa: N801
     def catch_up(self, scope: str) -> None:
         """The last step is the one between the two newest global models, whichever this site had."""
         self._last_step = {}
-        if round_of(scope) >= 0:
-            self._last_step = difference(self._round_start, self._model_before(round_of(scope)))
+        if last_round(scope) >= 0:
+            self._last_step = difference(self._round_start, self._model_before(last_round(scope)))
 
     def _model_before(self, number: int) -> dict[str, Array]:
         if number > 0:
-            return self.communicator.fetch(f"{scope_of_round(number - 1)}/{self.MODEL}")
+            return self.communicator.fetch(key_of(scope_of_round(number - 1), self.MODEL))
         for source in range(len(self.communicator.sites)):
             try:
-                return self.communicator.fetch(f"{start_scope(source)}/{self.MODEL}")
+                return self.communicator.fetch(key_of(start_scope(source), self.MODEL))
             except NoContributionError:
                 continue
         raise NoContributionError("No site contributed initial weights.")

@@ -10,6 +10,7 @@ import torch
 from torch import distributed as dist
 
 from nnunet_fed.errors import ConfigurationError, FederationError, RoundClosedError
+from nnunet_fed.exchange.keys import key_of, round_of
 from nnunet_fed.exchange.payload import Array
 from nnunet_fed.methods.fedgs import (
     Floats,
@@ -23,11 +24,11 @@ from nnunet_fed.methods.fedgs import (
     with_gain,
 )
 from nnunet_fed.methods.tensors import shared_tensors, to_arrays
-from nnunet_fed.study.method_tables import FedGS, PerClass
+from nnunet_fed.study.methods.fedgs_options import FedGS, PerClass
 from nnunet_fed.trainers.parts import checkpoint
 from nnunet_fed.trainers.parts.federated_trainer import FederatedTrainer
 
-CALIBRATION = "calibration/inverse-areas"
+CALIBRATION = key_of("calibration", "inverse-areas")
 """Key of the histogram; a scope of its own, so that a late site can fetch it whatever the round."""
 CALIBRATION_PATCHES = 200
 """Patches that each site draws (notes 6.2)."""
@@ -115,7 +116,7 @@ class nnUNetTrainerFedGS(FederatedTrainer):  # noqa: N801
         figures = {"mean_factor": self.scaler.mean_factor, "scaled_share": self.scaler.scaled_share}
         if variant in ("fedgs_norm", "fedavg_server_lr"):
             own = np.array([weight * self.scaler.mean_factor, weight])
-            figures["federation_mean_factor"] = _ratio(self.communicator.sum(f"{scope}/factor", own))
+            figures["federation_mean_factor"] = _ratio(self.communicator.sum(key_of(scope, "factor"), own))
         gains = {
             "fedavg_gain": self.scaler.mean_factor,
             "fedavg_server_lr": figures.get("federation_mean_factor", 1.0),
@@ -126,7 +127,7 @@ class nnUNetTrainerFedGS(FederatedTrainer):  # noqa: N801
             uploaded = to_arrays(self.scaler.surrogate(shared_tensors(self.shared_network)))
         figures["best_scalar"], figures["residual"] = against_plain(self._round_start, trained, uploaded)
         self.diagnostics = figures
-        self.load_shared(self.communicator.mean(f"{scope}/{self.MODEL}", uploaded, weight))
+        self.load_shared(self.communicator.mean(key_of(scope, self.MODEL), uploaded, weight))
         if variant == "fedgs_norm":
             self.scaler.normaliser = figures["federation_mean_factor"]
 
@@ -143,8 +144,8 @@ class nnUNetTrainerFedGS(FederatedTrainer):  # noqa: N801
     def catch_up(self, scope: str) -> None:
         """Take the mean factor by which the others divide in the coming round."""
         if self.options.variant == "fedgs_norm":
-            first = scope.startswith("start")
-            self.scaler.normaliser = 1.0 if first else _ratio(self.communicator.fetch(f"{scope}/factor")["value"])
+            first = round_of(scope) is None
+            self.scaler.normaliser = 1.0 if first else _ratio(self.communicator.fetch(key_of(scope, "factor"))["value"])
 
     # ------------------------------------------------------------------------------------------- calibration
 

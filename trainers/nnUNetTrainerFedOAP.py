@@ -16,7 +16,7 @@ from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.methods.fedoap import FedOAPArchitecture, is_private, wrap_network
 from nnunet_fed.methods.perturbed_boundary import PerturbedBoundaryLoss, with_perturbed_boundary
 from nnunet_fed.study.federation import PLANS_KEY, Federation
-from nnunet_fed.study.method_tables import FedOAP
+from nnunet_fed.study.methods.fedoap_options import FedOAP
 from nnunet_fed.study.site import Site
 from nnunet_fed.trainers.nnUNetTrainerFedAvg import nnUNetTrainerFedAvg
 from nnunet_fed.trainers.parts.checkpoint import network_weights

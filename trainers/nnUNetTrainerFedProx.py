@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nnunet_fed.study.method_tables import FedProx
+from nnunet_fed.study.methods.fedprox_options import FedProx
 from nnunet_fed.trainers.nnUNetTrainerFedAvg import nnUNetTrainerFedAvg
 from nnunet_fed.trainers.parts.proximal_trainer import ProximalTrainer
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from nnunet_fed.errors import DisagreementError
+from nnunet_fed.exchange.keys import key_of, round_of
 from nnunet_fed.exchange.payload import Array, encode, measure
 from nnunet_fed.methods.familiarity import Familiarity, fit_familiarity
 from nnunet_fed.methods.fedsm import pull_round
@@ -27,7 +28,7 @@ from nnunet_fed.prediction.bundle import (
     write_fold,
     write_selector,
 )
-from nnunet_fed.study.method_tables import FedSM
+from nnunet_fed.study.methods.fedsm_options import FedSM
 from nnunet_fed.trainers.fedsm.selector_cases import SelectorCases
 from nnunet_fed.trainers.fedsm.super_validation import validate_global_and_super
 from nnunet_fed.trainers.parts.two_models import TwoModelTrainer
@@ -110,7 +111,7 @@ class nnUNetTrainerFedSM(TwoModelTrainer):  # noqa: N801
         self._train_selector(scope)
         if self.current_epoch + 1 == self.num_epochs:
             self._share_at_last(scope)
-        self.load_shared(self.communicator.mean(f"{scope}/{self.MODEL}", self.shared_arrays(), self.site_weight))
+        self.load_shared(self.communicator.mean(key_of(scope, self.MODEL), self.shared_arrays(), self.site_weight))
         if self._warms_up:
             self.personal_takes_global()
 
@@ -123,7 +124,7 @@ class nnUNetTrainerFedSM(TwoModelTrainer):  # noqa: N801
         self.diagnostics["selector_loss"] = losses[-1]
         # computed alike everywhere, published for sites that were away (rule 5 of the protocol)
         state = to_arrays(self.selector.state_dict())
-        digests = self.communicator.gather(f"{scope}/selector", measure(encode(state))[0])
+        digests = self.communicator.gather(key_of(scope, "selector"), measure(encode(state))[0])
         if len(set(digests.values())) > 1:
             listed = ", ".join(f"{site}: {digest[:12]}" for site, digest in digests.items())
             raise DisagreementError(
@@ -131,12 +132,12 @@ class nnUNetTrainerFedSM(TwoModelTrainer):  # noqa: N801
                 "and numpy at all sites."
             )
         first = next(iter(digests)) == self.communicator.site
-        self.communicator.mean(f"{scope}/state", _floats(state) if first else {}, float(first), exact=True)
+        self.communicator.mean(key_of(scope, "state"), _floats(state) if first else {}, float(first), exact=True)
 
     def catch_up(self, scope: str) -> None:
         """Take the selector as the others have it."""
-        if not scope.startswith("start"):
-            published = self.communicator.fetch(f"{scope}/state")
+        if round_of(scope) is not None:
+            published = self.communicator.fetch(key_of(scope, "state"))
             self.selector.load_state_dict({name: torch.from_numpy(array) for name, array in published.items()})
 
     def selector_cases(self, which: str) -> SelectorCases:
@@ -168,7 +169,7 @@ class nnUNetTrainerFedSM(TwoModelTrainer):  # noqa: N801
         for site in self.communicator.sites:
             mine = site == self.communicator.site
             arrays = to_arrays(shared_tensors(self.bare(self.network))) if mine else {}
-            received = self.communicator.mean(f"{scope}/personal-of-{site}", arrays, float(mine), exact=True)
+            received = self.communicator.mean(key_of(scope, f"personal-of-{site}"), arrays, float(mine), exact=True)
             if not mine and self.local_rank == 0 and not self.disable_checkpointing:
                 load_arrays(shared_tensors(network), received)
                 path = folder / personal_checkpoint(site)

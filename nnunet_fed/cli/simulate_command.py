@@ -14,6 +14,7 @@ from nnunet_fed.cli.option_values import named_values
 from nnunet_fed.cli.shared_options import MachineOptions, SiteOptions, StudyOptions, grouped
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.study.federation import Federation
+from nnunet_fed.study.methods import METHODS, method_settings
 from nnunet_fed.study.toml import explain
 
 
@@ -30,7 +31,9 @@ def simulate(
     *,
     sites: SiteOptions,
     out: Annotated[Path, typer.Option(help="A new folder for everything that the simulation writes.")],
-    method: Annotated[str, typer.Option(help="Federated method.")] = "fedavg",
+    method: Annotated[
+        str, typer.Option(metavar="NAME", help=f"Federated method: {', '.join(METHODS)}; or a trainer of yours.")
+    ] = "fedavg",
     option: Annotated[
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="An option of the method; repeat for more.")
     ] = None,
@@ -49,8 +52,8 @@ def simulate(
 
     folders = sites.folders()
     settings = {
-        **study_options.settings(), "name": out.resolve().name, "sites": tuple(folders),
-        "method": {"name": method, **named_values(option or [])}, "seed": seed, "min_sites": min_sites,
+        **study_options.settings(), "name": out.resolve().name, "sites": tuple(folders), "seed": seed,
+        "min_sites": min_sites, "method": method_settings(method, named_values(option or [])),
     }  # fmt: skip
     try:
         study = Federation.model_validate(settings)

@@ -8,6 +8,7 @@ import re
 import shutil
 import sqlite3
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import Any
 import xxhash
 
 from nnunet_fed.errors import ConfigurationError
-from nnunet_fed.exchange.keys import name_of, scope_of
+from nnunet_fed.exchange.keys import MODEL, name_of, round_of, scope_of
 from nnunet_fed.files import PARTIAL, make_durable, move, same_file
 
 logger = logging.getLogger(__name__)
@@ -235,12 +236,11 @@ class Store:
         return [Collective(*row) for row in rows]
 
     def count_rounds(self) -> dict[str, int]:
-        """How many rounds have closed, by run: each ends with the mean ``round-N/model``."""
-        rows = self._journal.execute(
-            "SELECT run, COUNT(*) FROM collective WHERE verb = 'mean' AND key GLOB 'round-*/model' "
-            "AND status IN ('closed', 'pruned') GROUP BY run"
+        """How many rounds have closed, by run: each ends with the mean of its models."""
+        means = self._journal.execute(
+            "SELECT run, key FROM collective WHERE verb = 'mean' AND status IN ('closed', 'pruned')"
         )
-        return dict(rows.fetchall())
+        return dict(Counter(run for run, key in means if name_of(key) == MODEL and round_of(key) is not None))
 
     def put_collective(self, collective: Collective) -> None:
         """Write a collective's present state."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,6 +172,39 @@ class Spool:
             with self._lock:
                 if self._receivers.get(upload.file) is receiver:
                     del self._receivers[upload.file]
+
+    def take(
+        self,
+        upload: Upload,
+        position: int,
+        pieces: Iterable[bytes | memoryview],
+        arrived: Callable[[int], None] = lambda number: None,
+    ) -> Path | None:
+        """Take a payload's bytes from ``position`` on; ``None``: they are not what was offered, or too few.
+
+        Args:
+            upload: what was offered.
+            position: how many bytes are there.
+            pieces: the bytes that follow.
+            arrived: hears how many bytes are there, with each piece.
+
+        Raises:
+            NoRoomError: see :meth:`receive`, as for the next one.
+            InterruptedUploadError: the same payload comes another way.
+            OSError: the disk is full, or broken.
+        """
+        with self.receive(upload, position) as receiver:
+            for piece in pieces:
+                if receiver.written + len(piece) > upload.size:
+                    self.discard(receiver)
+                    return None
+                receiver.write(piece)
+                arrived(receiver.written)
+            if receiver.is_whole():
+                return self.complete(receiver)
+            if receiver.written == upload.size:  # else the connection broke, and another may go on
+                self.discard(receiver)
+        return None
 
     def _admit(self, upload: Upload) -> None:
         others = [receiver for receiver in self._receivers.values() if receiver.upload.site == upload.site]

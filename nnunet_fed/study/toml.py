@@ -12,7 +12,7 @@ import tomli_w
 from pydantic import BaseModel, ValidationError
 
 from nnunet_fed.errors import ConfigurationError
-from nnunet_fed.study.method_tables import METHOD_TABLES
+from nnunet_fed.study.methods import METHODS
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -45,7 +45,7 @@ def explain(error: ValidationError, cls: type[BaseModel]) -> str:
     for problem in error.errors(include_url=False):
         path, table = list(problem["loc"]), cls
         if path[:1] == ["method"] and len(path) > 1:
-            table = METHOD_TABLES[str(path.pop(1))]  # pydantic names the chosen table in between
+            table = METHODS[str(path.pop(1))]  # pydantic names the chosen table in between
         place = ".".join(str(part) for part in path) or "the file"
         if problem["type"] == "extra_forbidden":
             near = difflib.get_close_matches(str(path[-1]), list(table.model_fields), n=1)

@@ -31,7 +31,7 @@ from nnunet_fed.methods.fedgs import (
     with_gain,
 )
 from nnunet_fed.methods.tensors import load_arrays, shared_tensors, to_arrays
-from nnunet_fed.study.method_tables import FedGS
+from nnunet_fed.study.methods.fedgs_options import FedGS
 from nnunet_fed.trainers.nnUNetTrainerFedGS import nnUNetTrainerFedGS
 
 TUMOUR = LesionClasses(("tumour",), (1,))

@@ -9,29 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from nnunetv2.training.logging.nnunet_logger import MetaLogger
 
 from nnunet_fed.errors import DisagreementError, NoContributionError
 from nnunet_fed.exchange.communicator import Array, LocalCommunicator, LocalFederation
-from nnunet_fed.exchange.keys import KEY, scope_of
 from nnunet_fed.trainers.parts import checkpoint
-from nnunet_fed.trainers.parts.rounds import START, common_start, pad_log, require_agreement, round_of, scope_of_round
-
-
-@given(st.integers(0, 100_000))
-def test_a_round_is_read_from_its_key(number: int) -> None:
-    key = f"{scope_of_round(number)}/model"
-    assert KEY.fullmatch(key)
-    assert round_of(key) == number
-    assert scope_of(key) == scope_of_round(number)
-
-
-@pytest.mark.parametrize("scope", [START, f"{START}-1", f"{START}-12"])
-def test_the_start_comes_before_all_rounds(scope: str) -> None:
-    assert round_of(f"{scope}/model") == -1
-
+from nnunet_fed.trainers.parts.rounds import common_start, pad_log, require_agreement
 
 # ------------------------------------------------------------------------------------------------------------ the start
 

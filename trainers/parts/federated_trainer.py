@@ -27,9 +27,9 @@ from nnunet_fed.trainers.parts import checkpoint
 from nnunet_fed.trainers.parts.coordinator_session import CoordinatorSession
 from nnunet_fed.trainers.parts.cross_site_evaluation import evaluate_across_sites, is_complete
 from nnunet_fed.trainers.parts.ranks import RankZeroCommunicator, from_rank_zero, patient_group
-from nnunet_fed.trainers.parts.rounds import common_start, pad_log, require_agreement, round_of, scope_of_round
+from nnunet_fed.trainers.parts.rounds import common_start, pad_log, require_agreement
 from nnunet_fed.trainers.parts.study_trainer import StudyTrainer, sentences_for_users
-from nnunet_fed.trainers.parts.training_record import logged_by
+from nnunet_fed.trainers.parts.training_record import RECORD, TrainingRecord, logged_by
 
 
 class _TrainingOver(Exception):  # noqa: N818
@@ -99,9 +99,12 @@ class FederatedTrainer(StudyTrainer):
             self._session.happened(text)
 
     def note_facts(self, **facts: Any) -> None:
-        """Note facts of the training in this site's record."""
+        """Note facts of the training in this site's record; those of ``--val`` in the record that the training left."""
+        path = Path(self.output_folder) / RECORD
         if self._session is not None:
             self._session.note_facts(**facts)
+        elif self.local_rank == 0 and path.is_file():
+            TrainingRecord(path, resumed=True).note(**facts)
 
     # ------------------------------------------------------------------------------------------- nnU-Net's hooks
 
@@ -281,7 +284,7 @@ class FederatedTrainer(StudyTrainer):
         """Go on from a checkpoint, or from the newest model when the federation has moved on meanwhile."""
         key = self.communicator.newest(self.MODEL)
         own = self.current_epoch // self.study.local_epochs
-        if key is not None and round_of(key) >= own + (self._pending is not None):
+        if key is not None and keys.last_round(key) >= own + (self._pending is not None):
             self._pending = None
             self._take_newest()
 
@@ -290,7 +293,7 @@ class FederatedTrainer(StudyTrainer):
             checkpoint.restore_random_states(self._resumed["random"])
 
     def _exchange_round(self, number: int) -> None:
-        scope = scope_of_round(number)
+        scope = keys.scope_of_round(number)
         self._report("exchanging")
         self.diagnostics = {}
         noted: AbstractContextManager[dict[str, float]] = nullcontext({})
@@ -316,17 +319,17 @@ class FederatedTrainer(StudyTrainer):
     def _take_newest(self, number: int = -1) -> None:
         """Load the federation's newest model, of round ``number`` or later, and note the epoch from which to go on."""
         end = time.monotonic() + 60 * self._study_now.deadline_minutes
-        while (key := self.communicator.newest(self.MODEL)) is None or round_of(key) < number:
+        while (key := self.communicator.newest(self.MODEL)) is None or keys.last_round(key) < number:
             if key is None and number < 0:
                 raise DisagreementError("The federation has no model yet from which this site could go on.")
             if time.monotonic() > end:  # the site missed an earlier collective of the round
                 raise DeadlineError(
-                    f"The others did not finish {scope_of_round(number)}, which began without this site."
+                    f"The others did not finish {keys.scope_of_round(number)}, which began without this site."
                 )
             time.sleep(1)
         self.load_shared(self.communicator.fetch(key))
-        self.catch_up(key.partition("/")[0])
-        self._next_epoch = (round_of(key) + 1) * self.study.local_epochs
+        self.catch_up(keys.scope_of(key))
+        self._next_epoch = (keys.last_round(key) + 1) * self.study.local_epochs
 
     def _skip_to(self, epoch: int) -> None:
         self.happened(f"caught up from epoch {self.current_epoch} to epoch {epoch} with the federation's newest model")

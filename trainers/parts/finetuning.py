@@ -14,7 +14,7 @@ import torch
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 
 from nnunet_fed.files import replacing
-from nnunet_fed.study.method_tables import FineTuned
+from nnunet_fed.study.method_table import FineTuned
 from nnunet_fed.trainers.parts.checkpoint import network_weights
 from nnunet_fed.trainers.parts.federated_trainer import FederatedTrainer
 from nnunet_fed.trainers.parts.further_validation import validate_weights

@@ -1,4 +1,4 @@
-"""How rounds sit in epochs: names of scopes, the common start, and a log that skips what a site has missed."""
+"""How rounds sit in epochs: the common start, and a log that skips what a site has missed."""
 
 from __future__ import annotations
 
@@ -10,25 +10,8 @@ from typing import Any
 
 from nnunet_fed.errors import DisagreementError, NoContributionError
 from nnunet_fed.exchange.communicator import Collectives
+from nnunet_fed.exchange.keys import key_of, start_scope
 from nnunet_fed.exchange.payload import Array, Tensors
-
-START = "start"
-
-
-def scope_of_round(number: int) -> str:
-    """First part of the keys of a round, counted from 0."""
-    return f"round-{number:04d}"
-
-
-def start_scope(source: int) -> str:
-    """Scope in which the initial weights are those of the so manyth site, counted from 0."""
-    return START if source == 0 else f"{START}-{source}"
-
-
-def round_of(key: str) -> int:
-    """The round of a key; -1 for the start."""
-    scope = key.partition("/")[0]
-    return -1 if scope.startswith(START) else int(scope.removeprefix("round-"))
 
 
 def common_start(communicator: Collectives, name: str, tensors: Callable[[], Tensors]) -> tuple[str, dict[str, Array]]:
@@ -46,7 +29,7 @@ def common_start(communicator: Collectives, name: str, tensors: Callable[[], Ten
         scope = start_scope(number)
         mine = communicator.site == source
         try:
-            return scope, communicator.mean(f"{scope}/{name}", tensors() if mine else {}, float(mine))
+            return scope, communicator.mean(key_of(scope, name), tensors() if mine else {}, float(mine))
         except NoContributionError:
             continue
     raise NoContributionError("No site contributed initial weights.")
@@ -58,7 +41,7 @@ def require_agreement(communicator: Collectives, scope: str, digests: dict[str, 
     Raises:
         DisagreementError: names what differs, and which site has what.
     """
-    gathered = communicator.gather(f"{scope}/agreement", digests)
+    gathered = communicator.gather(key_of(scope, "agreement"), digests)
     for what in dict.fromkeys(name for told in gathered.values() for name in told):
         values = {site: values.get(what) for site, values in gathered.items()}
         if len(set(values.values())) > 1:

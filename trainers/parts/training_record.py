@@ -16,6 +16,8 @@ import torch
 
 from nnunet_fed.files import write_json
 
+RECORD = "federation.json"
+"""Its file, in the folder of the fold."""
 PACKAGES = ("nnunet-fed", "nnunetv2", "torch", "grpcio")
 
 
