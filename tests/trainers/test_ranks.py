@@ -29,7 +29,7 @@ from nnunet_fed.trainers.parts.ranks import (
 )
 
 Body = Callable[[], Any]
-Answers = tuple[dict[str, Any], list[tuple[str, str]], tuple[str, str]]
+Answers = tuple[dict[str, Any], list[tuple[str, str]], list[Any], tuple[str, str]]
 ERRORS = [getattr(errors, name) for name in sorted(vars(errors)) if name.endswith("Error")]
 
 
@@ -95,7 +95,7 @@ def _every_verb() -> dict[str, Any]:
 
 
 def test_every_rank_gets_the_answers_of_rank_0(answers: list[Answers]) -> None:
-    for answer, _, _ in answers:
+    for answer, *_ in answers:
         assert answer["nothing yet"] is None
         assert answer["newest"] == "round-0000/model"
         assert answer["gather"] == {"a": {"rank": 0}}
@@ -140,9 +140,9 @@ def _refused() -> dict[str, Array]:
     raise RefusedError("This one not.")
 
 
-def test_tensors_of_rank_0_come_to_every_rank_bit_for_bit(tmp_path: Path) -> None:
+def test_tensors_of_rank_0_come_to_every_rank_bit_for_bit(answers: list[Answers]) -> None:
     expected = [(name, array.dtype, array.shape, array.tobytes()) for name, array in _odd_tensors().items()]
-    for caught, *received in on_two_ranks(_tensors_and_errors, tmp_path):
+    for *_, (caught, *received), _ in answers:
         assert caught == "This one not."
         for tensors in received:
             assert [(name, array.dtype, array.shape, array.tobytes()) for name, array in tensors] == expected
@@ -169,7 +169,7 @@ def _every_error() -> list[tuple[str, str]]:
 
 
 def test_an_error_of_rank_0_is_raised_on_every_rank(answers: list[Answers]) -> None:
-    zero, one = (errors_raised for _, errors_raised, _ in answers)
+    zero, one = (errors_raised for _, errors_raised, *_ in answers)
     assert zero == one == [(kind.__name__, f"{kind.__name__} at rank 0: 'name it'") for kind in ERRORS]
 
 
@@ -192,13 +192,13 @@ def _never() -> str:
 
 
 def test_ranks_wait_for_rank_0_longer_than_the_default_group_would(answers: list[Answers]) -> None:
-    _, (_, _, one) = answers
+    _, (*_, one) = answers
     assert one == ("patience", "gave up"), "the second shows that the default group's timeout was at work"
 
 
 def _everything() -> Answers:
     # the last leaves the default group broken
-    return _every_verb(), _every_error(), _wait_with_and_without_patience()
+    return _every_verb(), _every_error(), _tensors_and_errors(), _wait_with_and_without_patience()
 
 
 @pytest.fixture(scope="module")
