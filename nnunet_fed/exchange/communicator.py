@@ -8,7 +8,6 @@ The word *communicator* is MPI's: through it a site takes part in a federation. 
 from __future__ import annotations
 
 import json
-import math
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +20,9 @@ from nnunet_fed.exchange.payload import Array, Tensors, layout_of, schema_of
 from nnunet_fed.exchange.reduction import exact_sum, weighted_mean
 
 T = TypeVar("T")
+
+SMALLEST_WEIGHT, LARGEST_WEIGHT = 1e-9, 1e9
+"""Of a site that takes part in a mean: beyond them its arithmetic would lose, or overflow."""
 Verb = Literal["mean", "sum", "gather"]
 """Kinds of collectives."""
 
@@ -48,7 +50,7 @@ class Collectives(Protocol):
         Args:
             key: name of the collective.
             tensors: floating-point arrays by name; names, shapes and dtypes are the same at every site.
-            weight: non-negative and finite; a site of weight 0 sends no tensors.
+            weight: 0, or from :data:`SMALLEST_WEIGHT` to :data:`LARGEST_WEIGHT`; a site of weight 0 sends no tensors.
             exact: send every bit, whatever the study's ``wire_dtype``: for what must not be rounded, such as a state
                 that the other sites have computed themselves. Without it, float32 tensors may come back rounded to the
                 wire's dtype, the same at every site (:mod:`nnunet_fed.exchange.precision`).
@@ -59,7 +61,7 @@ class Collectives(Protocol):
         Raises:
             NoContributionError: every weight is 0.
             RoundClosedError: the round closed without this site.
-            RefusedError: negative or non-finite weight, or another schema than the other sites'.
+            RefusedError: a weight that is not allowed, or another schema than the other sites'.
             DeadlineError: the deadline passed with fewer than ``min_sites`` sites.
         """
         ...
@@ -77,9 +79,11 @@ class Collectives(Protocol):
 
 
 def check_weight(weight: float) -> float:
-    """The weight; raises :class:`RefusedError` for a negative or non-finite one (rule 4 of the protocol)."""
-    if not (math.isfinite(weight) and weight >= 0):
-        raise RefusedError(f"The weight of a site must be a finite number of at least 0, not {weight}.")
+    """The weight; raises :class:`RefusedError` for one that no mean can take (rule 4 of the protocol)."""
+    if not (weight == 0 or SMALLEST_WEIGHT <= weight <= LARGEST_WEIGHT):
+        raise RefusedError(
+            f"The weight of a site must be 0, or a number from {SMALLEST_WEIGHT:g} to {LARGEST_WEIGHT:g}, not {weight}."
+        )
     return weight
 
 

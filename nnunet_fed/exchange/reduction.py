@@ -46,7 +46,7 @@ def write_result(verb: str, files: Mapping[str, Path], weights: Sequence[float],
         Digest and size of the result.
 
     Raises:
-        RefusedError: a sum does not fit into 64 bits.
+        RefusedError: a sum does not fit into 64 bits, or a mean is not finite.
     """
     # the sites have its bytes while the disk takes them: who serves it makes it durable
     with replacing(out, durable=False) as part, part.open("wb") as file:
@@ -99,6 +99,9 @@ class _Scratch(threading.local):
             summed += product
         summed /= math.fsum(weights)
         out[:] = summed
+        # of 32 bits and fewer, finite numbers times bounded weights have a finite mean
+        if out.dtype.itemsize > 4 and not np.isfinite(out).all():
+            raise RefusedError("The mean of the sites' tensors is not finite: their numbers are too large.")
 
 
 def mean_payload(payloads: Sequence[Tensors], weights: Sequence[float], out: BinaryIO) -> tuple[str, int]:
@@ -157,7 +160,10 @@ def exact_sum(arrays: Sequence[Array]) -> Array:
     if len({(array.dtype, array.shape) for array in arrays}) > 1:
         raise RefusedError("The sites' arrays differ in shape or dtype.")
     if not np.issubdtype(arrays[0].dtype, np.integer):
-        return np.asarray(np.sum(np.stack([array.astype(np.float64) for array in arrays]), axis=0))
+        summed = np.asarray(np.sum(np.stack([array.astype(np.float64) for array in arrays]), axis=0))
+        if not np.isfinite(summed).all():
+            raise RefusedError("The sum of the sites' arrays is not finite.")
+        return summed
     total = arrays[0].astype(object)
     for array in arrays[1:]:
         total = total + array.astype(object)

@@ -16,7 +16,7 @@ import grpc
 from nnunet_fed.errors import DeadlineError, NoContributionError, RefusedError, RoundClosedError
 from nnunet_fed.exchange.communicator import Verb, check_weight
 from nnunet_fed.exchange.outgoing_log import Outgoing, array_entry, tensors_entry, value_entry
-from nnunet_fed.exchange.payload import Array, Tensors, decode, encode
+from nnunet_fed.exchange.payload import Array, Tensors, check_finite, decode, encode
 from nnunet_fed.exchange.precision import narrow, widen
 from nnunet_fed.study.federation import Federation, Fold, canonical_json
 from nnunet_fed.study.site import Site
@@ -118,6 +118,7 @@ class GrpcCommunicator:
         sent = narrow(tensors, wire_dtype) if check_weight(weight) > 0 else {}
         pieces = encode(sent) if weight > 0 else None
         result = decode(self._collective(key, "mean", weight, pieces, lambda: tensors_entry(sent)))
+        check_finite(result)
         return result if wire_dtype == "float32" else widen(result)
 
     def sum(self, key: str, array: Array) -> Array:
@@ -149,6 +150,7 @@ class GrpcCommunicator:
     def fetch(self, key: str) -> dict[str, Array]:
         """The stored result of a closed mean, without contributing to it. Errors as in :meth:`mean`."""
         result = decode(self._result(key))
+        check_finite(result)
         return result if self.study.wire_dtype == "float32" else widen(result)
 
     def report(self, progress: dict[str, Any], wait: bool = False) -> None:
