@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_fed.coordinator.admission import Admission, QuarantinedError, check_content, distance
+from nnunet_fed.coordinator.deadlines import Clock
 from nnunet_fed.coordinator.history import happened
 from nnunet_fed.coordinator.log_fields import about
 from nnunet_fed.coordinator.members import Members, Purpose
@@ -46,6 +47,7 @@ class Coordinator:
         spool_quota: bytes that payloads may take until they are reduced. A site's share of it bounds its first payload
             of a name.
         tracker: is told of rounds and of what the sites report.
+        clock: of the deadlines; a test may turn its own.
 
     Raises:
         ConfigurationError: the store belongs to a study of other mathematics.
@@ -58,6 +60,7 @@ class Coordinator:
         new_attempt: bool = False,
         spool_quota: int = SPOOL_QUOTA,
         tracker: FederationTracker | None = None,
+        clock: Clock | None = None,
     ):
         self.study, self.attempt = open_study(study, store, new_attempt)
         self._store = store
@@ -67,7 +70,7 @@ class Coordinator:
         self._spool = Spool(store.spool, spool_quota)
         self._members = Members(self.study, self.attempt, store, self._changed)
         self._admission = Admission(self.study, store, spool_quota)
-        self._round_closer = RoundCloser(self.study, store, self._spool, self._changed, tracker)
+        self._round_closer = RoundCloser(self.study, store, self._spool, self._changed, tracker, clock)
         self._round_closer.recover()
 
     def drain(self) -> None:
@@ -139,6 +142,8 @@ class Coordinator:
         offer.check()
         with self._changed:
             self._members.heard(offer.run, offer.site)
+            # who is in a mean is settled before it is computed: a contribution that came meanwhile would be in none
+            self._changed.wait_for(lambda: not self._round_closer.is_closing(offer.run, offer.key))
             collective = self._store.collective(offer.run, offer.key)
             standing = self._store.contributions(offer.run, offer.key).get(offer.site)
             verdict = verdict_of(offer, collective, standing, self._store.participants(offer.run, offer.scope))
@@ -239,15 +244,15 @@ class Coordinator:
 
     def wait(self, run: str, key: str, seconds: float) -> Collective | None:
         """The collective once it is no longer open, or as it is after so many seconds; ``None``: never heard of."""
-        end = time.time() + seconds
+        end = time.monotonic() + seconds
         while True:
             self._round_closer.close_if_due(run, key)
             with self._changed:
                 collective = self._store.collective(run, key)
-                now = time.time()
-                if collective is None or collective.status != "open" or now >= end or self._draining:
+                rest = end - time.monotonic()
+                if collective is None or collective.status != "open" or rest <= 0 or self._draining:
                     return collective
-                self._changed.wait(max(0.01, min(end, self._round_closer.closes_at(collective)) - now))
+                self._changed.wait(max(0.01, min(rest, self._round_closer.left(collective))))
 
     def outlook(self, collective: Collective) -> Outlook:
         """Who has contributed to a collective, and for whom it waits."""
@@ -258,7 +263,7 @@ class Coordinator:
             return Outlook(
                 weights={site: contribution.weight for site, contribution in given.items()},
                 missing={site: self._members.doing(site) for site in missing},
-                closes_at=self._round_closer.closes_at(collective) if is_open else None,
+                closes_at=time.time() + self._round_closer.left(collective) if is_open else None,
             )
 
     def result_file(self, collective: Collective) -> Path:

@@ -133,8 +133,13 @@ class Members:
             return next((run for run, about_it in runs if described.items() <= about_it.items()), None)
 
     def heard(self, run: str, site: str) -> None:
-        """Note that a site speaks in a run: one that was absent is back. Raises :class:`RefusedError` as below."""
+        """Note that a site speaks in a run: one that was absent is back.
+
+        Raises:
+            RefusedError: the site is not in the study, or has not joined the run.
+        """
         with self._changed:
+            self._require_member(site)
             self._require_joined(run, site)
             self.seen[site] = time.time()
             if self._store.standing(run)[site] == "absent":

@@ -6,6 +6,7 @@ The rules are those of docs/protocol.md. Source: ours.
 from __future__ import annotations
 
 import logging
+import sqlite3
 import threading
 import time
 from collections.abc import Callable
@@ -13,10 +14,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+from nnunet_fed.coordinator.deadlines import Clock, Deadlines, RunningClock
 from nnunet_fed.coordinator.log_fields import about
 from nnunet_fed.coordinator.store import Collective, Contribution, Store
 from nnunet_fed.coordinator.tracking import FederationTracker
-from nnunet_fed.exchange.keys import MODEL
+from nnunet_fed.errors import RefusedError
+from nnunet_fed.exchange.keys import MODEL, scope_of_round
 from nnunet_fed.exchange.payload import digest_of_file
 from nnunet_fed.exchange.reduction import write_result
 from nnunet_fed.exchange.uploads import Spool
@@ -24,6 +27,9 @@ from nnunet_fed.files import make_durable
 from nnunet_fed.study.federation import Federation
 
 logger = logging.getLogger(__name__)
+
+NOTE_SECONDS = 5.0
+"""Between two looks at how long what is open has waited."""
 
 
 class RoundCloser:
@@ -35,6 +41,7 @@ class RoundCloser:
         spool: where uploads arrive.
         changed: guards the store; told when a collective is no longer open.
         tracker: is told of rounds.
+        clock: of the deadlines.
     """
 
     def __init__(
@@ -44,29 +51,56 @@ class RoundCloser:
         spool: Spool,
         changed: threading.Condition,
         tracker: FederationTracker | None = None,
+        clock: Clock | None = None,
     ):
+        self._deadlines = Deadlines(store, clock or RunningClock(), self._span)
         self._study = study
         self._tracker = tracker
         self._store = store
         self._spool = spool
         self._changed = changed
-        self._started = time.time()
         self._reducing: set[tuple[str, str]] = set()
         self._keeper = ThreadPoolExecutor(1, thread_name_prefix="keeper")
         self._saving: dict[tuple[str, str], Future[None]] = {}
+        self._stopped = threading.Event()
+        self._noting = threading.Thread(target=self._note_waiting, daemon=True, name="deadlines")
+        self._noting.start()
         self.reductions, self.reduction_seconds = 0, 0.0
         """Since the start."""
 
     def shutdown(self) -> None:
-        """Finish what is under way in the background."""
+        """Finish what is under way in the background, and journal how long what is open has waited."""
+        if self._stopped.is_set():
+            return
+        self._stopped.set()
+        self._noting.join()
         self._keeper.shutdown()
-
-    def closes_at(self, collective: Collective) -> float:
-        """Deadline as seconds since the epoch. A restart of the coordinator gives the sites the whole time again."""
         with self._changed:
-            planning = self._is_planning(collective.run)
-        minutes = self._study.planning_deadline_minutes if planning else self._study.deadline_minutes
-        return max(collective.opened, self._started) + 60 * minutes
+            self._deadlines.note(self._open(), exactly=True)
+
+    def left(self, collective: Collective) -> float:
+        """Seconds until an open collective closes without those that are missing; the time in which no coordinator ran
+        does not count."""
+        with self._changed:
+            return self._deadlines.left(collective)
+
+    def _note_waiting(self) -> None:
+        """Until the end journal how long what is open has waited: a coordinator that is killed goes on from there."""
+        while not self._stopped.wait(NOTE_SECONDS):
+            try:
+                with self._changed:
+                    self._deadlines.note(self._open())
+            except sqlite3.Error:  # a full disk, say: the next note tells the same
+                logger.exception("how long the rounds have waited could not be journalled")
+
+    def _open(self, *further: str) -> list[Collective]:
+        """The open collectives of all runs, and those of further statuses."""
+        statuses = ("open", *further)
+        return [c for run in self._store.runs() for status in statuses for c in self._store.collectives(run, status)]
+
+    def _span(self, collective: Collective) -> float:
+        planning = self._is_planning(collective.run)
+        return 60 * (self._study.planning_deadline_minutes if planning else self._study.deadline_minutes)
 
     def missing(self, collective: Collective) -> list[str]:
         """The sites that an open collective waits for."""
@@ -83,10 +117,9 @@ class RoundCloser:
             given = self._store.contributions(run, key)
             missing = self.missing(collective)
             planning = self._is_planning(run)
-            # a site that came into the study meanwhile is not in a scope that is under way
-            there = self._store.participants(run, collective.scope) or list(self._study.sites)
+            there = self._taking_part(run, collective.scope)
             quorum = len(there) if planning else min(self._study.quorum, len(there))
-            overdue = time.time() >= self.closes_at(collective)
+            overdue = self._deadlines.left(collective) <= 0
             if (missing or len(given) < quorum) and not overdue:
                 return
             if len(given) < quorum or (planning and missing):
@@ -95,7 +128,11 @@ class RoundCloser:
             self._reducing.add((run, key))
         started = time.monotonic()
         try:
-            self._reduce(collective, given)
+            try:
+                self._reduce(collective, given)
+            except RefusedError as error:
+                self._give_up(collective, f"'{key}' cannot be closed. {error}")
+                return
             with self._changed:
                 with self._store.transaction():
                     collective.closed = time.time()
@@ -120,6 +157,7 @@ class RoundCloser:
         """Let a collective that failed at its deadline go on, with the whole time again."""
         with self._changed, self._store.transaction():
             collective.status, collective.error, collective.opened = "open", None, time.time()
+            self._deadlines.restart(collective)
             self._store.put_collective(collective)
 
     def wait_until_saved(self, collective: Collective) -> None:
@@ -142,6 +180,9 @@ class RoundCloser:
         is made anew of the contributions. If these are not whole either, no site has the result
         (:meth:`wait_until_saved`): the collective is open again, and the sites contribute what was lost once more.
         """
+        self._withdraw_removed()
+        for collective in self._open():
+            self._deadlines.left(collective)  # from now on it waits again
         for run, key in dict.fromkeys(self._store.spooled().values()):
             collective = self._store.collective(run, key)
             if collective is None:
@@ -153,17 +194,33 @@ class RoundCloser:
             given = self._store.contributions(run, key)
             lost = [c for c in given.values() if c.file and digest_of_file(self._store.spool / c.file) != c.digest]
             if lost:
-                self._withdraw(collective, lost)
+                self._withdraw(
+                    collective, lost, f"what it gave to {key} was lost when the coordinator's machine stopped"
+                )
             elif closed:
                 self._reduce(collective, given)
                 self._settle(collective, partial(self._save, collective))
         self._spool.sweep(set(self._store.spooled()))
 
-    def _withdraw(self, collective: Collective, lost: list[Contribution]) -> None:
+    def _withdraw_removed(self) -> None:
+        """What a site that is no longer in the study gave to open collectives is in no mean; what has closed stands."""
+        for collective in self._open("failed"):
+            given = self._store.contributions(collective.run, collective.key)
+            removed = [c for site, c in given.items() if site not in self._study.sites]
+            if removed:
+                text = f"is not in the study any more: what it gave to {collective.key} is withdrawn"
+                self._withdraw(collective, removed, text)
+                for contribution in removed:
+                    if contribution.file is not None:
+                        (self._store.spool / contribution.file).unlink(missing_ok=True)
+        for run in self._store.runs():
+            for site in self._store.standing(run).keys() - set(self._study.sites):
+                self._spool.forget_site(run, site)
+
+    def _withdraw(self, collective: Collective, contributions: list[Contribution], text: str) -> None:
         with self._store.transaction():
-            for contribution in lost:
+            for contribution in contributions:
                 self._store.withdraw(contribution)
-                text = f"what it gave to {collective.key} was lost when the coordinator's machine stopped"
                 self._store.add_event(collective.run, contribution.site, text)
                 logger.warning("%s: %s", contribution.site, text, extra=about(collective.run, collective.key))
             if collective.status == "closed":
@@ -173,25 +230,41 @@ class RoundCloser:
     def _is_planning(self, run: str) -> bool:
         return bool(self._store.runs()[run]["purpose"] == "planning")
 
-    def _expected(self, run: str, scope: str) -> list[str]:
+    def _taking_part(self, run: str, scope: str) -> list[str]:
+        """The sites of a scope (rule 3 of the protocol): those that are frozen in it; else, once the first round of a
+        training has begun, those that have joined; else all of the study."""
+        sites = self._study.sites
         participants = self._store.participants(run, scope)
-        if participants is not None:
-            return participants
+        if participants is None:
+            begun = self._store.participants(run, scope_of_round(0)) is not None
+            participants = self._store.standing(run) if begun else sites  # type: ignore[assignment]
+        return [site for site in sites if site in participants]
+
+    def _expected(self, run: str, scope: str) -> list[str]:
         standing = self._store.standing(run)
-        return [site for site in self._study.sites if standing.get(site) not in ("absent", "left")]
+        return [site for site in self._taking_part(run, scope) if standing.get(site) not in ("absent", "left")]
+
+    def is_closing(self, run: str, key: str) -> bool:
+        """Whether a collective is being reduced: who has contributed is settled, and nobody else can."""
+        return (run, key) in self._reducing
 
     def _fail(self, collective: Collective, missing: list[str], quorum: int) -> None:
-        collective.status = "failed"
-        collective.error = (
+        self._give_up(
+            collective,
             f"'{collective.key}' reached its deadline without {', '.join(missing)}; it needs {quorum} of "
             f"{len(self._study.sites)} sites. Start the missing sites, then start the others again"
-            + (" (the same command)." if self._is_planning(collective.run) else " with --c.")
+            + (" (the same command)." if self._is_planning(collective.run) else " with --c."),
         )
-        with self._store.transaction():
-            self._store.put_collective(collective)
-            self._store.add_event(collective.run, None, collective.error)
-        logger.error(collective.error, extra=about(collective.run, collective.key))
-        self._changed.notify_all()
+
+    def _give_up(self, collective: Collective, sentence: str) -> None:
+        """A collective has failed; the next offer lets it go on."""
+        collective.status, collective.error = "failed", sentence
+        with self._changed:
+            with self._store.transaction():
+                self._store.put_collective(collective)
+                self._store.add_event(collective.run, None, sentence)
+            self._changed.notify_all()
+        logger.error(sentence, extra=about(collective.run, collective.key))
 
     def _reduce(self, collective: Collective, given: dict[str, Contribution]) -> None:
         """Write the result's file; the collective is changed in memory only."""

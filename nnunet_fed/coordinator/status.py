@@ -65,7 +65,12 @@ def status_of(
             for site in study.sites
         },
         "open": [
-            {"run": run, "key": c.key, "missing": round_closer.missing(c), "closes_at": round_closer.closes_at(c)}
+            {
+                "run": run,
+                "key": c.key,
+                "missing": round_closer.missing(c),
+                "closes_at": time.time() + round_closer.left(c),
+            }
             for run in store.runs()
             for c in store.collectives(run, "open")
         ],

@@ -27,7 +27,7 @@ FORMAT = 3
 """Version of the state directory's format."""
 READABLE_SINCE = 3
 """The oldest format whose readers understand this one: their versions of nnunet_fed go on with such a directory. Format
-2, of version 0.1, is the same but for the facts that tell formats apart, and the defaults with which a study began."""
+2, of version 0.1, knows neither the order of collectives but by the clock, nor how long they have waited."""
 FORMAT_OF_0_1 = 2
 
 SCHEMA = """
@@ -37,7 +37,7 @@ CREATE TABLE run (id TEXT PRIMARY KEY, value TEXT NOT NULL, at REAL NOT NULL);
 CREATE TABLE scope (run TEXT, name TEXT, participants TEXT NOT NULL, at REAL NOT NULL, PRIMARY KEY (run, name));
 CREATE TABLE collective (
     run TEXT, key TEXT, verb TEXT NOT NULL, status TEXT NOT NULL, opened REAL NOT NULL, closed REAL,
-    schema TEXT, digest TEXT, size INTEGER, error TEXT, PRIMARY KEY (run, key));
+    schema TEXT, digest TEXT, size INTEGER, error TEXT, waited REAL NOT NULL DEFAULT 0, PRIMARY KEY (run, key));
 CREATE TABLE contribution (
     run TEXT, key TEXT, site TEXT, weight REAL NOT NULL, digest TEXT NOT NULL, size INTEGER NOT NULL, file TEXT,
     at REAL NOT NULL, seconds REAL NOT NULL, norm REAL, PRIMARY KEY (run, key, site));
@@ -62,6 +62,8 @@ class Collective:
     digest: str | None
     size: int | None
     error: str | None
+    waited: float = 0.0
+    """Seconds for which it has been open, by the last note of it."""
 
     @property
     def scope(self) -> str:
@@ -138,6 +140,7 @@ class Store:
                 return
             self._keep_copy(f"format-{FORMAT_OF_0_1}")
             with self.transaction():
+                self._number_collectives()
                 self._set_format()
         found, readable_since = self.fact("format"), self.fact("readable_since")
         if readable_since is None or not (readable_since <= FORMAT <= found):
@@ -149,6 +152,14 @@ class Store:
     def _set_format(self) -> None:
         self.set_fact("format", FORMAT)
         self.set_fact("readable_since", READABLE_SINCE)
+
+    def _number_collectives(self) -> None:
+        """Version 0.1 ordered collectives by the clock, and gave a row a new number whenever it wrote it."""
+        rows = self._journal.execute("SELECT * FROM collective ORDER BY opened").fetchall()
+        self._journal.execute("DELETE FROM collective")
+        self._journal.execute("ALTER TABLE collective ADD COLUMN waited REAL NOT NULL DEFAULT 0")
+        for row in rows:
+            self.put_collective(Collective(*row))
 
     def _keep_copy(self, name: str) -> None:
         """Copy all that an older version reads into a folder of this one, which that version can be started with."""
@@ -208,7 +219,8 @@ class Store:
 
     def runs(self) -> dict[str, dict[str, Any]]:
         """All runs, oldest first, by id."""
-        return {run: json.loads(value) for run, value in self._journal.execute("SELECT id, value FROM run ORDER BY at")}
+        rows = self._journal.execute("SELECT id, value FROM run ORDER BY rowid")
+        return {run: json.loads(value) for run, value in rows}
 
     def participants(self, run: str, scope: str) -> list[str] | None:
         """Who was frozen as taking part in a scope, ``None`` as long as nobody is."""
@@ -231,7 +243,7 @@ class Store:
     def collectives(self, run: str, status: str = "%") -> list[Collective]:
         """The collectives of a run, oldest first; all of them, or those of one status."""
         rows = self._journal.execute(
-            "SELECT * FROM collective WHERE run = ? AND status LIKE ? ORDER BY opened", (run, status)
+            "SELECT * FROM collective WHERE run = ? AND status LIKE ? ORDER BY rowid", (run, status)
         )
         return [Collective(*row) for row in rows]
 
@@ -243,9 +255,18 @@ class Store:
         return dict(Counter(run for run, key in means if name_of(key) == MODEL and round_of(key) is not None))
 
     def put_collective(self, collective: Collective) -> None:
-        """Write a collective's present state."""
-        values = tuple(vars(collective).values())
-        self._journal.execute(f"INSERT OR REPLACE INTO collective VALUES ({','.join('?' * len(values))})", values)
+        """Write a collective's present state; it keeps its number, the journal's, by which collectives are ordered."""
+        values = vars(collective)
+        marks = ",".join("?" * len(values))
+        changed = ",".join(f"{name} = excluded.{name}" for name in values)
+        self._journal.execute(
+            f"INSERT INTO collective VALUES ({marks}) ON CONFLICT (run, key) DO UPDATE SET {changed}",
+            tuple(values.values()),
+        )
+
+    def set_waited(self, run: str, key: str, seconds: float) -> None:
+        """Note how long a collective has been open."""
+        self._journal.execute("UPDATE collective SET waited = ? WHERE run = ? AND key = ?", (seconds, run, key))
 
     def contributions(self, run: str, key: str) -> dict[str, Contribution]:
         """Accepted contributions by site, in the order of the names."""

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import ast
 import json
+import threading
 from collections.abc import Callable
 from itertools import permutations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from desk import Desk
 from serving import make_study
 
+from nnunet_fed.coordinator import round_closer
 from nnunet_fed.coordinator.coordinator import Coordinator
 from nnunet_fed.coordinator.store import Store
 from nnunet_fed.errors import ConfigurationError, RefusedError
@@ -447,3 +450,189 @@ def test_whoever_serves_a_coordinator_calls_its_methods_only() -> None:
                 holder = node.value.attr if isinstance(node.value, ast.Attribute) else getattr(node.value, "id", "")
                 if holder in ("coordinator", "_coordinator"):
                     assert node.attr in known | {"study", "attempt"}, f"{path.name}: {ast.unparse(node)}"
+
+
+# ------------------------------------------------------------------------------- clocks that are set, names that change
+
+
+def round_of_all(at: Desk, number: int, value: float, sites: str = "ab") -> None:
+    for site in sites:
+        at.give(site, f"round-{number:04d}/model", value)
+
+
+def test_a_clock_that_steps_back_changes_no_order(desk: Make) -> None:
+    at = desk("ab", keep_rounds=2)
+    for number in range(3):
+        round_of_all(at, number, number)
+    at.clock.stamp = -3600
+    for number in range(3, 7):
+        round_of_all(at, number, number)
+        assert at.coordinator.newest(at.run, "model") == f"round-{number:04d}/model"
+        assert at.result(f"round-{number:04d}/model") == number, "it is kept"
+    at.close()
+    at.open()
+    assert at.coordinator.newest(at.run, "model") == "round-0006/model"
+    (run,) = at.coordinator.status(record=True)["runs"].values()
+    assert [c["key"] for c in run["collectives"]] == [f"round-{number:04d}/model" for number in range(7)]
+    assert [c["status"] for c in run["collectives"]][-2:] == ["closed", "closed"]
+
+
+def test_a_clock_that_is_set_forward_makes_nobody_absent(desk: Make) -> None:
+    at = desk("ab", min_sites=1, deadline_minutes=10)
+    at.give("a", R0, 1)
+    at.clock.stamp = 24 * 3600
+    assert at.missing(R0) == ["b"]
+    outlook = at.coordinator.outlook(at.collective(R0))
+    assert outlook.closes_at == pytest.approx(at.clock.time() + 600, abs=1), "as people's clocks have it now"
+    at.give("b", R0, 3)
+    assert at.result(R0) == 2
+
+
+@pytest.mark.parametrize("stop", ["in order", "killed"])
+def test_restarts_neither_renew_a_deadline_nor_use_it_up(desk: Make, stop: str) -> None:
+    at = desk("ab", min_sites=1, deadline_minutes=10)
+    at.give("a", R0, 1)
+    for _ in range(5):
+        at.clock.now += 100
+        if stop == "killed":
+            at.coordinator._round_closer._deadlines.note([at.collective(R0)])  # as it does every few seconds
+            at.coordinator._round_closer._deadlines.note = lambda *_, **__: None  # type: ignore[method-assign]
+        at.close()
+        at.clock.now += 3600  # nobody could be heard
+        at.open()
+    assert at.missing(R0) == ["b"]
+    at.clock.now += 99
+    assert at.missing(R0) == ["b"]
+    at.clock.now += 2
+    assert at.result(R0) == 1
+
+
+def test_a_process_that_was_stopped_counts_for_seconds_only() -> None:
+    from nnunet_fed.coordinator.deadlines import RunningClock
+
+    clock = RunningClock()
+    clock._last -= 3600  # since when nothing of this process has run
+    assert 0 < clock() <= RunningClock.LONGEST + 1
+
+
+def test_a_name_that_is_added_makes_nobody_wait(desk: Make) -> None:
+    """docs/operations.md: a site comes later. Until the first round has begun, all of the study are expected."""
+    at = desk("ab")
+    round_of_all(at, 0, 0)
+    at.close()
+    at.open(sites="abc")
+    round_of_all(at, 1, 1)
+    assert at.result("round-0001/model") == 1, "c has not joined"
+    at.join("c")
+    for site in "ab":
+        at.give(site, R2, 2)
+    assert at.missing(R2) == ["c"]
+    at.give("c", R2, 5)
+    assert at.result(R2) == 3
+
+
+def test_before_the_first_round_all_names_are_waited_for(desk: Make) -> None:
+    at = desk("ab")
+    for site in "ab":
+        at.give(site, "start/model", 1)
+    at.close()
+    at.open(sites="abc")
+    round_of_all(at, 0, 0)
+    assert at.missing(R0) == ["c"]
+
+
+def test_a_name_that_is_removed_is_in_no_mean(desk: Make) -> None:
+    """This is how consent is withdrawn: what is open is taken back, what has closed stands."""
+    at = desk("abc")
+    round_of_all(at, 0, 1, "abc")
+    at.give("c", R1, 100)
+    at.give("a", R1, 1)
+    before = len(at.spooled())
+    at.close()
+    at.open(sites="ab")
+    assert len(at.spooled()) == before - 1
+    assert at.events("c")[-1] == "is not in the study any more: what it gave to round-0001/model is withdrawn"
+    with pytest.raises(RefusedError, match="'c' is not in the study"):
+        at.give("c", R1, 100)
+    assert at.missing(R1) == ["b"]
+    at.give("b", R1, 3)
+    assert at.result(R1) == 2
+    (run,) = at.coordinator.status(record=True)["runs"].values()
+    assert set(run["collectives"][0]["sites"]) == {"a", "b", "c"}, "what has closed is told as it was"
+
+
+def test_a_name_that_is_removed_in_the_middle_of_a_round(desk: Make) -> None:
+    """Each collective of a scope in which it is frozen closes over the others."""
+    at = desk("abc")
+    for site in "abc":
+        at.upload(site, "round-0000/before", b"1", verb="gather")
+    assert at.collective("round-0000/before").status == "closed"
+    at.give("a", R0, 1)
+    at.close()
+    at.open(sites="ab")
+    assert at.missing(R0) == ["b"]
+    at.give("b", R0, 3)
+    assert at.result(R0) == 2
+
+
+def test_a_site_that_is_renamed_counts_once(desk: Make) -> None:
+    at = desk("ab")
+    round_of_all(at, 0, 0)
+    at.give("b", R1, 7)
+    at.close()
+    at.open(sites="az")
+    at.join("z")
+    at.give("z", R1, 7)
+    at.give("a", R1, 1)
+    assert at.result(R1) == 4
+
+
+# ------------------------------------------------------------------------------------------------ weights and numbers
+
+
+@pytest.mark.parametrize("weight", [1e308, 1.7e308, 1e10, 1e-10, -1.0, float("inf"), float("nan")])
+def test_weights_are_bounded(desk: Make, weight: float) -> None:
+    at = desk("ab")
+    with pytest.raises(RefusedError, match="weight of a site must be 0, or a number from 1e-09 to 1e"):
+        at.give("a", R0, 1, weight)
+    round_of_all(at, 0, 3)
+    assert at.result(R0) == 3
+
+
+def test_numbers_whose_mean_is_not_finite_close_nothing(desk: Make) -> None:
+    at = desk("ab")
+    for site in "ab":
+        at.give(site, R0, {"w": np.array([1.7e308])}, 1e9)
+    failed = at.collective(R0)
+    assert failed.status == "failed"
+    assert "'round-0000/model' cannot be closed. The mean of the sites' tensors is not finite" in str(failed.error)
+    assert not list((at.folder / "results").iterdir())
+
+
+def test_what_comes_while_a_mean_is_computed_is_told_that_it_is_late(
+    desk: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at = desk("ab", min_sites=1, deadline_minutes=1)
+    at.give("a", R0, 1)
+    computing, late = threading.Event(), threading.Event()
+    reduce = round_closer.write_result
+
+    def slow(*arguments: Any) -> Any:
+        computing.set()
+        late.wait(5)
+        return reduce(*arguments)
+
+    monkeypatch.setattr(round_closer, "write_result", slow)
+    at.clock.now += 61
+    closing = threading.Thread(target=lambda: at.collective(R0))
+    closing.start()
+    assert computing.wait(5)
+    answers: list[Any] = []
+    asking = threading.Thread(target=lambda: answers.append(at.give("b", R0, 100)))
+    asking.start()
+    late.set()
+    closing.join(10)
+    asking.join(10)
+    assert answers == ["closed"]
+    assert at.result(R0) == 1
+    assert at.coordinator.outlook(at.collective(R0)).weights == {"a": 1.0}, "who is told to be in it is in it"

@@ -26,7 +26,11 @@ class Journal:
         self.clock = clock
         self.store = Store(folder)
         self.closer = RoundCloser(
-            make_study(tuple(sites), **study), self.store, Spool(self.store.spool, 1 << 20), threading.Condition()
+            make_study(tuple(sites), **study),
+            self.store,
+            Spool(self.store.spool, 1 << 20),
+            threading.Condition(),
+            clock=clock.running,
         )
         self.store.add_run("r", {"purpose": "training"})
         for site in sites:
@@ -102,12 +106,13 @@ def test_a_quorum_is_at_most_those_who_are_in_the_scope(made: Any) -> None:
 def test_what_has_failed_stays_so_until_it_is_opened_again(made: Any, clock: Clock) -> None:
     journal = made("ab", deadline_minutes=1)
     journal.give("round-0000/model", a=1)
+    assert journal.close("round-0000/model") == "open"
     clock.now += 61
     assert journal.close("round-0000/model") == "failed"
     journal.give("round-0000/model", b=1)
     assert journal.close("round-0000/model") == "failed"
     journal.closer.reopen(journal.at("round-0000/model"))
-    assert journal.closer.closes_at(journal.at("round-0000/model")) == pytest.approx(clock.now + 60, abs=0.1)
+    assert journal.closer.left(journal.at("round-0000/model")) == pytest.approx(60, abs=0.1)
     assert journal.close("round-0000/model") == "closed"
 
 

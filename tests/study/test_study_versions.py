@@ -171,9 +171,10 @@ def test_an_older_version_ignores_what_is_safe_and_names_what_is_not() -> None:
 
 
 def make_old(folder: Path) -> None:
-    """Give a state directory the format of version 0.1, which differs in facts only."""
+    """Give a state directory the format of version 0.1."""
     journal = sqlite3.connect(folder / "journal.sqlite")
     with journal:
+        journal.execute("ALTER TABLE collective DROP COLUMN waited")
         journal.execute("DELETE FROM fact WHERE name IN ('readable_since', 'defaults')")
         journal.execute("UPDATE fact SET value = ? WHERE name = 'format'", (json.dumps(FORMAT_OF_0_1),))
     journal.close()

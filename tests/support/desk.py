@@ -18,13 +18,18 @@ from nnunet_fed.exchange.payload import Tensors, decode, encode, measure
 
 
 class Clock:
-    """Stands for the module ``time``; wall-clock time passes when a test says so."""
+    """Stands for the module ``time``, and for the clock of the deadlines: both pass when a test says so."""
 
     def __init__(self) -> None:
         self.now = 1e9
+        self.stamp = 0.0
+        """What somebody has set the wall clock to, beside what has passed."""
 
     def time(self) -> float:
         self.now += 1e-6  # what happens later has a later stamp
+        return self.now + self.stamp
+
+    def running(self) -> float:
         return self.now
 
     monotonic = staticmethod(real_time.monotonic)
@@ -35,12 +40,16 @@ class Desk:
 
     def __init__(self, folder: Path, clock: Clock, **study: Any):
         self.folder, self.clock, self.run = folder, clock, ""
+        self._settings: dict[str, Any] = {}
         self.open(**study)
 
     def open(self, new_attempt: bool = False, spool_quota: int = 1 << 24, **study: Any) -> None:
         """Start a coordinator; after :meth:`close` one that goes on."""
-        self.study = make_study(**study)
-        self.coordinator = Coordinator(self.study, Store(self.folder), new_attempt, spool_quota)
+        self._settings |= study
+        self.study = make_study(**self._settings)
+        self.coordinator = Coordinator(
+            self.study, Store(self.folder), new_attempt, spool_quota, clock=self.clock.running
+        )
 
     def close(self) -> None:
         self.coordinator.close()
