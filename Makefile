@@ -26,13 +26,15 @@ test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore tests/e2e --numprocesses auto --dist worksteal
 	$(BIN)/python -m pytest tests/e2e --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-# mypy does not see through an editable install of mapped packages: it checks an ordinary one, from another folder.
+# mypy does not see through an editable install of mapped packages: it checks an ordinary one, from another folder. What
+# it has found out about PyTorch and the others it keeps between runs, outside that folder.
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	rm -rf build
-	$(BIN)/python -m pip install --quiet --no-deps --target build/typed .
-	bin=$$(cd "$(BIN)" && pwd) && cd build/typed && "$$bin/mypy" --config-file "$(CURDIR)/pyproject.toml" -p nnunet_fed
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --target build/typed .
+	bin=$$(cd "$(BIN)" && pwd) && cd build/typed && "$$bin/mypy" --config-file "$(CURDIR)/pyproject.toml" \
+		--cache-dir "$(CURDIR)/.mypy_cache" -p nnunet_fed
 
 # After a change of transport/proto/*.proto.
 proto: $(VENV)/.installed

@@ -1,25 +1,115 @@
-"""What is done with files and folders everywhere."""
+"""What is done with files and folders everywhere: nobody else replaces, renames or flushes one."""
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import shutil
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from nnunet_fed.errors import ConfigurationError
 
 PARTIAL = ".part"
-"""Ending of a file that is still being written."""
+"""Ending of a file or folder that is still being written."""
+WINDOWS = os.name == "nt"
+PATIENCE = 2.0
+"""Seconds for which a file that another process has open is tried again on Windows, which refuses to replace it."""
+
+
+@contextmanager
+def replacing(path: Path, *, mode: int | None = None, durable: bool = True) -> Iterator[Path]:
+    """Write a file that takes the place of ``path`` once it is whole: until then, and after an error, the old one is.
+
+    One at a time for each path: two writers would write into the same partial file.
+
+    Args:
+        path: the file; there may be none yet.
+        mode: permissions from the first byte on, less the umask's; else those of the old file, or what the umask says.
+        durable: the file is on the disk when this ends. Without it, a machine that stops may leave an empty file.
+
+    Yields:
+        The partial file beside ``path``, empty, for the block to write.
+    """
+    part = path.with_name(path.name + PARTIAL)
+    kept = None
+    if mode is None and path.exists():
+        kept = stat.S_IMODE(path.stat().st_mode)
+    part.unlink(missing_ok=True)  # what a process that was killed has left may be readable for others
+    # a file that may not be written is replaced all the same
+    allowed = mode if mode is not None else 0o666 if kept is None else kept | stat.S_IWUSR
+    os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, allowed))
+    try:
+        yield part
+        if kept is not None and stat.S_IMODE(part.stat().st_mode) != kept:
+            part.chmod(kept)
+        if durable:
+            flush(part)
+        move(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)  # a full disk, above all, needs the room
+        raise
+    if durable:
+        flush(path.parent)
+
+
+def write_bytes(path: Path, content: bytes, *, mode: int | None = None, durable: bool = True) -> None:
+    """Replace a file, or make it; see :func:`replacing`."""
+    with replacing(path, mode=mode, durable=durable) as part:
+        part.write_bytes(content)
+
+
+def write_text(path: Path, text: str, *, durable: bool = True) -> None:
+    """Replace a file, or make it, in UTF-8 with the text's own line ends; see :func:`replacing`."""
+    write_bytes(path, text.encode(), durable=durable)
+
+
+def write_json(path: Path, value: Any, *, indent: int | None = 2, allow_nan: bool = True) -> None:
+    """Replace a file, or make it, with JSON; see :func:`replacing`.
+
+    Raises:
+        ValueError: a number is not finite, and ``allow_nan`` does not have it.
+    """
+    write_text(path, json.dumps(value, indent=indent, allow_nan=allow_nan) + "\n")
+
+
+def move(source: Path, target: Path) -> None:
+    """Give a file or folder another name, in place of a file that has it; not durable by itself."""
+    end = time.monotonic() + PATIENCE
+    while True:
+        try:
+            source.replace(target)
+            return
+        except PermissionError:
+            if not WINDOWS or time.monotonic() > end:
+                raise
+            time.sleep(0.05)
+
+
+def flush(path: Path) -> None:
+    """Have a file's bytes, or the names in a folder, on disk, not only in the system's memory."""
+    folder = path.is_dir()
+    if folder and WINDOWS:  # which cannot, and need not: NTFS journals names
+        return
+    descriptor = os.open(path, os.O_RDWR if WINDOWS else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if not folder or error.errno != errno.EINVAL:  # network shares know it of files only
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def make_durable(path: Path) -> None:
-    """Have a file and its name on disk, not only in the system's memory."""
-    for each in (path, path.parent):
-        descriptor = os.open(each, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    """Have a file or folder and its name on disk."""
+    flush(path)
+    flush(path.parent)
 
 
 def same_file(source: Path, target: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -12,20 +11,12 @@ from typing import Any
 from nnunet_fed.errors import ConfigurationError
 
 FIELDS = ("run", "round", "key", "site")
-ROUND = re.compile(r"round-(\d+)")
 FLUSH_SECONDS = 10
 """What is lost of TensorBoard's scalars at most if the process is killed."""
 
 
-def about(run: str | None = None, key: str | None = None, site: str | None = None) -> dict[str, Any]:
-    """What a line is about, for ``logger.info(..., extra=about(...))``; the round is the key's."""
-    found = ROUND.match(key or "")
-    facts = {"run": run, "round": int(found[1]) if found else None, "key": key, "site": site}
-    return {name: value for name, value in facts.items() if value is not None}
-
-
 class JsonLines(logging.Formatter):
-    """``at`` (UTC), ``level``, ``logger``, ``message``, what :func:`about` gave, and ``error`` (a traceback)."""
+    """``at`` (UTC), ``level``, ``logger``, ``message``, what :data:`FIELDS` it has, and ``error`` (a traceback)."""
 
     def format(self, record: logging.LogRecord) -> str:
         """See :class:`logging.Formatter`."""

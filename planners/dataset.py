@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
+from io import StringIO
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,13 @@ import nnunetv2.utilities.utils
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 from nnunetv2.utilities.dataset_name_id_conversion import convert_id_to_dataset_name
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from nnunet_fed.errors import ConfigurationError, DisagreementError
 from nnunet_fed.study.federation import canonical_json
-from nnunet_fed.study.method_tables import MethodTable
+from nnunet_fed.study.method_table import MethodTable
 
 # nnU-Net lists the cases in a pool of forked processes, before and after planning talks to the coordinator. A process
 # that has ever opened a gRPC channel must not fork, be it closed since: now and then a child hangs, and the pool waits
@@ -248,9 +252,12 @@ def _cell(row: str, value: Any) -> str:
 
 
 def _table(sites: list[str], cells: Mapping[str, Mapping[str, str]]) -> str:
-    columns = [["", *cells], *([site, *(row[site] for row in cells.values())] for site in sites)]
-    widths = [max(map(len, column)) for column in columns]
-    lines = zip(*columns, strict=True)
-    return "\n".join(
-        "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in lines
-    )
+    """In plain text, whatever the terminal's width: it is part of an error, and of the coordinator's record."""
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_row("", *map(Text, sites))
+    for name, texts in cells.items():
+        table.add_row(name, *(Text(texts[site]) for site in sites))
+    console = Console(file=StringIO(), width=10**6)  # so that nothing wraps
+    with console.capture() as capture:
+        console.print(table)
+    return "\n".join(line.rstrip() for line in capture.get().splitlines())

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import nnunetv2.preprocessing
+import torch
 from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
@@ -23,6 +24,7 @@ from nnunet_fed.agreement.fingerprint import INTENSITIES
 from nnunet_fed.agreement.plan_digest import plans_digest
 from nnunet_fed.agreement.quantiles import Floats
 from nnunet_fed.errors import ConfigurationError
+from nnunet_fed.files import move
 from nnunet_fed.study.federation import PLANS_KEY, digest_of
 
 logger = logging.getLogger(__name__)
@@ -78,8 +80,12 @@ class HarmonisedPlanner:
 
     @classmethod
     def static_estimate_VRAM_usage(cls, *args: Any, **kwargs: Any) -> Any:  # noqa: N802
-        """As in nnU-Net, which fails where ``nnUNet_n_proc_DA`` is 0, since torch takes no 0 threads."""
-        with _some_augmentation_process():
+        """As in nnU-Net, which fails where ``nnUNet_n_proc_DA`` is 0, since torch takes no 0 threads.
+
+        nnU-Net builds each network whose memory it estimates from the shapes; most of planning is to draw weights that
+        nobody reads. On this device there are none.
+        """
+        with _some_augmentation_process(), torch.device("meta"):
             return super().static_estimate_VRAM_usage(*args, **kwargs)  # type: ignore[misc]
 
     def save_plans(self, plans: dict[str, Any]) -> None:
@@ -99,7 +105,7 @@ class HarmonisedPlanner:
             # nnU-Net would merge its configurations into the new plans, and these would differ from the other sites'
             previous = self.plans_file.with_suffix(".previous.json")
             logger.info("%s is kept as %s", self.plans_file.name, previous.name)
-            self.plans_file.replace(previous)
+            move(self.plans_file, previous)
         super().save_plans(plans)  # type: ignore[misc]
 
     def _preprocessing_inputs(self, plans: dict[str, Any], configuration: dict[str, Any]) -> dict[str, Any]:

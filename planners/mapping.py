@@ -14,7 +14,7 @@ from nnunetv2.paths import nnUNet_raw
 from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
 
 from nnunet_fed.errors import ConfigurationError
-from nnunet_fed.files import link
+from nnunet_fed.files import link, move, write_json
 from nnunet_fed.planners.dataset import RawDataset, find_dataset
 from nnunet_fed.planners.inspection import foreign_values, inspect, known_values
 from nnunet_fed.study.federation import digest_of
@@ -150,10 +150,10 @@ def _build(target: Path, dataset: RawDataset, resolved: ResolvedMap, provenance:
     left_out = ("dataset", "regions_class_order")
     content = {key: value for key, value in dataset.json.items() if key not in left_out}
     content |= {"labels": resolved.labels, PROVENANCE: provenance}
-    (building / "dataset.json").write_text(json.dumps(content, indent=4) + "\n", encoding="utf-8")
+    write_json(building / "dataset.json", content, indent=4)
     if target.exists():
-        target.rename(old)
-    building.rename(target)
+        move(target, old)
+    move(building, target)
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,8 @@ from nnunet_fed.agreement.plan_digest import comparable, differences
 from nnunet_fed.errors import ConfigurationError, DisagreementError, FederationError
 from nnunet_fed.evaluation.lesions import SMALL_LESIONS, small_lesion_thresholds
 from nnunet_fed.exchange.communicator import Collectives
+from nnunet_fed.exchange.keys import PLANNING, PLANS, key_of
+from nnunet_fed.files import move, write_json
 from nnunet_fed.planners.dataset import PLAN_AGAIN, RawDataset, check_agreement, describe
 from nnunet_fed.planners.explanation import Row, explain
 from nnunet_fed.planners.extraction import extract
@@ -26,7 +27,7 @@ from nnunet_fed.study.federation import PLANS_KEY, Federation
 from nnunet_fed.study.labels import LabelMap
 
 logger = logging.getLogger(__name__)
-DESCRIPTIONS, PUBLISHED = "planning/dataset", "planning/published"
+DESCRIPTIONS, PUBLISHED = key_of(PLANNING, "dataset"), key_of(PLANNING, "published")
 """Keys of what the sites compare, and of what a site takes that joins later."""
 _LINES_SHOWN = 30
 
@@ -135,7 +136,9 @@ def agree(
     intensities = own_intensities(local) if own_channels else None
 
     report("harmonising")
-    small_lesions = {SMALL_LESIONS: small_lesion_thresholds(communicator, "planning/lesions", local.lesion_volumes)}
+    small_lesions = {
+        SMALL_LESIONS: small_lesion_thresholds(communicator, key_of(PLANNING, "lesions"), local.lesion_volumes)
+    }
     planner = harmonised_planner(
         communicator,
         local,
@@ -150,7 +153,7 @@ def agree(
     try:
         _agree_on_plans(communicator, plans)
     except FederationError:
-        planner.plans_file.replace(planner.plans_file.with_suffix(".refused.json"))
+        move(planner.plans_file, planner.plans_file.with_suffix(".refused.json"))
         raise
     # for sites that join later; it is the same everywhere, so one copy is enough
     fingerprint = {**planner.dataset_fingerprint, **({INTENSITIES: {}} if own_channels else {})}
@@ -174,7 +177,7 @@ def _write_local_fingerprint(dataset: RawDataset, local: LocalFingerprint) -> No
     """For a reader who compares this site with all sites; nothing reads it."""
     path = dataset.preprocessed / "dataset_fingerprint_local.json"
     if all(len(channel) for channel in local.intensities):
-        _write_json(path, fingerprint_of(local))
+        write_json(path, fingerprint_of(local), indent=4)
     else:
         logger.warning("No case of %s has foreground; %s is not written", dataset.name, path.name)
         path.unlink(missing_ok=True)
@@ -208,7 +211,7 @@ def make_planner(
         about: what this site's plans carry beside the study.
     """
     dataset.preprocessed.mkdir(parents=True, exist_ok=True)
-    _write_json(dataset.preprocessed / "dataset_fingerprint.json", fingerprint)
+    write_json(dataset.preprocessed / "dataset_fingerprint.json", fingerprint, indent=4)
     carried = {"name": study.name, "digest": study.digest_of_fold(study.fold), "study": study.stored(), **about}
     options = {
         "plans_name": study.plans_name,
@@ -227,10 +230,10 @@ def make_planner(
 
 
 def _agree_on_plans(communicator: Collectives, plans: dict[str, Any]) -> None:
-    digests = communicator.gather("planning/plans", {"digest": plans[PLANS_KEY]["plans_digest"]})
+    digests = communicator.gather(PLANS, {"digest": plans[PLANS_KEY]["plans_digest"]})
     if len({answer["digest"] for answer in digests.values()}) == 1:
         return
-    lines = differences(communicator.gather("planning/plans/full", comparable(plans)))
+    lines = differences(communicator.gather(key_of(PLANS, "full"), comparable(plans)))
     more = [f"... and {len(lines) - _LINES_SHOWN} more"] if len(lines) > _LINES_SHOWN else []
     raise DisagreementError(
         "The sites have planned from the same fingerprint, but their plans differ:\n\n"
@@ -282,7 +285,7 @@ def preprocess(
             "If a worker died, use fewer processes; then plan again."
         ) from error
     for name in open_ones:
-        _write_json(markers[name], {"configuration": name, "cases": len(dataset.cases)})
+        write_json(markers[name], {"configuration": name, "cases": len(dataset.cases)}, indent=4)
 
 
 def _drop_newer_references(dataset: RawDataset) -> None:
@@ -291,9 +294,3 @@ def _drop_newer_references(dataset: RawDataset) -> None:
         copy = dataset.preprocessed / "gt_segmentations" / f"{case}{dataset.json['file_ending']}"
         if copy.is_file() and copy.stat().st_mtime > Path(files["label"]).stat().st_mtime:
             copy.unlink()
-
-
-def _write_json(path: Path, value: Any) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=4), encoding="utf-8")
-    temporary.replace(path)

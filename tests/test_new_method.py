@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,10 @@ import pytest
 from in_process import InProcess, same_arrays, same_training, weights
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
+from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.simulation.simulate import plugin_folder
+from nnunet_fed.trainers.nnUNetTrainerFedAvg import nnUNetTrainerFedAvg
+from nnunet_fed.trainers.parts.custom_trainer import check_custom_trainer
 
 PAGE = Path(__file__).parents[1] / "docs" / "new_method.md"
 NAME = "nnUNetTrainerFedClip"
@@ -32,6 +34,10 @@ def trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> type[Any]:
     return found
 
 
+def method(**options: Any) -> dict[str, Any]:
+    return {"name": "custom", "trainer": NAME, "options": options}
+
+
 @pytest.fixture
 def sites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> InProcess:
     return InProcess(tmp_path, monkeypatch)
@@ -42,12 +48,11 @@ def length(arrays: dict[str, Any]) -> float:
 
 
 def test_no_site_moves_the_model_further_than_the_median_site(sites: InProcess, trainer: type[Any]) -> None:
-    study = sites.study(method={"name": "fedavg"})
-    trained = sites.train(trainer, study)
+    trained = sites.train(trainer, sites.study(method=method()))
     assert same_arrays(weights(trained["a"].network), weights(trained["b"].network))
     told = {site: one.diagnostics["length"] for site, one in trained.items()}
     assert told["a"] != told["b"]
-    middle = median(told.values())
+    middle = float(np.median(list(told.values())))
     start = sites.rooms.means["round-0000/model"]
     expected = {name: array.astype(np.float64) for name, array in start.items()}
     shares = {"a": 3 / 8, "b": 5 / 8}  # training cases
@@ -66,14 +71,45 @@ def test_with_nobody_to_compare_it_is_federated_averaging(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trainer: type[Any]
 ) -> None:
     alone = InProcess(tmp_path, monkeypatch, {"a": 4})
-    study = alone.study(method={"name": "fedavg"})
-    clipped, plain = (alone.train(kind, study)["a"] for kind in (trainer, trainer.__base__))
+    clipped = alone.train(trainer, alone.study(method=method()))["a"]
+    plain = alone.train(nnUNetTrainerFedAvg, alone.study(method={"name": "fedavg"}))["a"]
     assert same_training(clipped, plain)
 
 
 @pytest.mark.parametrize("key", ["length", "model"])
 def test_a_killed_training_goes_on_to_the_same_bits(sites: InProcess, trainer: type[Any], key: str) -> None:
-    study = sites.study(method={"name": "fedavg"})
+    study = sites.study(method=method())
     calm = sites.train(trainer, study)
     for site, killed in sites.train_killed(trainer, study, f"round-0001/{key}").items():
         assert same_training(killed, calm[site])
+
+
+def test_the_options_are_the_trainers(sites: InProcess, trainer: type[Any]) -> None:
+    trained = sites.train(trainer, sites.study(method=method(quantile=0.0)))
+    lengths = [one.diagnostics["length"] for one in trained.values()]
+    assert [one.diagnostics["factor"] for one in trained.values()] == pytest.approx(
+        [min(lengths) / length for length in lengths]
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"quantile": 2}, r"quantile: input should be less than or equal to 1 \(found 2\)"),
+        ({"quantil": 0.5}, "unknown key 'quantil', did you mean 'quantile'"),
+        ({"quantile": "half"}, "quantile: input should be a valid number"),
+    ],
+)
+def test_options_that_the_trainer_does_not_take(
+    sites: InProcess, trainer: type[Any], options: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=f"options of '{NAME}'.*{sentence}"):
+        check_custom_trainer(sites.study(method=method(**options)))
+
+
+def test_a_trainer_that_is_not_there(sites: InProcess, trainer: type[Any]) -> None:
+    wanted = {"name": "custom", "trainer": "nnUNetTrainerFedClap"}
+    with pytest.raises(ConfigurationError, match="no trainer 'nnUNetTrainerFedClap' in the folders of nnUNet_ext"):
+        check_custom_trainer(sites.study(method=wanted))
+    with pytest.raises(ConfigurationError, match="'nnUNetTrainerFedAvg' does the method 'fedavg', not 'custom'"):
+        check_custom_trainer(sites.study(method={**wanted, "trainer": "nnUNetTrainerFedAvg"}))

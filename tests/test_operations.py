@@ -15,6 +15,7 @@ import typer
 from serving import Served, make_study, together
 
 from nnunet_fed.cli.app import app
+from nnunet_fed.coordinator.verdict import Offer
 from nnunet_fed.transport.coordinator.http import StatusServer
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -85,7 +86,7 @@ def test_a_copy_of_the_state_serves_on(serve: Callable[..., Served], tmp_path: P
         return together(*(lambda seat=seat: seat.mean(key, tensors, 1) for seat in seats))  # type: ignore[misc]
 
     mean(seats, "round-0000/model", 1)
-    served.coordinator.offer(seats[0].run, "round-0001/x", "a", "gather", 0, "", 0)
+    served.coordinator.offer(Offer(seats[0].run, "round-0001/x", "a", "gather", 0, "", 0))
     served.stop()
     shutil.copytree(tmp_path / "state", tmp_path / "restored")
     restored = serve(study, tmp_path / "restored")

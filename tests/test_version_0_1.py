@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import queue
+import re
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -27,6 +28,7 @@ from version_0_1 import CONFIGURATION, PLANS, SITES, STUDIES, LeftBehind
 from workers import workers_as_threads
 
 from nnunet_fed.cli.app import app
+from nnunet_fed.exchange.keys import scope_of
 from nnunet_fed.simulation.simulate import free_ports, plugin_folder
 from nnunet_fed.study.federation import Federation
 from nnunet_fed.study.site import Site
@@ -151,6 +153,13 @@ def contributions(record: dict[str, Any], key: str) -> dict[str, Any]:
     return sites
 
 
+def scopes_beside_rounds(record: dict[str, Any]) -> set[str]:
+    """Of the trainings, without the number that may follow."""
+    trainings = [run for run in record["runs"].values() if run["purpose"] == "training"]
+    scopes = {scope_of(collective["key"]) for run in trainings for collective in run["collectives"]}
+    return {re.sub(r"-\d+$", "", scope) for scope in scopes} - {"round"}
+
+
 @pytest.mark.parametrize("method", COORDINATED)
 def test_a_study_goes_on(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     left, facts = LeftBehind(method, tmp_path / "study"), STUDIES[method]
@@ -172,11 +181,11 @@ def test_a_study_goes_on(method: str, tmp_path: Path, monkeypatch: pytest.Monkey
     epochs = study.epochs + getattr(study.method, "finetune_epochs", 0)
     for site, state in zip(sites, before, strict=True):
         site.assert_went_on(state, epochs, study.iterations_per_epoch)
-        common = "federated" if method == "fedoap" else "global"
-        assert (site.fold / f"checkpoint_{common}.pth").is_file()
+        assert (site.fold / f"checkpoint_{study.method.LAST_MODEL}.pth").is_file()
         scopes = [entry["scope"] for entry in site.record()["rounds"]]
         assert scopes == [f"round-{number:04d}" for number in range(study.rounds)]
     assert list(record["runs"]) == facts["runs"]
+    assert scopes_beside_rounds(record) <= {*study.method.SCOPES_BEFORE, *study.method.SCOPES_AFTER}
     assert record["digest"] == facts["digest"]
     for key, given in facts["open"].items():
         assert {site: told["digest"] for site, told in contributions(earlier, key).items()} == given

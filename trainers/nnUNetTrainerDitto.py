@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from nnunet_fed.study.method_tables import Ditto, MethodTable
+from nnunet_fed.study.method_table import MethodTable
+from nnunet_fed.study.methods.ditto_options import Ditto
 from nnunet_fed.trainers.parts.proximal_trainer import ProximalTrainer
 from nnunet_fed.trainers.parts.two_models import TwoModelTrainer
 

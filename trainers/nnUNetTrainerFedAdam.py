@@ -8,10 +8,12 @@ from typing import Any, ClassVar
 import torch
 
 from nnunet_fed.errors import NoContributionError
+from nnunet_fed.exchange.keys import key_of, last_round
 from nnunet_fed.exchange.payload import Array
 from nnunet_fed.methods.server_optimizer import AdamMoments, difference
 from nnunet_fed.methods.tensors import to_arrays
-from nnunet_fed.study.method_tables import FedAdam, MethodTable
+from nnunet_fed.study.method_table import MethodTable
+from nnunet_fed.study.methods.fedadam_options import FedAdam
 from nnunet_fed.trainers.parts.finetuning import FineTuningTrainer
 from nnunet_fed.trainers.parts.publishing import (
     digest_of_arrays,
@@ -20,7 +22,6 @@ from nnunet_fed.trainers.parts.publishing import (
     publish_computed,
     require_equal,
 )
-from nnunet_fed.trainers.parts.rounds import round_of
 
 
 class nnUNetTrainerFedAdam(FineTuningTrainer):  # noqa: N801
@@ -50,12 +51,12 @@ class nnUNetTrainerFedAdam(FineTuningTrainer):  # noqa: N801
     def exchange(self, scope: str) -> None:
         """Take the mean of the updates, do Adam's step on it, and load the model, which the first site publishes."""
         own = difference(self.shared_arrays(), self._round_start)
-        update = self.communicator.mean(f"{scope}/update", own, self.site_weight)
+        update = self.communicator.mean(key_of(scope, "update"), own, self.site_weight)
         first = self._agree_on_moments(scope)
-        model = self.moments.step(self._round_start, update, self.options.server_lr, round_of(scope))
+        model = self.moments.step(self._round_start, update, self.options.server_lr, last_round(scope))
         # should the first site have gone away since the update, the others have computed the same
         with suppress(NoContributionError):
-            model = publish_computed(self.communicator, f"{scope}/{self.MODEL}", first, model)
+            model = publish_computed(self.communicator, key_of(scope, self.MODEL), first, model)
         self.load_shared(model)
 
     def _agree_on_moments(self, scope: str) -> str:
@@ -65,7 +66,7 @@ class nnUNetTrainerFedAdam(FineTuningTrainer):  # noqa: N801
             DisagreementError: moments of the same round differ.
         """
         own = {"round": self.moments.number, "digest": digest_of_arrays(self.moments.tensors())}
-        told = self.communicator.gather(f"{scope}/moments", own)
+        told = self.communicator.gather(key_of(scope, "moments"), own)
         newest = max(entry["round"] for entry in told.values())
         digests = {site: entry["digest"] for site, entry in told.items() if entry["round"] == newest}
         require_equal(digests, "The sites' moments of FedAdam differ after the same rounds")
@@ -77,7 +78,7 @@ class nnUNetTrainerFedAdam(FineTuningTrainer):  # noqa: N801
         """The moments of the first of the sources that is still there; those who have them compare."""
 
         def from_source(numbered: tuple[int, str]) -> dict[str, Array]:
-            key, source = f"{scope}/state-{numbered[0]}", numbered[1]
+            key, source = key_of(scope, f"state-{numbered[0]}"), numbered[1]
             if self.communicator.site in sources:
                 return publish_computed(self.communicator, key, source, self.moments.tensors())
             return publish(self.communicator, key, source, dict)

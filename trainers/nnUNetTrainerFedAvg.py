@@ -2,7 +2,8 @@
 
 from typing import ClassVar
 
-from nnunet_fed.study.method_tables import FedAvg, MethodTable
+from nnunet_fed.study.method_table import MethodTable
+from nnunet_fed.study.methods.fedavg_options import FedAvg
 from nnunet_fed.trainers.parts.finetuning import FineTuningTrainer
 
 

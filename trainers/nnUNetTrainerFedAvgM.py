@@ -6,13 +6,15 @@ from typing import Any, ClassVar
 
 import torch
 
+from nnunet_fed.exchange.keys import key_of, last_round, scope_of_round, start_scope
 from nnunet_fed.exchange.payload import Array
 from nnunet_fed.methods.server_optimizer import difference, with_momentum
 from nnunet_fed.methods.tensors import to_arrays
-from nnunet_fed.study.method_tables import FedAvgM, MethodTable
+from nnunet_fed.study.method_table import MethodTable
+from nnunet_fed.study.methods.fedavgm_options import FedAvgM
 from nnunet_fed.trainers.parts.finetuning import FineTuningTrainer
 from nnunet_fed.trainers.parts.publishing import from_next_source
-from nnunet_fed.trainers.parts.rounds import NO_START, round_of, scope_of_round, start_scope
+from nnunet_fed.trainers.parts.rounds import NO_START
 
 
 class nnUNetTrainerFedAvgM(FineTuningTrainer):  # noqa: N801
@@ -51,13 +53,13 @@ class nnUNetTrainerFedAvgM(FineTuningTrainer):  # noqa: N801
     def catch_up(self, scope: str) -> None:
         """The last step is the one between the two newest global models, whichever this site had."""
         self._last_step = {}
-        if round_of(scope) >= 0:
-            self._last_step = difference(self._round_start, self._model_before(round_of(scope)))
+        if last_round(scope) >= 0:
+            self._last_step = difference(self._round_start, self._model_before(last_round(scope)))
 
     def _model_before(self, number: int) -> dict[str, Array]:
         if number > 0:
-            return self.communicator.fetch(f"{scope_of_round(number - 1)}/{self.MODEL}")
-        starts = [f"{start_scope(source)}/{self.MODEL}" for source in range(len(self.communicator.sites))]
+            return self.communicator.fetch(key_of(scope_of_round(number - 1), self.MODEL))
+        starts = [key_of(start_scope(source), self.MODEL) for source in range(len(self.communicator.sites))]
         return from_next_source(starts, self.communicator.fetch, NO_START)
 
     def method_state(self) -> dict[str, Any]:

@@ -8,11 +8,13 @@ import numpy as np
 import torch
 from torch import distributed as dist
 
+from nnunet_fed.exchange.keys import key_of, round_of
 from nnunet_fed.exchange.payload import Array
 from nnunet_fed.methods.fedgs import GradientScaler, against_plain, difficulty, strength_in_round, with_gain
 from nnunet_fed.methods.lesion_classes import LesionClasses
 from nnunet_fed.methods.tensors import shared_tensors, to_arrays
-from nnunet_fed.study.method_tables import FedGS, MethodTable
+from nnunet_fed.study.method_table import MethodTable
+from nnunet_fed.study.methods.fedgs_options import FedGS
 from nnunet_fed.trainers.fedgs.calibration import agreed_thresholds
 from nnunet_fed.trainers.parts.finetuning import FineTuningTrainer
 
@@ -91,7 +93,7 @@ class nnUNetTrainerFedGS(FineTuningTrainer):  # noqa: N801
         figures = {"mean_factor": self.scaler.mean_factor, "scaled_share": self.scaler.scaled_share}
         if variant in ("fedgs_norm", "fedavg_server_lr"):
             own = self.site_weight * np.array([self.scaler.mean_factor, 1])
-            figures["federation_mean_factor"] = _ratio(self.communicator.sum(f"{scope}/factor", own))
+            figures["federation_mean_factor"] = _ratio(self.communicator.sum(key_of(scope, "factor"), own))
         gain = {"fedavg_gain": "mean_factor", "fedavg_server_lr": "federation_mean_factor"}.get(variant)
         if gain is not None:
             uploaded = with_gain(self._round_start, trained, figures[gain])
@@ -116,8 +118,8 @@ class nnUNetTrainerFedGS(FineTuningTrainer):  # noqa: N801
     def catch_up(self, scope: str) -> None:
         """Take the mean factor by which the others divide in the coming round."""
         if self.options.variant == "fedgs_norm":
-            first = scope.startswith("start")
-            self.scaler.normaliser = 1.0 if first else _ratio(self.communicator.fetch(f"{scope}/factor")["value"])
+            first = round_of(scope) is None
+            self.scaler.normaliser = 1.0 if first else _ratio(self.communicator.fetch(key_of(scope, "factor"))["value"])
 
     # ------------------------------------------------------------------------------------------- checkpoints
 

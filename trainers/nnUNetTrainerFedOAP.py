@@ -13,7 +13,8 @@ from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.methods.fedoap import FedOAPArchitecture, is_private, wrap_network
 from nnunet_fed.methods.perturbed_boundary import PerturbedBoundaryLoss, with_perturbed_boundary
 from nnunet_fed.study.federation import study_in
-from nnunet_fed.study.method_tables import FedOAP, MethodTable
+from nnunet_fed.study.method_table import MethodTable
+from nnunet_fed.study.methods.fedoap_options import FedOAP
 from nnunet_fed.trainers.nnUNetTrainerFedAvg import nnUNetTrainerFedAvg
 
 

@@ -7,10 +7,12 @@ from typing import Any, ClassVar
 
 import torch
 
+from nnunet_fed.exchange.keys import key_of, round_of
 from nnunet_fed.methods.fedsm import pull_round
 from nnunet_fed.methods.selector_training import SelectorTraining
 from nnunet_fed.methods.tensors import shared_tensors, to_arrays
-from nnunet_fed.study.method_tables import FedSM, MethodTable
+from nnunet_fed.study.method_table import MethodTable
+from nnunet_fed.study.methods.fedsm_options import FedSM
 from nnunet_fed.trainers.fedsm.selector_cases import SelectorCases, configuration_of
 from nnunet_fed.trainers.fedsm.super_model import NOTHING, Findings, save_super_model, share_at_last
 from nnunet_fed.trainers.fedsm.super_validation import validate_global_and_super
@@ -89,16 +91,16 @@ class nnUNetTrainerFedSM(TwoModelTrainer):  # noqa: N801
         )  # fmt: skip
         self.diagnostics["selector_loss"] = losses[-1]
         state = to_arrays(self.selector.state_dict())
-        digests = self.communicator.gather(f"{scope}/selector", digest_of_arrays(state))
+        digests = self.communicator.gather(key_of(scope, "selector"), digest_of_arrays(state))
         require_equal(digests, "The sites' selectors differ after the same steps")
         # a mean takes floating-point tensors; the number of steps is exact in float32 up to 16 million
         floats = {name: array.astype("float32") for name, array in state.items()}
-        publish_computed(self.communicator, f"{scope}/state", next(iter(digests)), floats)
+        publish_computed(self.communicator, key_of(scope, "state"), next(iter(digests)), floats)
 
     def catch_up(self, scope: str) -> None:
         """Take the selector as the others have it."""
-        if not scope.startswith("start"):
-            published = self.communicator.fetch(f"{scope}/state")
+        if round_of(scope) is not None:
+            published = self.communicator.fetch(key_of(scope, "state"))
             self.selector.load_state_dict({name: torch.from_numpy(array) for name, array in published.items()})
 
     def selector_cases(self, which: str) -> SelectorCases:

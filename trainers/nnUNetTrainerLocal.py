@@ -2,7 +2,8 @@
 
 from typing import ClassVar
 
-from nnunet_fed.study.method_tables import Local, MethodTable
+from nnunet_fed.study.method_table import MethodTable
+from nnunet_fed.study.methods.local_options import Local
 from nnunet_fed.trainers.parts.finetuning import FineTuningTrainer
 
 

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nnunet_fed.cli.option_values import named_folders
-from nnunet_fed.simulation.simulate import TRAINERS, Simulation, simulate
+from nnunet_fed.simulation.simulate import Simulation, simulate
 from nnunet_fed.study.federation import Federation
 
 PULLS: dict[str, dict[str, Any]] = {
@@ -169,7 +169,7 @@ def main() -> None:
             "bytes_sent_by_round": [entry["bytes_sent"] for entry in first["rounds"]],
         }
     if arguments.unseen:
-        model = next((arguments.out / "pulled").glob(f"sites/*/nnUNet_results/*/{TRAINERS['fedsm']}__*"))
+        model = next((arguments.out / "pulled").glob("sites/*/nnUNet_results/*/nnUNetTrainerFedSM__*"))
         figures["unseen"] = routes(model, arguments.unseen)
     if arguments.plot:
         plot(figures, arguments.plot)

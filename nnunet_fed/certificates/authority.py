@@ -31,7 +31,7 @@ from nnunet_fed.certificates.x509 import (
     write_private_key,
 )
 from nnunet_fed.errors import ConfigurationError
-from nnunet_fed.files import new_folder
+from nnunet_fed.files import new_folder, write_text
 from nnunet_fed.study.federation import COORDINATOR, SITE_NAME
 
 AUTHORITY_DAYS = 3653
@@ -102,7 +102,7 @@ class Authority:
         certificate = builder.add_extension(_key_usage(signs=True), critical=True).sign(key, hashes.SHA256())
         write_private_key(folder / AUTHORITY_KEY, key)
         write_file(folder / AUTHORITY, certificate.public_bytes(Encoding.PEM))
-        (folder / DENIED).write_text(HEADER, encoding="utf-8")
+        write_text(folder / DENIED, HEADER)
         for name in ("issued", "sites"):
             (folder / name).mkdir()
         return cls(folder)

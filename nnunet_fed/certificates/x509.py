@@ -6,7 +6,6 @@ needs neither.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -19,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from nnunet_fed.errors import ConfigurationError
+from nnunet_fed.files import write_bytes
 
 PrivateKey = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey
 PublicKey = ec.EllipticCurvePublicKey | rsa.RSAPublicKey
@@ -175,10 +175,6 @@ def write_private_key(path: Path, key: ec.EllipticCurvePrivateKey, replace: bool
 
 def write_file(path: Path, content: bytes, mode: int = 0o644, replace: bool = False) -> None:
     """Write a file of this mode, as a whole or not at all. Raises :class:`FileExistsError` unless ``replace``."""
-    target = path.with_name(path.name + ".part") if replace else path
-    if replace:
-        target.unlink(missing_ok=True)
-    with os.fdopen(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
-        file.write(content)
-    if replace:
-        target.replace(path)
+    if not replace:
+        path.touch(mode, exist_ok=False)  # of two who make it at a time, one is told
+    write_bytes(path, content, mode=mode)

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from nnunet_fed.errors import FederationError
+from nnunet_fed.exchange.keys import PLANS
 from nnunet_fed.preflight import site_checks as checks
 from nnunet_fed.preflight.site_checks import Finding, Outcome
 from nnunet_fed.study.federation import Federation, study_in
@@ -143,7 +144,7 @@ class _Check:
         self.study = study = Federation.restore(communicator.status()["study"])
         if introduction.reply.planning_run:
             communicator.run = introduction.reply.planning_run
-            self.published = communicator.gathered("planning/plans")
+            self.published = communicator.gathered(PLANS)
         reply = introduction.reply
         text = f"'{study.name}', nnunet_fed {reply.version}, protocol {reply.protocol}, sites {', '.join(study.sites)}"
         yield Finding("coordinator", Outcome.ok, text)
@@ -152,9 +153,9 @@ class _Check:
         yield checks.check_versions(site.name, told)
 
     def _check_trainer(self) -> Finding:
-        from nnunet_fed.simulation.simulate import TRAINERS, plugin_folder
+        from nnunet_fed.simulation.simulate import plugin_folder
 
-        expected = TRAINERS[self.study.method.name] if self.study else None
+        expected = self.study.method.trainer_name if self.study else None
         return checks.check_trainer(plugin_folder(), self.trainer, expected)
 
     def _preprocessed(self) -> Path | None:

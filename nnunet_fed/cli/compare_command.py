@@ -11,6 +11,7 @@ from rich.console import Console
 from nnunet_fed.cli import study_options
 from nnunet_fed.cli.option_values import named_folders, named_labels, named_values
 from nnunet_fed.errors import ConfigurationError
+from nnunet_fed.study.methods import METHODS
 
 TOLERANCE = 2.0
 """Of NSD in mm; ours. Choose it by what two readers of the structure differ by."""
@@ -23,7 +24,8 @@ def compare(
         str,
         typer.Option(
             metavar="NAME[,NAME...]",
-            help="Methods; 'pooled': plain nnU-Net on all data together; VARIANT=NAME: a method again, for --option.",
+            help=f"Methods ({', '.join(METHODS)}, or trainers of yours); 'pooled': plain nnU-Net on all data together; "
+            "VARIANT=NAME: a method again, for --option.",
         ),
     ] = "local,pooled,fedavg",
     seeds: Annotated[int, typer.Option(min=1, help="Seeds of each method.")] = 3,

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from nnunet_fed.errors import ConfigurationError
+from nnunet_fed.files import write_text
 
 
 def init(folder: Annotated[Path, typer.Argument(help="Where to write them.")] = Path()) -> None:
@@ -19,5 +20,5 @@ def init(folder: Annotated[Path, typer.Argument(help="Where to write them.")] = 
         if (folder / name).exists():
             raise ConfigurationError(f"{folder / name} is there already; choose another folder or remove it.")
     for name in names:
-        (folder / name).write_text((resources.files("nnunet_fed") / "templates" / name).read_text())
+        write_text(folder / name, (resources.files("nnunet_fed") / "templates" / name).read_text(encoding="utf-8"))
         print(folder / name)

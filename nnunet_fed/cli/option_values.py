@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from nnunet_fed.errors import ConfigurationError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from nnunet_fed.study.toml import TOMLDecodeError, from_toml
 
 
 def repeat_option(arguments: list[str], option: str) -> list[str]:
@@ -50,8 +45,8 @@ def named_values(options: list[str]) -> dict[str, Any]:
         if name in values:
             raise ConfigurationError(f"--option {name} is given twice.")
         try:
-            values[name] = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
+            values[name] = from_toml(f"value = {text}")["value"]
+        except TOMLDecodeError:
             values[name] = text
     return values
 

@@ -31,6 +31,7 @@ def plan_and_preprocess(
     from nnunet_fed.planners.explanation import explanation_table
     from nnunet_fed.planners.joining import join_and_preprocess
     from nnunet_fed.planners.planning import plan_and_preprocess as plan
+    from nnunet_fed.simulation.simulate import require_trainer
     from nnunet_fed.transport.site.client import GrpcCommunicator
 
     if dry_run and join:
@@ -49,6 +50,7 @@ def plan_and_preprocess(
     outgoing = OutgoingLog(preprocessed_folder(dataset) / FILE)
     communicator = GrpcCommunicator(site, outgoing=outgoing)
     study = communicator.join("planning")
+    require_trainer(study)
 
     def report(phase: str) -> None:
         communicator.report({"phase": phase, "rounds": study.rounds}, wait=True)

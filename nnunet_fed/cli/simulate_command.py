@@ -14,6 +14,7 @@ from nnunet_fed.cli import study_options
 from nnunet_fed.cli.option_values import named_folders, named_labels, named_values
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.study.federation import Federation
+from nnunet_fed.study.methods import method_settings
 from nnunet_fed.study.toml import explain
 
 
@@ -28,7 +29,7 @@ class Until(str, Enum):
 def simulate(
     sites: study_options.Sites,
     out: Annotated[Path, typer.Option(help="A new folder for everything that the simulation writes.")],
-    method: Annotated[str, typer.Option(help="Federated method.")] = "fedavg",
+    method: study_options.FederatedMethod = "fedavg",
     option: Annotated[
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="An option of the method; repeat for more.")
     ] = None,
@@ -65,8 +66,8 @@ def simulate(
         deadline_minutes=deadline_minutes, cross_site=cross_site,
     )  # fmt: skip
     settings |= {
-        "name": out.resolve().name, "sites": tuple(folders), "method": {"name": method, **named_values(option or [])},
-        "seed": seed, "min_sites": min_sites,
+        "name": out.resolve().name, "sites": tuple(folders), "seed": seed, "min_sites": min_sites,
+        "method": method_settings(method, named_values(option or [])),
     }  # fmt: skip
     try:
         study = Federation.model_validate(settings)

@@ -7,8 +7,13 @@ from typing import Annotated, Any
 import typer
 
 from nnunet_fed.cli.option_values import whole_number
+from nnunet_fed.study.methods import METHODS
 
 Sites = Annotated[list[str], typer.Option("--site", metavar="NAME=FOLDER", help="A site and its raw data.")]
+FederatedMethod = Annotated[
+    str,
+    typer.Option(metavar="NAME", help=f"Federated method: {', '.join(METHODS)}; or a trainer of yours."),
+]
 Rounds = Annotated[int, typer.Option(help="Exchanges in all.")]
 LocalEpochs = Annotated[int, typer.Option(help="nnU-Net epochs between two exchanges.")]
 Iterations = Annotated[int, typer.Option(help="Steps of an epoch.")]

@@ -10,7 +10,6 @@ import json
 import logging
 import re
 import shutil
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,17 +25,12 @@ from nnunet_fed.comparison import pooled_data
 from nnunet_fed.comparison.pooled_data import Planned, fix_folds, pool
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.evaluation.summary import result_table
-from nnunet_fed.files import new_folder
-from nnunet_fed.simulation.simulate import Simulation, simulate
+from nnunet_fed.files import move, new_folder, write_text
+from nnunet_fed.simulation.simulate import Simulation, require_trainer, simulate
 from nnunet_fed.study.federation import Federation
 from nnunet_fed.study.labels import Sources
-from nnunet_fed.study.method_tables import METHOD_TABLES
-from nnunet_fed.study.toml import explain, to_toml
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from nnunet_fed.study.methods import METHODS, method_settings
+from nnunet_fed.study.toml import explain, from_toml, to_toml
 
 logger = logging.getLogger(__name__)
 SETTINGS, PLANNED, POOLED, RUNS, UNFINISHED = "compare.toml", "planned", "pooled", "runs", "unfinished"
@@ -71,8 +65,8 @@ class Comparison:
 
     def study_of(self, method: str, seed: int) -> Federation:
         """The study of an arm; raises :class:`ConfigurationError` if there is none with this budget."""
-        kind, known = self.variants.get(method, method), (*METHOD_TABLES, pooled_data.SITE)
-        if kind not in known:
+        kind, known = self.variants.get(method, method), (*METHODS, pooled_data.SITE)
+        if method_settings(kind, {})["name"] not in known:
             raise ConfigurationError(f"--methods: there is no {kind!r}; known: {', '.join(known)}.")
         named_well = VARIANT.fullmatch(method) and method not in known
         if method in self.variants and (not named_well or kind == pooled_data.SITE):
@@ -83,7 +77,7 @@ class Comparison:
         options = dict(self.options.get(method, {}))
         if method == pooled_data.SITE and options:
             raise ConfigurationError(f"--option {pooled_data.SITE}.{next(iter(options))}: 'pooled' has no options.")
-        table = {"name": "local" if method == pooled_data.SITE else kind, **options}
+        table = method_settings("local" if method == pooled_data.SITE else kind, options)
         settings = {**self.study, "name": f"{method}-{seed}", "sites": tuple(self.sites), "method": table, "seed": seed}
         if method == pooled_data.SITE:
             settings |= {"sites": (pooled_data.SITE,), "min_sites": None, "cross_site": False}
@@ -93,7 +87,7 @@ class Comparison:
                 f"--option {method}.{study.method.own_channels_option}: with it the sites plan another way, and all "
                 "methods of a comparison share one planning. Leave it out."
             )
-        epochs = getattr(study.method, "finetune_epochs", 0)
+        epochs = study.method.fine_tuning
         rounds, rest = divmod(epochs, study.local_epochs)
         if rest or rounds >= study.rounds:
             raise ConfigurationError(
@@ -166,9 +160,9 @@ def remember(comparison: Comparison) -> None:
     Methods and seeds may be added. Raises :class:`ConfigurationError` that names what differs.
     """
     path = comparison.out / SETTINGS
-    settings: dict[str, Any] = tomllib.loads(to_toml(comparison.settings))
+    settings: dict[str, Any] = from_toml(to_toml(comparison.settings))
     if path.is_file():
-        before = tomllib.loads(path.read_text(encoding="utf-8"))
+        before = from_toml(path.read_text(encoding="utf-8"))
         for table in ("options", "variants"):
             earlier = before.get(table, {})
             for method in set(earlier) & set(settings[table]):
@@ -178,9 +172,7 @@ def remember(comparison: Comparison) -> None:
             _require_same(path, key, before.get(key), settings.get(key))
     else:
         new_folder(comparison.out)
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(to_toml(settings), encoding="utf-8")
-    part.replace(path)
+    write_text(path, to_toml(settings))
 
 
 def _check(comparison: Comparison) -> None:
@@ -196,7 +188,7 @@ def _check(comparison: Comparison) -> None:
     if comparison.study.get("fold") == "all":
         raise ConfigurationError("--fold all keeps no case for validation, so nothing can be compared: use a number.")
     for method, seed in comparison.arms:
-        comparison.study_of(method, seed)
+        require_trainer(comparison.study_of(method, seed))
 
 
 def _plan(comparison: Comparison, study: Federation, console: Console, folder: Path) -> None:
@@ -248,7 +240,7 @@ def _complete(out: Path, folder: Path, make: Callable[[Path], None]) -> None:
     building = out / UNFINISHED / f"{folder.name}-{uuid4().hex[:8]}"
     make(building)
     folder.parent.mkdir(exist_ok=True)
-    building.rename(folder)
+    move(building, folder)
 
 
 def _validated(settings: Mapping[str, Any]) -> Federation:

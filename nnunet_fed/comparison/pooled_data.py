@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_fed.errors import ConfigurationError
-from nnunet_fed.files import link
+from nnunet_fed.files import link, write_json, write_text
 from nnunet_fed.simulation.reuse_plans import plans_of
 from nnunet_fed.simulation.simulate import FOLDS, Place
 from nnunet_fed.study.federation import Federation
@@ -79,7 +79,7 @@ def fix_folds(site: Path) -> None:
     if not planned.folds and len(planned.cases) >= FOLDS:
         folds = generate_crossval_split(list(planned.cases), seed=12345, n_splits=FOLDS)  # nnU-Net's own seed
         own = [{kind: [str(case) for case in fold[kind]] for kind in ("train", "val")} for fold in folds]
-        (planned.folder / SPLITS).write_text(json.dumps(own, indent=4) + "\n", encoding="utf-8")
+        write_json(planned.folder / SPLITS, own, indent=4)
 
 
 def pool(planned: Path, out: Path, study: Federation) -> None:
@@ -116,11 +116,11 @@ def pool(planned: Path, out: Path, study: Federation) -> None:
     place = Place(SITE, raw, out / "sites" / SITE, study.fold)
     place.make(NOBODY, {})
     preprocessed = place.folder / "nnUNet_preprocessed" / place.dataset
-    _write(raw / "dataset.json", dataset)
+    write_json(raw / "dataset.json", dataset, indent=4)
     for path in (preprocessed / "dataset.json", preprocessed / SPLITS, raw / SPLITS):
         path.parent.mkdir(exist_ok=True)
-        _write(path, folds if path.name == SPLITS else dataset)
-    _write(preprocessed / f"{study.plans_name}.json", {**first.plans, "dataset_name": place.dataset})
+        write_json(path, folds if path.name == SPLITS else dataset, indent=4)
+    write_json(preprocessed / f"{study.plans_name}.json", {**first.plans, "dataset_name": place.dataset}, indent=4)
     link(first.folder / "dataset_fingerprint.json", preprocessed / "dataset_fingerprint.json")
     identifiers = [site.plans["configurations"][study.configuration]["data_identifier"] for site in sites]
     for site, identifier in zip(sites, identifiers, strict=True):
@@ -130,8 +130,8 @@ def pool(planned: Path, out: Path, study: Federation) -> None:
         _link_cases(site.folder / "gt_segmentations", preprocessed / "gt_segmentations", own, ending)
         _link_cases(site.raw / "imagesTr", raw / "imagesTr", own, rf"_\d{{4}}{ending}|\.json")
         _link_cases(site.raw / "labelsTr", raw / "labelsTr", own, ending)
-    _write(out / CASES, {name: list(origin) for origin, name in names.items()})
-    (out / "federation.toml").write_text(to_toml(study.model_dump(mode="json")), encoding="utf-8")
+    write_json(out / CASES, {name: list(origin) for origin, name in names.items()}, indent=4)
+    write_text(out / "federation.toml", to_toml(study.model_dump(mode="json")))
 
 
 def pooled_names(cases: Mapping[str, tuple[str, ...]]) -> dict[tuple[str, str], str]:
@@ -169,7 +169,3 @@ def _link_cases(source: Path, target: Path, names: Mapping[str, str], rest: str)
         match = pattern.fullmatch(file.name)
         if match is not None and match[1] in names:
             link(file, target / (names[match[1]] + match[2]))
-
-
-def _write(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=4) + "\n", encoding="utf-8")

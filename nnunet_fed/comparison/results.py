@@ -13,6 +13,7 @@ from nnunet_fed.comparison.figures import figures
 from nnunet_fed.comparison.pooled_data import CASES, SITE
 from nnunet_fed.comparison.tables import markdown
 from nnunet_fed.evaluation.case_scores import CaseScore, Origins, scores_of_run, write_csv
+from nnunet_fed.files import write_json, write_text
 
 
 def write_results(
@@ -42,13 +43,8 @@ def write_results(
     settings = {**comparison.settings, "methods": list(comparison.methods), "seeds": list(comparison.seeds)}
     content = figures(settings, rows, summaries, tolerance, left_out)
     write_csv(comparison.out / "compare.csv", rows)
-    for name, text in (
-        ("compare.md", markdown(content)),
-        ("compare.json", json.dumps(content, indent=2, allow_nan=False) + "\n"),
-    ):
-        part = comparison.out / f"{name}.part"
-        part.write_text(text, encoding="utf-8")
-        part.replace(comparison.out / name)
+    write_text(comparison.out / "compare.md", markdown(content))
+    write_json(comparison.out / "compare.json", content, allow_nan=False)
     return content
 
 

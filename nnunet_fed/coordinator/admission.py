@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from nnunet_fed.coordinator.store import Store
+from nnunet_fed.coordinator.verdict import Offer
 from nnunet_fed.errors import RefusedError
 from nnunet_fed.exchange.communicator import Verb
 from nnunet_fed.exchange.keys import MODEL, name_of
@@ -76,14 +77,15 @@ class Admission:
         self._store = store
         self._share = spool_quota // len(study.sites)
 
-    def check_size(self, run: str, key: str, site: str, verb: Verb, size: int) -> None:
+    def check_size(self, offer: Offer) -> None:
         """Bound a payload before it is sent; raises :class:`RefusedError`."""
-        if verb != "mean":
+        key, site, size = offer.key, offer.site, offer.size
+        if offer.verb != "mean":
             if size > LARGEST_VALUE:
                 raise RefusedError(
-                    f"A {verb} takes {LARGEST_VALUE} bytes at most, not {size} ('{key}', site '{site}')."
+                    f"A {offer.verb} takes {LARGEST_VALUE} bytes at most, not {size} ('{key}', site '{site}')."
                 )
-        elif (agreed := self._store.agreed(run, name_of(key))) is not None:
+        elif (agreed := self._store.agreed(offer.run, name_of(key))) is not None:
             if size > agreed.size:
                 raise RefusedError(
                     f"The tensors of site '{site}' for '{key}' differ from those of the first round: they have {size} "
@@ -95,38 +97,40 @@ class Admission:
                 "in the coordinator's spool. Restart the coordinator with a larger --spool-quota-gb."
             )
 
-    def check_schema(self, run: str, key: str, site: str, verb: Verb, schema: str | None) -> None:
+    def check_schema(self, offer: Offer, schema: str | None) -> None:
         """Compare with the other sites' and, for a mean, the first round's; raises :class:`RefusedError`."""
-        collective, agreed = self._store.collective(run, key), self._store.agreed(run, name_of(key))
-        known = {collective.schema if collective else None, agreed.schema if agreed and verb == "mean" else None}
+        collective = self._store.collective(offer.run, offer.key)
+        agreed = self._store.agreed(offer.run, name_of(offer.key))
+        known = {collective.schema if collective else None, agreed.schema if agreed and offer.verb == "mean" else None}
         if schema is not None and known - {None, schema}:
             raise RefusedError(
-                f"The tensors of site '{site}' for '{key}' differ in names, shapes or dtypes from those of the other "
-                "sites or of the first round. Do all sites train the same plans and configuration?"
+                f"The tensors of site '{offer.site}' for '{offer.key}' differ in names, shapes or dtypes from those of "
+                "the other sites or of the first round. Do all sites train the same plans and configuration?"
             )
 
-    def last_model(self, run: str, key: str, verb: Verb, schema: str | None) -> Path | None:
+    def last_model(self, offer: Offer, schema: str | None) -> Path | None:
         """The model from which an update is measured; ``None``: its norm is not bounded, or cannot be."""
-        agreed = self._store.agreed(run, MODEL)
-        if self._study.max_update_norm is None or verb != "mean" or name_of(key) != MODEL:
+        run, agreed = offer.run, self._store.agreed(offer.run, MODEL)
+        if self._study.max_update_norm is None or offer.verb != "mean" or name_of(offer.key) != MODEL:
             return None
         closed = [c for c in self._store.collectives(run, "closed") if c.verb == "mean" and c.name == MODEL]
         if not closed or agreed is None or agreed.schema != schema:
             return None
         return self._store.result_path(run, closed[-1].key)
 
-    def check_norm(self, run: str, key: str, site: str, norm: float) -> None:
+    def check_norm(self, offer: Offer, norm: float) -> None:
         """Compare an update with the accepted ones of the last :data:`RECENT` rounds; without any, all pass.
 
         Raises:
             QuarantinedError: its norm (:func:`distance`) is above ``max_update_norm`` times their median.
         """
+        run = offer.run
         means = [c.key for c in self._store.collectives(run) if c.verb == "mean" and c.name == MODEL and c.closed]
         recent, factor = self._store.norms(run, means[-RECENT:]), self._study.max_update_norm
         if recent and factor is not None and norm > factor * (median := statistics.median(recent)):
             raise QuarantinedError(
-                f"The update of site '{site}' for '{key}' is quarantined: its norm {norm:.4g} is above {factor:g} "
-                f"times {median:.4g}, the median of recent rounds (max_update_norm). Look into the training at this "
-                "site; if it is sound, raise max_update_norm in federation.toml, restart the coordinator, and continue "
-                "with --c."
+                f"The update of site '{offer.site}' for '{offer.key}' is quarantined: its norm {norm:.4g} is above "
+                f"{factor:g} times {median:.4g}, the median of recent rounds (max_update_norm). Look into the training "
+                "at this site; if it is sound, raise max_update_norm in federation.toml, restart the coordinator, and "
+                "continue with --c."
             )

@@ -13,6 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+from nnunet_fed.coordinator.log_fields import about
 from nnunet_fed.coordinator.store import Collective, Contribution, Store
 from nnunet_fed.coordinator.tracking import FederationTracker
 from nnunet_fed.exchange.keys import MODEL
@@ -20,7 +21,6 @@ from nnunet_fed.exchange.payload import digest_of_file
 from nnunet_fed.exchange.reduction import write_result
 from nnunet_fed.exchange.uploads import Spool
 from nnunet_fed.files import make_durable
-from nnunet_fed.logs import about
 from nnunet_fed.study.federation import Federation
 
 logger = logging.getLogger(__name__)
@@ -115,6 +115,12 @@ class RoundCloser:
                 self._reducing.discard((run, key))
                 self._changed.notify_all()
         logger.info("%s closed over %s", key, ", ".join(given), extra=about(run, key))
+
+    def reopen(self, collective: Collective) -> None:
+        """Let a collective that failed at its deadline go on, with the whole time again."""
+        with self._changed, self._store.transaction():
+            collective.status, collective.error, collective.opened = "open", None, time.time()
+            self._store.put_collective(collective)
 
     def wait_until_saved(self, collective: Collective) -> None:
         """Return once a closed collective's result is on disk for good: no site may go on with it before.

@@ -6,9 +6,21 @@ import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from nnunet_fed.coordinator.members import Members
 from nnunet_fed.coordinator.round_closer import RoundCloser
 from nnunet_fed.coordinator.store import Store
 from nnunet_fed.study.federation import Federation
+
+
+class Outlook(NamedTuple):
+    """How a collective stands."""
+
+    weights: dict[str, float]
+    """Of the sites that have contributed."""
+    missing: dict[str, str]
+    """For whom it waits: by site, its name and what it said last of what it is doing; empty unless it is open."""
+    closes_at: float | None
+    """Deadline in seconds since the epoch; ``None``: it is not open."""
 
 
 class Tally(NamedTuple):
@@ -26,8 +38,7 @@ def status_of(
     attempt: int,
     store: Store,
     round_closer: RoundCloser,
-    seen: Mapping[str, float],
-    progress: Mapping[str, dict[str, Any]],
+    members: Members,
 ) -> dict[str, Any]:
     """What is going on.
 
@@ -37,8 +48,7 @@ def status_of(
         attempt: that is open.
         store: the coordinator's memory.
         round_closer: knows for whom open collectives wait.
-        seen: when each site called last, in seconds since the epoch.
-        progress: what each site said last of what it is doing.
+        members: know what the sites said last.
     """
     standing = store.latest_standing()
     return {
@@ -47,7 +57,11 @@ def status_of(
         "attempt": attempt,
         "now": time.time(),
         "sites": {
-            site: {"last_seen": seen.get(site), "standing": standing.get(site), "progress": progress.get(site)}
+            site: {
+                "last_seen": members.seen.get(site),
+                "standing": standing.get(site),
+                "progress": members.progress.get(site),
+            }
             for site in study.sites
         },
         "open": [

@@ -8,6 +8,7 @@ import re
 import shutil
 import sqlite3
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,8 +18,8 @@ from typing import Any
 import xxhash
 
 from nnunet_fed.errors import ConfigurationError
-from nnunet_fed.exchange.keys import name_of, scope_of
-from nnunet_fed.files import PARTIAL, make_durable, same_file
+from nnunet_fed.exchange.keys import MODEL, name_of, round_of, scope_of
+from nnunet_fed.files import PARTIAL, make_durable, move, same_file
 
 logger = logging.getLogger(__name__)
 
@@ -152,7 +153,7 @@ class Store:
     def _keep_copy(self, name: str) -> None:
         """Copy all that an older version reads into a folder of this one, which that version can be started with."""
         copy = self.folder / name
-        part = copy.with_name(f"{name}.part")
+        part = copy.with_name(name + PARTIAL)
         for leftover in (part, copy):  # of a migration that was interrupted, or undone
             shutil.rmtree(leftover, ignore_errors=True)
         for source in (self.spool, self.results):
@@ -166,7 +167,7 @@ class Store:
         finally:
             journal.close()
         make_durable(part / "journal.sqlite")
-        part.replace(copy)
+        move(part, copy)
         make_durable(copy)
         logger.warning(
             "The state directory %s was written by version 0.1 of nnunet_fed and is brought to format %d. %s keeps it "
@@ -235,12 +236,11 @@ class Store:
         return [Collective(*row) for row in rows]
 
     def count_rounds(self) -> dict[str, int]:
-        """How many rounds have closed, by run: each ends with the mean ``round-N/model``."""
-        rows = self._journal.execute(
-            "SELECT run, COUNT(*) FROM collective WHERE verb = 'mean' AND key GLOB 'round-*/model' "
-            "AND status IN ('closed', 'pruned') GROUP BY run"
+        """How many rounds have closed, by run: each ends with the mean of its models."""
+        means = self._journal.execute(
+            "SELECT run, key FROM collective WHERE verb = 'mean' AND status IN ('closed', 'pruned')"
         )
-        return dict(rows.fetchall())
+        return dict(Counter(run for run, key in means if name_of(key) == MODEL and round_of(key) is not None))
 
     def put_collective(self, collective: Collective) -> None:
         """Write a collective's present state."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,11 +10,10 @@ from queue import SimpleQueue
 from typing import Any
 
 from nnunet_fed.coordinator.store import Collective, Store
-from nnunet_fed.exchange.keys import MODEL
+from nnunet_fed.exchange.keys import MODEL, round_of
 from nnunet_fed.logs import open_tensorboard
 
 CLOSING_SECONDS = 10.0
-_ROUND = re.compile(r"round-(\d+)")
 
 
 class FederationTracker:
@@ -43,10 +41,9 @@ class FederationTracker:
         Told are, by number of the round from 1: who took part, with which weight and, if the coordinator computed it,
         norm of the update; seconds since the round's first contribution; bytes that the sites sent in it.
         """
-        found = _ROUND.fullmatch(collective.scope)
-        if found is None or collective.name != MODEL or collective.closed is None:
+        place, run = round_of(collective.key), collective.run
+        if place is None or collective.name != MODEL or collective.closed is None:
             return
-        number, run = int(found[1]) + 1, collective.run
         of_round = [c for c in store.collectives(run) if c.scope == collective.scope]
         given = {c.key: store.contributions(run, c.key) for c in of_round}
         models = given[collective.key]
@@ -58,7 +55,7 @@ class FederationTracker:
             **{f"update_norm/{site}": one.norm for site, one in models.items() if one.norm is not None},
         }
         for tag, value in scalars.items():
-            self._scalars.put((tag, value, number))
+            self._scalars.put((tag, value, place + 1))
 
     def reported(self, site: str, progress: Mapping[str, Any]) -> None:
         """What a site has told of its training, by number of finished epochs; of each once."""

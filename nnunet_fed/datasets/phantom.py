@@ -20,7 +20,7 @@ from scipy.ndimage import gaussian_filter
 
 from nnunet_fed.datasets.phantom_bodies import LABELS, Anatomy, Floats, Organ, ellipsoid, labels_of
 from nnunet_fed.errors import ConfigurationError
-from nnunet_fed.files import new_folder
+from nnunet_fed.files import new_folder, write_json
 
 FIELD_OF_VIEW = 48.0
 """Edge of the imaged cube in mm, up to half a voxel."""
@@ -226,7 +226,7 @@ def _write_dataset_json(folder: Path, cases: int, names: list[str]) -> None:
     folder.mkdir()
     labels = {name: value for value, name in enumerate(names)}
     dataset = {"channel_names": {"0": "MRI"}, "labels": labels, "numTraining": cases, "file_ending": ".nii.gz"}
-    (folder / "dataset.json").write_text(json.dumps(dataset, indent=4) + "\n", encoding="utf-8")
+    write_json(folder / "dataset.json", dataset, indent=4)
 
 
 def _write_case(

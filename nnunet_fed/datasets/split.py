@@ -23,7 +23,7 @@ import numpy as np
 from rich.progress import track
 
 from nnunet_fed.errors import ConfigurationError
-from nnunet_fed.files import link, new_folder
+from nnunet_fed.files import link, new_folder, write_json
 from nnunet_fed.study.federation import SITE_NAME
 
 logger = logging.getLogger(__name__)
@@ -227,7 +227,7 @@ def _write(pool: _Pool, out: Path, sites: dict[str, list[str]], limit: int | Non
     for site, cases in chosen.items():
         for subset in ("imagesTr", "labelsTr"):
             (out / site / subset).mkdir(parents=True)
-        _write_json(out / site / "dataset.json", {**pool.dataset, "numTraining": len(cases)})
+        write_json(out / site / "dataset.json", {**pool.dataset, "numTraining": len(cases)}, indent=4)
         if pool.table is not None:
             pool.table.write(out / site / "cases.csv", cases)
         if pool.folds is not None:
@@ -238,13 +238,9 @@ def _write(pool: _Pool, out: Path, sites: dict[str, list[str]], limit: int | Non
     return chosen
 
 
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=4) + "\n", encoding="utf-8")
-
-
 def _write_folds(path: Path, folds: list[dict[str, list[str]]], cases: set[str]) -> None:
     own = [{part: [case for case in names if case in cases] for part, names in fold.items()} for fold in folds]
     if all(fold["train"] and fold["val"] for fold in own):
-        _write_json(path, own)
+        write_json(path, own, indent=4)
     else:
         logger.warning("%s is left out: a fold has no training or no validation case of this site.", path)

@@ -15,6 +15,7 @@ from rich.progress import track
 
 from nnunet_fed.errors import FederationError
 from nnunet_fed.evaluation.surface import evaluate_surfaces
+from nnunet_fed.files import replacing, write_json
 
 METRICS = ("dice", "hd95", "nsd", "small_dice", "large_dice")
 COLUMNS = ("method", "seed", "site", "case", "class", *METRICS)
@@ -74,20 +75,16 @@ def scores_of_run(
         for site, case, *row in _scored(run, method, seed, tolerance, console)
     ]
     rows = sorted(found, key=lambda row: (row.site, row.case))
-    part = cache.with_name(f"{CACHE}.part")
-    part.write_text(json.dumps({"tolerance": tolerance, "rows": [asdict(row) for row in rows]}), encoding="utf-8")
-    part.replace(cache)
+    write_json(cache, {"tolerance": tolerance, "rows": [asdict(row) for row in rows]}, indent=None)
     return rows
 
 
 def write_csv(path: Path, rows: Iterable[CaseScore]) -> None:
     """Write :data:`COLUMNS`; what is undefined is empty."""
-    part = path.with_name(f"{path.name}.part")
-    with part.open("w", encoding="utf-8", newline="") as file:
+    with replacing(path) as part, part.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)
         writer.writerows([getattr(row, field.name) for field in fields(CaseScore)] for row in rows)
-    part.replace(path)
 
 
 def _scored(run: Path, method: str, seed: int, tolerance: float, console: Console) -> Iterator[tuple[Any, ...]]:

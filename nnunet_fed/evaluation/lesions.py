@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from nnunet_fed.agreement.quantiles import Floats, Integers, quantiles
 from nnunet_fed.exchange.communicator import Collectives
+from nnunet_fed.exchange.keys import key_of
 from nnunet_fed.study.labels import IGNORE
 
 SMALL_LESIONS = "small_lesions"
@@ -110,7 +111,7 @@ def small_lesion_thresholds(
     names = sorted(volumes)  # the order in dataset.json is each site's own
     if not names:
         return {}
-    present = communicator.sum(f"{key}/present", np.array([len(volumes[name]) > 0 for name in names], np.int64))
+    present = communicator.sum(key_of(key, "present"), np.array([len(volumes[name]) > 0 for name in names], np.int64))
     known = [name for name, sites in zip(names, present, strict=True) if sites]
     found: dict[str, float | None] = dict.fromkeys(names)
     if known:

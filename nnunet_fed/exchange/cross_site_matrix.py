@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-SCOPE = "cross-site"
-DICE = f"{SCOPE}/dice"
+from nnunet_fed.exchange.keys import CROSS_SITE, cross_site_scope, key_of
+
+DICE = key_of(CROSS_SITE, "dice")
 """Key of what the sites gather at the end: the Dice of each model, by the model's site."""
 
 Column = dict[str, float | None]
@@ -23,7 +24,7 @@ def model_key(site: str) -> str:
 
     Not called ``model``: it is no round's model, from which a late site would go on, and may have other tensors.
     """
-    return f"{SCOPE}-{site}/deployed"
+    return key_of(cross_site_scope(site), "deployed")
 
 
 def matrix(columns: Mapping[str, Any], sites: Iterable[str]) -> Matrix:

@@ -27,7 +27,7 @@ from nnunet_fed.exchange.payload import (
     measure,
     open_payload,
 )
-from nnunet_fed.files import PARTIAL
+from nnunet_fed.files import replacing
 
 THREADS = min(4, os.cpu_count() or 1)
 """Of a mean."""
@@ -48,24 +48,17 @@ def write_result(verb: str, files: Mapping[str, Path], weights: Sequence[float],
     Raises:
         RefusedError: a sum does not fit into 64 bits.
     """
-    part = out.with_name(out.name + PARTIAL)
-    try:
-        with part.open("wb") as file:
-            if verb == "mean":
-                written = mean_payload([open_payload(path) for path in files.values()], weights, file)
-            else:
-                if verb == "sum":
-                    arrays = [decode(path.read_bytes())["value"] for path in files.values()]
-                    result = b"".join(encode({"value": exact_sum(arrays)}))
-                else:
-                    result = json.dumps({site: json.loads(path.read_bytes()) for site, path in files.items()}).encode()
-                file.write(result)
-                written = measure([result])
-    except BaseException:  # of a full disk, above all, which needs the room
-        part.unlink(missing_ok=True)
-        raise
-    part.replace(out)
-    return written
+    # the sites have its bytes while the disk takes them: who serves it makes it durable
+    with replacing(out, durable=False) as part, part.open("wb") as file:
+        if verb == "mean":
+            return mean_payload([open_payload(path) for path in files.values()], weights, file)
+        if verb == "sum":
+            arrays = [decode(path.read_bytes())["value"] for path in files.values()]
+            result = b"".join(encode({"value": exact_sum(arrays)}))
+        else:
+            result = json.dumps({site: json.loads(path.read_bytes()) for site, path in files.items()}).encode()
+        file.write(result)
+        return measure([result])
 
 
 def weighted_mean(arrays: Sequence[Array], weights: Sequence[float]) -> Array:

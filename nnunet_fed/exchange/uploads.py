@@ -11,7 +11,7 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import BinaryIO
 import xxhash
 
 from nnunet_fed.errors import NoRoomError
-from nnunet_fed.files import PARTIAL
+from nnunet_fed.files import PARTIAL, move
 
 OLDEST = 24 * 3600.0
 """Seconds without a byte after which a restart of the coordinator deletes a partial file."""
@@ -173,6 +173,39 @@ class Spool:
                 if self._receivers.get(upload.file) is receiver:
                     del self._receivers[upload.file]
 
+    def take(
+        self,
+        upload: Upload,
+        position: int,
+        pieces: Iterable[bytes | memoryview],
+        arrived: Callable[[int], None] = lambda number: None,
+    ) -> Path | None:
+        """Take a payload's bytes from ``position`` on; ``None``: they are not what was offered, or too few.
+
+        Args:
+            upload: what was offered.
+            position: how many bytes are there.
+            pieces: the bytes that follow.
+            arrived: hears how many bytes are there, with each piece.
+
+        Raises:
+            NoRoomError: see :meth:`receive`, as for the next one.
+            InterruptedUploadError: the same payload comes another way.
+            OSError: the disk is full, or broken.
+        """
+        with self.receive(upload, position) as receiver:
+            for piece in pieces:
+                if receiver.written + len(piece) > upload.size:
+                    self.discard(receiver)
+                    return None
+                receiver.write(piece)
+                arrived(receiver.written)
+            if receiver.is_whole():
+                return self.complete(receiver)
+            if receiver.written == upload.size:  # else the connection broke, and another may go on
+                self.discard(receiver)
+        return None
+
     def _admit(self, upload: Upload) -> None:
         others = [receiver for receiver in self._receivers.values() if receiver.upload.site == upload.site]
         if len(others) >= UPLOADS:
@@ -199,7 +232,7 @@ class Spool:
         with self._lock:
             if self._receivers.get(receiver.path.name) is not receiver:
                 raise InterruptedUploadError
-            receiver.path.replace(path)
+            move(receiver.path, path)
         return path
 
     def discard(self, receiver: Receiver) -> None:

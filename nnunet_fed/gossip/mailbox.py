@@ -37,7 +37,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -49,6 +48,7 @@ from typing import Any
 
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.exchange.payload import Tensors, encode, header_of, layout_of, measure, schema_of
+from nnunet_fed.files import flush, move, write_json
 from nnunet_fed.gossip.schedule import Version
 from nnunet_fed.study.federation import digest_of
 
@@ -164,7 +164,7 @@ class Mailbox:
             raise
         with self._locked():
             old = [_hidden(path) for path in self._outbox.iterdir() if path != parts]
-            parts.rename(self._outbox / letter.name)
+            move(parts, self._outbox / letter.name)
         _delete(old)
         return letter
 
@@ -182,7 +182,8 @@ class Mailbox:
         with self._locked():
             path = self._newest()[site]
             old = [_hidden(other) for other in self._used.iterdir()]
-            taken = path.rename(self._used / path.name)
+            taken = self._used / path.name
+            move(path, taken)
         _delete(old)
         return _letter(taken)[0], taken / PAYLOAD
 
@@ -227,7 +228,7 @@ class Mailbox:
 
     def publish_state(self, state: State) -> None:
         """Tell the peer process how to answer, from its next answer on."""
-        _write(self.folder / "state.json", asdict(state))
+        self._write("state.json", asdict(state))
 
     # -------------------------------------------------------------------------------------------- for the peer process
 
@@ -248,7 +249,7 @@ class Mailbox:
 
     def served(self, letter: Letter) -> None:
         """The candidates of a letter have been tried."""
-        _write(self.folder / "served.json", [letter.name, letter.digest])
+        self._write("served.json", [letter.name, letter.digest])
 
     def received(self) -> dict[str, int]:
         """Counter of the newest model of each peer that is in ``inbox`` or ``used``, or that the state names."""
@@ -273,10 +274,10 @@ class Mailbox:
         parts = self._inbox / f".{secrets.token_hex(4)}"
         parts.mkdir()
         try:
-            payload.replace(parts / PAYLOAD)
+            move(payload, parts / PAYLOAD)
             (parts / LETTER).write_text(json.dumps(asdict(letter)), encoding="utf-8")
             for path in (parts / PAYLOAD, parts / LETTER, parts):
-                _flush(path)
+                flush(path)
         except BaseException:
             shutil.rmtree(parts)
             raise
@@ -285,9 +286,9 @@ class Mailbox:
             wanted = newest is None or (_counter(newest) or 0) < letter.version.counter
             old = [] if newest is None or not wanted else [_hidden(newest)]
             if wanted:
-                parts.rename(self._inbox / letter.name)
+                move(parts, self._inbox / letter.name)
         _delete(old if wanted else [parts])
-        _flush(self._inbox)
+        flush(self._inbox)
 
     def sweep(self) -> None:
         """At the start of the peer process: delete what an earlier one left behind unfinished."""
@@ -295,14 +296,18 @@ class Mailbox:
 
     def publish_contacts(self, failures: Mapping[str, int], members: Mapping[str, int]) -> None:
         """Tell the training what :meth:`contacts` and :meth:`members` say."""
-        _write(self.folder / "contacts.json", {peer: number for peer, number in failures.items() if number})
-        _write(self.folder / "members.json", dict(members))
+        self._write("contacts.json", {peer: number for peer, number in failures.items() if number})
+        self._write("members.json", dict(members))
 
     def note_event(self, **entry: Any) -> None:
         """Add to :meth:`history`, with the time."""
         line = json.dumps({"at": datetime.now(timezone.utc).isoformat(timespec="milliseconds"), **entry})
         with (self.folder / "history.jsonl").open("a", encoding="utf-8") as file:
             file.write(line + "\n")
+
+    def _write(self, name: str, value: Any) -> None:
+        with self._locked():  # a peer process that its training has outlived may write, too
+            write_json(self.folder / name, value, indent=None)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -339,15 +344,11 @@ def _read(path: Path) -> Any:
         raise ConfigurationError(f"{path} is damaged ({error}). Delete it, and start the training with --c.") from None
 
 
-def _write(path: Path, value: Any) -> None:
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    part.write_text(json.dumps(value), encoding="utf-8")
-    part.replace(path)
-
-
 def _hidden(path: Path) -> Path:
     """Give a folder a name under which it is no letter."""
-    return path.rename(path.with_name(f".{secrets.token_hex(4)}"))
+    hidden = path.with_name(f".{secrets.token_hex(4)}")
+    move(path, hidden)
+    return hidden
 
 
 def _delete(paths: Iterable[Path]) -> None:
@@ -356,11 +357,3 @@ def _delete(paths: Iterable[Path]) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -18,6 +18,7 @@ import torch
 from torch.nn.functional import avg_pool2d, avg_pool3d
 
 from nnunet_fed.exchange.communicator import Collectives
+from nnunet_fed.exchange.keys import key_of
 from nnunet_fed.exchange.payload import Array
 from nnunet_fed.methods.selector import SelectorCase
 
@@ -97,10 +98,10 @@ def fit_familiarity(
     sites = communicator.sites
     sums = np.zeros((len(sites), 1 + own.shape[1]))
     sums[sites.index(communicator.site)] = [len(own), *own.sum(0)]
-    sums = communicator.sum(f"{scope}/texture-means", sums)
+    sums = communicator.sum(key_of(scope, "texture-means"), sums)
     means = {site: row[1:] / row[0] for site, row in zip(sites, sums, strict=True) if row[0]}
     apart = own - means[communicator.site] if len(own) else own
-    scatter = communicator.sum(f"{scope}/texture-scatter", apart.T @ apart)
+    scatter = communicator.sum(key_of(scope, "texture-scatter"), apart.T @ apart)
     degrees = sums[:, 0].sum() - len(means)
     found = None
     counts = np.zeros(len(_EDGES) + 1, dtype=np.int64)
@@ -114,7 +115,7 @@ def fit_familiarity(
         )
         if len(held_out):
             np.add.at(counts, np.searchsorted(_EDGES, found._distances(held_out)), 1)
-    counts = communicator.sum(f"{scope}/texture-distances", counts)
+    counts = communicator.sum(key_of(scope, "texture-distances"), counts)
     if found is None or not counts.any():
         return None
     bin_of_limit = int(np.searchsorted(np.cumsum(counts), SHARE * counts.sum()))

@@ -20,6 +20,7 @@ import torch
 
 from nnunet_fed.errors import ConfigurationError, DisagreementError
 from nnunet_fed.exchange.communicator import Collectives
+from nnunet_fed.exchange.keys import key_of
 from nnunet_fed.exchange.payload import Tensors
 from nnunet_fed.methods.tensors import to_arrays
 
@@ -176,11 +177,11 @@ def pull_round(
         ConfigurationError: lambda does not suit the number of sites of this round; the same at every site, and before
             any model is sent.
     """
-    sites = int(communicator.sum(f"{scope}/personal-sites", np.array(1)))
+    sites = int(communicator.sum(key_of(scope, "personal-sites"), np.array(1)))
     pull = scheduled_pull(schedule, self_weight, sites, lr_ratio)
-    mean = communicator.mean(f"{scope}/personal", to_arrays(_floating(own)), 1.0)
+    mean = communicator.mean(key_of(scope, "personal"), to_arrays(_floating(own)), 1.0)
     softpull(own, mean, pull.rho)
-    apart = deviation(communicator, f"{scope}/personal-deviation", own, mean)
+    apart = deviation(communicator, key_of(scope, "personal-deviation"), own, mean)
     return Pulled(pull.rho, pull.self_weight, sites, apart)
 
 

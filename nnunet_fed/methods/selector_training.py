@@ -18,6 +18,7 @@ from torch import nn
 
 from nnunet_fed.errors import ConfigurationError, FederationError
 from nnunet_fed.exchange.communicator import Collectives
+from nnunet_fed.exchange.keys import key_of
 from nnunet_fed.exchange.payload import Array
 from nnunet_fed.methods.selector import Selector, SelectorCase, SelectorConfiguration
 from nnunet_fed.methods.tensors import load_arrays, to_arrays
@@ -101,7 +102,7 @@ class SelectorTraining:
             except FederationError as error:
                 raise FederationError(f"Site '{communicator.site}', {scope}: {error}") from None
             losses.append(loss)
-            key = f"{scope}/selector-{number}"
+            key = key_of(scope, f"selector-{number}")
             if self.mode == "server_adam":
                 self.step(communicator.mean(key, gradient, weight, exact=True))
             else:

@@ -13,6 +13,7 @@ import torch
 
 from nnunet_fed.errors import FederationError
 from nnunet_fed.exchange.communicator import Collectives
+from nnunet_fed.exchange.keys import key_of
 from nnunet_fed.methods.fedsm import GLOBAL, route
 from nnunet_fed.methods.selector import tempered
 
@@ -76,7 +77,7 @@ def validate_selector(
         )
     label = sites.index(communicator.site)
     losses = [-float(tempered(log_probabilities, temperature)[:, label].sum()) for temperature in TEMPERATURES]
-    pooled = communicator.sum(f"{scope}/selector-temperature", np.array([len(log_probabilities), *losses]))
+    pooled = communicator.sum(key_of(scope, "selector-temperature"), np.array([len(log_probabilities), *losses]))
     if not pooled[0] > 0:
         raise FederationError("No site has a validation case on which the selector could be judged.")
     temperature = TEMPERATURES[int(np.argmin(pooled[1:]))]
@@ -85,7 +86,7 @@ def validate_selector(
     for probabilities in tempered(log_probabilities, temperature).exp().tolist():
         counts[label, int(np.argmax(probabilities))] += 1
         counts[label, -1] += route(dict(zip(sites, probabilities, strict=True)), gamma).choice == GLOBAL
-    counts = communicator.sum(f"{scope}/selector-validation", counts)
+    counts = communicator.sum(key_of(scope, "selector-validation"), counts)
     return SelectorValidation(
         sites,
         temperature,

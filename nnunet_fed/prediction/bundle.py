@@ -19,6 +19,7 @@ import torch
 from pydantic import Field, ValidationError, model_validator
 
 from nnunet_fed.errors import ConfigurationError, FederationError
+from nnunet_fed.files import replacing, write_text
 from nnunet_fed.methods.familiarity import Familiarity
 from nnunet_fed.methods.fedsm import GLOBAL
 from nnunet_fed.methods.selector import Selector, SelectorConfiguration
@@ -159,9 +160,7 @@ def write_fold(
     path = model_folder / BUNDLE
     others = read_bundle(model_folder).folds if path.is_file() else {}
     bundle = Bundle(folds={**others, str(fold): entry})
-    part = path.with_name(path.name + ".part")
-    part.write_text(bundle.model_dump_json(indent=2))
-    part.replace(path)
+    write_text(path, bundle.model_dump_json(indent=2))
 
 
 def read_bundle(model_folder: Path) -> Bundle:
@@ -198,9 +197,8 @@ def verify_fold(model_folder: Path, fold: str, entry: FoldBundle) -> None:
 
 def write_selector(path: Path, configuration: SelectorConfiguration, network: Selector) -> None:
     """Write a selector's configuration and weights; the file holds tensors and plain values only."""
-    part = path.with_name(path.name + ".part")
-    torch.save({"configuration": asdict(configuration), "network_weights": network.state_dict()}, part)
-    part.replace(path)
+    with replacing(path) as part:
+        torch.save({"configuration": asdict(configuration), "network_weights": network.state_dict()}, part)
 
 
 def read_selector(path: Path, configuration: SelectorConfiguration) -> Selector:
@@ -226,9 +224,8 @@ def write_checkpoint(path: Path, like: Path, network_weights: Mapping[str, torch
     """
     training = torch.load(like, map_location="cpu", weights_only=False, mmap=True)
     content = {name: training[name] for name in READ_BY_NNUNET} | {"network_weights": dict(network_weights)}
-    part = path.with_name(path.name + ".part")
-    torch.save(content, part)
-    part.replace(path)
+    with replacing(path) as part:
+        torch.save(content, part)
 
 
 def load_tensors(path: Path) -> dict[str, Any]:

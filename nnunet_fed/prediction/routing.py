@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from nnunet_fed.errors import ConfigurationError
+from nnunet_fed.files import write_json
 from nnunet_fed.methods.fedsm import GLOBAL, Route, best_model_gate, check_gamma, route
 from nnunet_fed.methods.selector import (
     SelectorCase,
@@ -179,9 +180,7 @@ class RoutingLog:
             "unfamiliarity": taken.unfamiliarity,
             "probabilities": None if probabilities is None else dict(probabilities),
         }
-        part = self._path.with_name(self._path.name + ".part")
-        part.write_text(json.dumps(self._content, indent=2))
-        part.replace(self._path)
+        write_json(self._path, self._content)
 
     def counts(self) -> Counter[tuple[str, str]]:
         """Number of cases by choice and reason."""

@@ -24,13 +24,6 @@ REFERENCE_GB = 8.0
 REFERENCE = {"PlainConvUNet": {2: 12 * 85e6, 3: 2 * 560e6}, "ResidualEncoderUNet": {2: 12 * 135e6, 3: 2 * 680e6}}
 """Elements of the feature maps of a batch for which nnU-Net's planners take 8 GB: by network, by dimensions."""
 FLOAT = 4
-MODELS = {"fedsm": 2, "ditto": 2}
-"""Models with an optimizer that a method trains; one unless given."""
-EXTRA_FLOATS = {"fedgs": 2, "fedprox": 1, "ditto": 1}
-"""Further numbers for each parameter: FedGS keeps the weights before the step and the residual, the proximal term the
-weights of the round's start."""
-KEPT_FLOATS = {"fedavgm": 2, "fedadam": 3}
-"""The same in main memory and in checkpoints only: the round's start, and its last step or moments."""
 CHECKPOINTS = 5
 """In ``fold_X``: final, best, latest, global, and one that is being written."""
 
@@ -74,15 +67,14 @@ def footprint(plans: Mapping[str, Any], configuration: str, dataset: Mapping[str
             allow_init=False,
         )
     parameters = sum(parameter.numel() for parameter in network.parameters())
-    method, patch = study.method.name, chosen.patch_size
+    method, patch = study.method, chosen.patch_size
     kind = "ResidualEncoderUNet" if "Residual" in type(network).__name__ else "PlainConvUNet"
     elements = network.compute_conv_feature_map_size(patch) * chosen.batch_size
     step = REFERENCE_GB * GB * elements / REFERENCE[kind][len(patch)]
-    models, extra = MODELS.get(method, 1), EXTRA_FLOATS.get(method, 0)
-    held = 3 * (models - 1) + extra  # nnU-Net's reckoning has weights, gradients and momentum of one
-    kept = CHECKPOINTS * (2 * models + extra + KEPT_FLOATS.get(method, 0))  # no gradients
-    if method == "fedsm":
-        kept += len(study.sites)  # the others' personalized models
+    # nnU-Net's reckoning has weights, gradients and momentum of one model
+    held = 3 * (method.MODELS - 1) + method.DEVICE_FLOATS
+    kept = CHECKPOINTS * (2 * method.MODELS + method.DEVICE_FLOATS + method.HOST_FLOATS)  # no gradients
+    kept += method.kept_models(len(study.sites))
     return Footprint(parameters, step + FLOAT * held * parameters, FLOAT * kept * parameters)
 
 

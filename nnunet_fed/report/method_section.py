@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from nnunet_fed.exchange.keys import last_round
 from nnunet_fed.report.blocks import (
     NOTHING,
     Figure,
@@ -20,12 +21,13 @@ from nnunet_fed.report.blocks import (
 )
 from nnunet_fed.report.charts import bars, graph, intervals, lines, matrix
 from nnunet_fed.report.gather import Run
+from nnunet_fed.study.method_table import MethodTable
+from nnunet_fed.study.methods import METHODS
 
 MOST_ROWS = 60
 """Of the table by round and site; of more rounds some are shown."""
 Block = Paragraph | Figure | Table
 
-_NAMES = {"fedavg": "FedAvg", "fedgs": "FedGS", "fedsm": "FedSM", "fedoap": "FedOAP", "gcml": "GCML"}
 _WORDS = {
     "mean_factor": "mean factor by which a step counts more",
     "scaled_share": "share of the steps that count more",
@@ -41,7 +43,7 @@ _WORDS = {
 
 def method_section(run: Run) -> Section:
     """Everything that the method of the run tells of itself."""
-    section = Section("method", f"What {_NAMES.get(run.method, run.method)} tells")
+    section = Section("method", f"What {_title(run)} tells")
     section.blocks.extend(_diagnostics(run))
     section.blocks.extend(_selector(run))
     section.blocks.extend(_phases(run))
@@ -49,12 +51,19 @@ def method_section(run: Run) -> Section:
     return section
 
 
+def _title(run: Run) -> str:
+    """A method from outside the package goes by its trainer's name, and one of a newer version by its own."""
+    if trainer := run.study.get("method", {}).get("trainer"):
+        return str(trainer)
+    return METHODS[run.method].TITLE if run.method in METHODS else run.method
+
+
 def _diagnostics(run: Run) -> Iterator[Block]:
     """The figures of each round: FedGS's factors, FedSM's pull."""
     by_name: dict[str, dict[str, dict[int, float]]] = {}
     for site, files in run.sites.items():
         for entry in files.record.get("rounds", []):
-            place = int(entry["scope"].removeprefix("round-")) + 1
+            place = last_round(entry["scope"]) + 1
             for name, value in (entry.get("diagnostics") or {}).items():
                 by_name.setdefault(name, {}).setdefault(site, {})[place] = value
     for name, by_site in by_name.items():
@@ -93,7 +102,8 @@ def _selector(run: Run) -> Iterator[Block]:
         )
         rows = [[site, *map(str, row)] for site, row in zip(sites, confusion, strict=True)]
         yield Table("Confusion: cases of the site in the row, taken for the site in the column", ("Site", *sites), rows)
-    choices = {site: files.log.choices for site, files in run.sites.items() if files.log.choices}
+    # version 0.1 did not record it
+    choices = {site: chosen for site, files in run.sites.items() if (chosen := files.record.get("super_model_choices"))}
     if choices:
         models = sorted({model for chosen in choices.values() for model in chosen})
         groups = {site: {model: float(chosen.get(model, 0)) for model in models} for site, chosen in choices.items()}
@@ -104,7 +114,7 @@ def _selector(run: Run) -> Iterator[Block]:
 
 def _phases(run: Run) -> Iterator[Block]:
     """FedOAP, and others that fine-tune: the model after the rounds, and after the fine-tuning at the site."""
-    before = {"fedoap": "federated"}.get(run.method, "global")
+    before = METHODS.get(run.method, MethodTable).LAST_MODEL
     dice = {name: site["dice"] for name, site in run.summary.get("sites", {}).items()}
     fine_tuned = run.study.get("method", {}).get("finetune_epochs", 0)
     pairs = {

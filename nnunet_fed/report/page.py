@@ -11,6 +11,7 @@ from jinja2 import Environment, StrictUndefined
 
 from nnunet_fed import __version__
 from nnunet_fed.errors import ConfigurationError
+from nnunet_fed.files import write_text
 from nnunet_fed.report.blocks import Section
 from nnunet_fed.report.comparison_section import comparison_section
 from nnunet_fed.report.gather import Comparison, Run, read_source
@@ -42,11 +43,9 @@ def write_report(source: Path, out: Path) -> None:
     if len(page.encode()) > MOST_BYTES:
         logger.warning("The images are left out, since the report would be larger than %d MB.", MOST_BYTES // 10**6)
         page = render(read, [section for section in sections if not section.id.startswith("images")])
-    part = out.with_name(out.name + ".part")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(page, encoding="utf-8")
-        part.replace(out)
+        write_text(out, page)
     except OSError as error:
         raise ConfigurationError(f"{out} cannot be written: {error}. Name another file with --out.") from None
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from nnunet_fed.agreement.fingerprint import INTENSITIES
 from nnunet_fed.evaluation.lesions import SMALL_LESIONS
+from nnunet_fed.exchange.keys import round_of
 from nnunet_fed.report.blocks import (
     NOTHING,
     Figure,
@@ -124,7 +125,8 @@ def _site_row(run: Run, name: str) -> list[str]:
 
 
 def _weight(run: Run, site: str) -> int | None:
-    given = [c["sites"][site]["weight"] for c in run.training if c["key"].startswith("round-") and site in c["sites"]]
+    of_rounds = (c["sites"] for c in run.training if round_of(c["key"]) is not None)
+    given = [sites[site]["weight"] for sites in of_rounds if site in sites]
     return int(given[-1]) if given and given[-1] > 0 else None
 
 

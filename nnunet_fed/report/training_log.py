@@ -15,7 +15,6 @@ _VALUES = {
 }
 _DICE = re.compile(r"Pseudo dice \[(.*)\]")
 _NUMBER = re.compile(r"(?:^|\()(nan|-?\d[\d.]*(?:e[+-]?\d+)?)")
-_CHOICES = re.compile(r"Models that the super model chooses for the validation cases: (.*)")
 
 
 @dataclass
@@ -27,8 +26,6 @@ class TrainingLog:
     dice: dict[int, float] = field(default_factory=dict)
     """nnU-Net's pseudo Dice of validation patches, mean over the classes that occur."""
     seconds: dict[int, float] = field(default_factory=dict)
-    choices: dict[str, int] = field(default_factory=dict)
-    """FedSM: how many validation cases the super model gives to which model."""
 
 
 def read_training_log(texts: Iterable[str]) -> TrainingLog:
@@ -46,8 +43,6 @@ def read_training_log(texts: Iterable[str]) -> TrainingLog:
             said = match[1]
             if found := _EPOCH.fullmatch(said):
                 epoch = int(found[1])
-            elif found := _CHOICES.fullmatch(said):
-                log.choices = _choices(found[1])
             elif epoch is not None:
                 _take(log, epoch, said)
     return log
@@ -67,8 +62,3 @@ def _number(text: str) -> float | None:
     """The number in ``0.5`` or ``np.float32(0.5)``; ``None`` for NaN."""
     found = _NUMBER.search(text.strip())
     return None if found is None or found[1] == "nan" else float(found[1])
-
-
-def _choices(text: str) -> dict[str, int]:
-    pairs = (entry.rpartition(": ") for entry in text.split(", "))
-    return {name: int(number) for name, _, number in pairs if number.isdecimal()}

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from datetime import datetime, timezone
 from typing import Any
 
-from nnunet_fed.exchange.keys import MODEL
+from nnunet_fed.exchange.keys import MODEL, name_of, round_of
 from nnunet_fed.report.blocks import (
     NOTHING,
     Figure,
@@ -126,12 +126,7 @@ def _moved(run: Run) -> dict[str, dict[str, float]]:
 
 def _rounds(run: Run) -> Iterator[Paragraph | Figure | Table]:
     """Who took part in each round with which weight, out of the coordinator's record."""
-    means = {
-        int(scope.removeprefix("round-")): collective
-        for collective in run.training
-        for scope, _, name in [collective["key"].partition("/")]
-        if name == MODEL and scope.startswith("round-") and collective["closed"]
-    }
+    means = {place: collective for place, collective in _closed_in_rounds(run) if name_of(collective["key"]) == MODEL}
     if not means:
         return
     sites = list(dict.fromkeys(site for collective in means.values() for site in collective["sites"]))
@@ -161,13 +156,18 @@ def _rounds(run: Run) -> Iterator[Paragraph | Figure | Table]:
 def _spent(run: Run) -> dict[int, float]:
     """Seconds from the first to the last collective of each round."""
     spans: dict[int, tuple[float, float]] = {}
-    for collective in run.training:
-        scope = collective["key"].partition("/")[0]
-        if scope.startswith("round-") and collective["closed"]:
-            place = int(scope.removeprefix("round-"))
-            first, last = spans.get(place, (collective["opened"], collective["closed"]))
-            spans[place] = min(first, collective["opened"]), max(last, collective["closed"])
+    for place, collective in _closed_in_rounds(run):
+        first, last = spans.get(place, (collective["opened"], collective["closed"]))
+        spans[place] = min(first, collective["opened"]), max(last, collective["closed"])
     return {place: last - first for place, (first, last) in spans.items()}
+
+
+def _closed_in_rounds(run: Run) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """The closed collectives of rounds, each with the number of its round from 0."""
+    for collective in run.training:
+        place = round_of(collective["key"])
+        if place is not None and collective["closed"]:
+            yield place, collective
 
 
 def _weight(given: Mapping[str, Any] | None) -> str:

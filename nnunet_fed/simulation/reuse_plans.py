@@ -12,6 +12,7 @@ from operator import attrgetter
 from pathlib import Path
 
 from nnunet_fed.errors import ConfigurationError
+from nnunet_fed.files import write_json
 from nnunet_fed.study.federation import PLANS_KEY, Federation
 from nnunet_fed.study.labels import Sources
 from nnunet_fed.study.site import Site
@@ -88,7 +89,7 @@ def adopt(earlier: Path, folder: Path, study: Federation) -> None:
     plans = json.loads(plans_file.read_text(encoding="utf-8"))
     plans["plans_name"] = study.plans_name
     plans[PLANS_KEY].update(name=study.name, digest=study.digest_of_fold(study.fold), study=study.stored())
-    (target / f"{study.plans_name}.json").write_text(json.dumps(plans, indent=4), encoding="utf-8")
+    write_json(target / f"{study.plans_name}.json", plans, indent=4)
 
 
 def plans_of(site: Path) -> Path:

@@ -24,25 +24,18 @@ from rich.console import Console
 from nnunet_fed.coordinator.watch import watch
 from nnunet_fed.errors import ConfigurationError, FederationError, UnreachableError
 from nnunet_fed.evaluation.summary import lesion_table, result_table, site_summary, summarise
-from nnunet_fed.files import new_folder
+from nnunet_fed.files import new_folder, write_json, write_text
 from nnunet_fed.processes import Process, Step, Worker, raise_first, signals_interrupt, stop, stop_workers
 from nnunet_fed.simulation.reuse_plans import DATASET, adopt, check_same_planning
 from nnunet_fed.study.federation import Federation
 from nnunet_fed.study.labels import LabelMap, Sources
-from nnunet_fed.study.method_tables import GCML
+from nnunet_fed.study.methods.custom_options import Custom
 from nnunet_fed.study.site import SITE_FILE_VARIABLE, Site
 from nnunet_fed.study.toml import to_toml
 from nnunet_fed.transport.site.client import GrpcCommunicator
 
 __all__ = ["Simulation", "lesion_table", "plugin_folder", "result_table", "simulate"]
 
-TRAINERS = {
-    "local": "nnUNetTrainerLocal", "fedavg": "nnUNetTrainerFedAvg", "fedgs": "nnUNetTrainerFedGS",
-    "fedsm": "nnUNetTrainerFedSM", "fedoap": "nnUNetTrainerFedOAP", "gcml": "nnUNetTrainerGCML",
-    "fedprox": "nnUNetTrainerFedProx", "fedavgm": "nnUNetTrainerFedAvgM", "fedadam": "nnUNetTrainerFedAdam",
-    "ditto": "nnUNetTrainerDitto",
-}  # fmt: skip
-"""nnU-Net trainer of each method."""
 HOST = "127.0.0.1"
 MAPPED_DATASET = 2
 """nnU-Net's number of the data set with the federation's labels, where a site has a map."""
@@ -50,6 +43,7 @@ FOLDS = 5
 """Of nnU-Net's cross-validation, which needs as many cases."""
 STARTUP_SECONDS = 60.0
 NNUNET_FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+EXTERNAL_TRAINERS = "nnUNet_extTrainer"
 AUGMENTATION_VARIABLE = "nnUNet_n_proc_DA"
 THREAD_VARIABLES = ("nnUNet_fed_threads", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
@@ -88,6 +82,7 @@ def simulate(simulation: Simulation, console: Console) -> dict[str, Any]:
     """
     started = time.monotonic()
     study = simulation.study
+    require_trainer(study)
     if simulation.planned is not None:
         check_same_planning(simulation.planned, study, simulation.sites, simulation.labels)
     if study.plans_name is None:
@@ -97,14 +92,14 @@ def simulate(simulation: Simulation, console: Console) -> dict[str, Any]:
     out = simulation.out.resolve()
     new_folder(out)
     address, *others = (f"{HOST}:{port}" for port in free_ports(1 + len(places)))
-    peers = dict(zip(study.sites, others, strict=True)) if isinstance(study.method, GCML) else {}
+    peers = dict(zip(study.sites, others, strict=True)) if study.method.NEEDS_PEERS else {}
     for place in places:
         place.make(address, peers)
         if simulation.planned is not None:
             adopt(simulation.planned / "sites" / place.name, place.folder, study)
     state, study_file = out / "coordinator", out / "federation.toml"
     state.mkdir()
-    study_file.write_text(to_toml(study.model_dump(mode="json")), encoding="utf-8")
+    write_text(study_file, to_toml(study.model_dump(mode="json")))
 
     command = [sys.executable, "-m", "nnunet_fed", "coordinator", str(study_file)]
     command += ["--listen", address, "--state", str(state), "--insecure"]
@@ -124,10 +119,10 @@ def simulate(simulation: Simulation, console: Console) -> dict[str, Any]:
             return any(going)
 
         watch(_patient(communicator.status), running, console)
-        _write_json(out / "record.json", communicator.status(record=True))
+        write_json(out / "record.json", communicator.status(record=True), allow_nan=False)
     sites = {place.name: site_summary(place.results(study), place.labels, place.fold) for place in places}
     summary = summarise(study, sites, time.monotonic() - started)
-    _write_json(out / "summary.json", summary)
+    write_json(out / "summary.json", summary, allow_nan=False)
     return summary
 
 
@@ -144,8 +139,16 @@ def training_command(study: Federation, fold: int | str, device: str, dataset: i
     command = str(beside) if beside.is_file() else shutil.which(name)
     if command is None:
         raise ConfigurationError(f"The command {name} is not on the PATH: install nnunetv2 in this environment.")
-    trainer = ["-tr", TRAINERS[study.method.name], "-p", str(study.plans_name), "-device", device]
+    trainer = ["-tr", study.method.trainer_name, "-p", str(study.plans_name), "-device", device]
     return [command, str(dataset), study.configuration, str(fold), *trainer]
+
+
+def require_trainer(study: Federation) -> None:
+    """See that there is the trainer of a method from outside the package; raises :class:`ConfigurationError`."""
+    if isinstance(study.method, Custom):
+        from nnunet_fed.trainers.parts.custom_trainer import check_custom_trainer  # with PyTorch, which others spare
+
+        check_custom_trainer(study)
 
 
 def plugin_folder() -> Path:
@@ -196,7 +199,7 @@ class Place:
             site |= {"listen": peers[self.name], "peers": dict(peers)}
         if self.label_map is not None:
             site |= {"mapped_dataset": self.label_map.dataset, "labels": self.label_map.sources}
-        (self.folder / "site.toml").write_text(to_toml(site), encoding="utf-8")
+        write_text(self.folder / "site.toml", to_toml(site))
 
     @property
     def labels(self) -> dict[str, Any]:
@@ -207,7 +210,7 @@ class Place:
 
     def results(self, study: Federation) -> Path:
         """The folder of the fold that was trained."""
-        model = f"{TRAINERS[study.method.name]}__{study.plans_name}__{study.configuration}"
+        model = f"{study.method.trainer_name}__{study.plans_name}__{study.configuration}"
         return self.folder / "nnUNet_results" / self.trained_dataset / model / f"fold_{self.fold}"
 
 
@@ -297,13 +300,15 @@ def site_environment(folder: Path, threads: int) -> dict[str, str]:
         folder: of the site, with nnU-Net's three folders and ``site.toml``.
         threads: of each process.
     """
+    theirs = os.environ.get(EXTERNAL_TRAINERS, "").split(os.pathsep)
+    folders = dict.fromkeys([str(plugin_folder()), *filter(None, theirs)])
     return {
         "nnUNet_def_n_proc": "2",
         **os.environ,
         **{name: str(folder / name) for name in NNUNET_FOLDERS},
         **dict.fromkeys(THREAD_VARIABLES, str(threads)),
         SITE_FILE_VARIABLE: str(folder / "site.toml"),
-        "nnUNet_extTrainer": str(plugin_folder()),
+        EXTERNAL_TRAINERS: os.pathsep.join(folders),
         "PYTHONUNBUFFERED": "1",
     }
 
@@ -337,9 +342,3 @@ def _patient(poll: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]
         return latest
 
     return patient
-
-
-def _write_json(path: Path, value: Any) -> None:
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    part.replace(path)

@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field, ValidationError, field_validator, m
 
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.exchange.precision import WireDtype
-from nnunet_fed.study.method_tables import METHOD_TABLES, Method
+from nnunet_fed.study.methods import METHODS, Method
 from nnunet_fed.study.table import NEWEST_PROTOCOL, OLDEST_PROTOCOL, Table, neutral_of
 from nnunet_fed.study.toml import explain, read_table
 
@@ -183,7 +183,7 @@ class Federation(Table):
         for name in set(content.pop(_OPERATIONAL_KEY, ())) - cls.model_fields.keys():
             content.pop(name, None)
         content, method = cls.complete(content), content.get("method", {})
-        table = METHOD_TABLES.get(method.get("name", ""))
+        table = METHODS.get(method.get("name", ""))
         try:
             return cls.model_validate({**content, "method": method if table is None else table.complete(method)})
         except ValidationError as error:

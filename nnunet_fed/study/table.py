@@ -53,6 +53,8 @@ class Table(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
+    SINCE: ClassVar[int] = OLDEST_PROTOCOL
+    """Version of the protocol with which the table came."""
     OPERATIONAL: ClassVar[frozenset[str]] = frozenset()
     """Fields that do not change the mathematics."""
 
@@ -66,6 +68,8 @@ class Table(BaseModel):
         Raises:
             RefusedError: the reader does not know a field that changes the mathematics.
         """
+        if protocol < self.SINCE:
+            raise RefusedError(_too_new(f"is of the method '{getattr(self, 'name', '')}'", self.SINCE))
         content: dict[str, Any] = self.model_dump(mode="json")
         for name, field in type(self).model_fields.items():
             neutral, value = neutral_of(field), getattr(self, name)
@@ -75,10 +79,7 @@ class Table(BaseModel):
             is_neutral = neutral.since > OLDEST_PROTOCOL and content[name] == neutral.value
             is_unknown = neutral.since > protocol
             if is_unknown and not is_neutral and name not in self.OPERATIONAL:
-                raise RefusedError(
-                    f"The study sets '{name}', which nnunet_fed knows since version {SPOKEN_SINCE[neutral.since]}. "
-                    "Install that version or a newer one at every site."
-                )
+                raise RefusedError(_too_new(f"sets '{name}'", neutral.since))
             if is_unknown or is_neutral:
                 del content[name]
         return content
@@ -124,3 +125,10 @@ class Table(BaseModel):
             elif name not in self.model_fields_set:
                 content[name] = defaults.get(name, neutral_of(field).value)
         return content
+
+
+def _too_new(what: str, since: int) -> str:
+    return (
+        f"The study {what}, which nnunet_fed knows since version {SPOKEN_SINCE[since]}. Install that version or a "
+        "newer one at every site."
+    )

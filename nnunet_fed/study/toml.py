@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import difflib
-import json
-import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import tomli_w
 from pydantic import BaseModel, ValidationError
 
 from nnunet_fed.errors import ConfigurationError
-from nnunet_fed.study.method_tables import METHOD_TABLES
+from nnunet_fed.study.methods import METHODS
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
+TOMLDecodeError = tomllib.TOMLDecodeError
 _T = TypeVar("_T", bound=BaseModel)
 
 
@@ -32,8 +32,8 @@ def read_table(cls: type[_T], path: Path) -> _T:
             f"{path} cannot be read: {error}. 'nnunet_fed init' writes one to start from."
         ) from None
     try:
-        return cls.model_validate(tomllib.loads(text))
-    except tomllib.TOMLDecodeError as error:
+        return cls.model_validate(from_toml(text))
+    except TOMLDecodeError as error:
         raise ConfigurationError(f"{path} is no valid TOML: {error}.") from None
     except ValidationError as error:
         raise ConfigurationError(f"{path}: {explain(error, cls)}") from None
@@ -45,7 +45,7 @@ def explain(error: ValidationError, cls: type[BaseModel]) -> str:
     for problem in error.errors(include_url=False):
         path, table = list(problem["loc"]), cls
         if path[:1] == ["method"] and len(path) > 1:
-            table = METHOD_TABLES[str(path.pop(1))]  # pydantic names the chosen table in between
+            table = METHODS[str(path.pop(1))]  # pydantic names the chosen table in between
         place = ".".join(str(part) for part in path) or "the file"
         if problem["type"] == "extra_forbidden":
             near = difflib.get_close_matches(str(path[-1]), list(table.model_fields), n=1)
@@ -66,25 +66,19 @@ def explain(error: ValidationError, cls: type[BaseModel]) -> str:
     return " ".join(sentences)
 
 
-def to_toml(values: Mapping[str, Any], within: str = "") -> str:
-    """JSON values as TOML: flat ones, then a table for each mapping; ``None`` is left out.
+def from_toml(text: str) -> dict[str, Any]:
+    """The tables in a text; raises :class:`TOMLDecodeError`."""
+    return tomllib.loads(text)
 
-    Args:
-        values: by key.
-        within: name of the table that they are in.
-    """
-    tables = {key: value for key, value in values.items() if isinstance(value, Mapping)}
-    # TOML reads JSON's numbers, strings and lists of them, but no pair of surrogates
-    lines = [
-        f"{_toml_key(key)} = {json.dumps(value, ensure_ascii=False)}\n"
+
+def to_toml(values: Mapping[str, Any]) -> str:
+    """JSON values as TOML; ``None``, which TOML does not know, is left out of tables."""
+    return tomli_w.dumps(_without_none(values))
+
+
+def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_none(value) if isinstance(value, Mapping) else value
         for key, value in values.items()
-        if value is not None and key not in tables
-    ]
-    for key, table in tables.items():
-        name = within + _toml_key(key)
-        lines.append(f"\n[{name}]\n{to_toml(table, name + '.')}")
-    return "".join(lines)
-
-
-def _toml_key(key: str) -> str:
-    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else json.dumps(key, ensure_ascii=False)
+        if value is not None
+    }

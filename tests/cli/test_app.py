@@ -307,7 +307,7 @@ def test_split_needs_one_way_to_split(command: Command, tmp_path: Path) -> None:
         (("--site", "a"), "--site a: give a name and a folder"),
         (("--site", "a="), "--site a=: give a name and a folder"),
         (("--site", "a b=x"), "site name 'a b': use letters"),
-        (("--site", "a=x", "--method", "scaffold"), "'scaffold'; known: 'local', 'fedavg'"),
+        (("--site", "a=x", "--method", "scaffold"), "'scaffold'; known: 'custom', 'ditto'"),
         (("--site", "a=x", "--option", "strength"), "--option strength: give a name and a value"),
         (("--site", "a=x", "--option", "x=1", "--option", "x=2"), "--option x is given twice"),
         (("--site", "a=x", "--option", "strength=2"), "unknown key 'method.strength'"),

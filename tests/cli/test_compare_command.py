@@ -21,8 +21,8 @@ def sites(tmp_path: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["--methods", "local,fedprocks"], "there is no 'fedprocks'; known: local"),
-        (["--methods", "mild=fedprocks"], "there is no 'fedprocks'; known: local"),
+        (["--methods", "local,fedprocks"], "there is no 'fedprocks'; known: custom"),
+        (["--methods", "mild=fedprocks"], "there is no 'fedprocks'; known: custom"),
         (["--methods", "fedgs=fedavg"], "a variant has a name that is no method's"),
         (["--methods", ""], "--methods: give at least one"),
         (["--option", "fedavg.finetune_epochs=x"], "The study of 'fedavg': method.finetune_epochs"),

@@ -188,7 +188,7 @@ def test_a_folder_with_something_else_in_it_is_left_alone(given: Comparison) -> 
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"methods": ("fedavgs",)}, "there is no 'fedavgs'; known: local,"),
+        ({"methods": ("fedavgs",)}, "there is no 'fedavgs'; known: custom,"),
         ({"methods": ("local", "local")}, "name each method once"),
         ({"methods": ()}, "--methods: give at least one"),
         ({"options": {"fedgs": {}}}, "'fedgs' is none of --methods"),

@@ -1,19 +1,18 @@
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
-from harness import PATIENCE, Planned, RunningFederation, environment, federation, train_all
+from harness import Planned, RunningFederation, Trained, environment, federation, run, train_all, trained_once
 
 from nnunet_fed.datasets.phantom import write_phantom
 from nnunet_fed.study.federation import Federation
 
 LONGEST_FIRST = (
-    "training", "faults", "gcml_training", "fedoap_training", "fedsm_training", "compare", "readme", "simulation",
-    "fedgs_training", "version_0_1", "planning_processes", "tutorial", "refusals",
+    "faults", "training", "readme", "fedoap_training", "gcml_training", "fedsm_training", "fedgs_training", "tutorial",
+    "compare", "version_0_1", "planning_processes", "simulation", "refusals",
 )  # fmt: skip
 
 
@@ -49,18 +48,28 @@ def planned(phantom: Path, shared: Path) -> Planned:
     sites = [argument for site in ("site_a", "site_b") for argument in ("--site", f"{site}={phantom / site}")]
     with FileLock(shared / "planned.lock"):
         if not (out / "summary.json").is_file():
-            subprocess.run(
-                [sys.executable, "-m", "nnunet_fed", "simulate", *sites, "--out", str(out), "--until", "plan",
+            run(
+                [sys.executable, "-m", "nnunet_fed", "simulate", *sites, "--out", out, "--until", "plan",
                  "--rounds", "3", "--iterations", "4", "--val-iterations", "1", "--lr", "0.05", "--momentum", "0.9"],
-                env=environment(), check=True, timeout=PATIENCE,
+                environment(), shared / "planned.log",
             )  # fmt: skip
     return Planned(out, Federation.read(out / "federation.toml"))
 
 
-@pytest.fixture(scope="session")
-def undisturbed(planned: Planned, tmp_path_factory: pytest.TempPathFactory) -> RunningFederation:
-    """Two sites, three rounds of federated averaging, nothing happens."""
-    folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    with federation(planned, folder, {"site_a": "site_a", "site_b": "site_b"}) as running:
+def averaged(planned: Planned, folder: Path, *sites: str) -> RunningFederation:
+    """Three rounds of federated averaging in which nothing happens."""
+    with federation(planned, folder, {site: site for site in sites}) as running:
         train_all(running)
-        return running
+    return running
+
+
+@pytest.fixture(scope="session")
+def undisturbed(planned: Planned, shared: Path) -> Trained:
+    """Two sites, three rounds of federated averaging, nothing happens."""
+    return trained_once(shared / "undisturbed", lambda folder: averaged(planned, folder, "site_a", "site_b"))
+
+
+@pytest.fixture(scope="session")
+def alone(planned: Planned, shared: Path) -> Trained:
+    """The same with one site."""
+    return trained_once(shared / "alone", lambda folder: averaged(planned, folder, "site_a"))

@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from warm import Forked
+
 from nnunet_fed.simulation.simulate import to_toml
 
 SITE = """
@@ -28,7 +30,8 @@ options.CHANNEL_OPTIONS = tuple(
     (name, settings["keepalive"].get(name, value)) for name, value in options.CHANNEL_OPTIONS
 )
 from nnunet_fed.errors import RoundClosedError
-from nnunet_fed.study.federation import Federation, Site
+from nnunet_fed.study.federation import Federation
+from nnunet_fed.study.site import Site
 from nnunet_fed.exchange.outgoing_log import OutgoingLog
 from nnunet_fed.transport.site.client import GrpcCommunicator
 from pathlib import Path
@@ -163,18 +166,21 @@ class Exchange:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.address = f"127.0.0.1:{free.getsockname()[1]}"
-        self.coordinator: subprocess.Popen[bytes] | None = None
-        self.sites: dict[str, subprocess.Popen[bytes]] = {}
+        self.coordinator: subprocess.Popen[bytes] | Forked | None = None
+        self.sites: dict[str, Forked] = {}
+        (folder / "site.py").write_text(SITE)
 
     def serve(self) -> None:
         """Start the coordinator."""
-        with (self.folder / "coordinator.log").open("ab") as log:
-            self.coordinator = subprocess.Popen(
-                [*(on_small_disk(self.folder / "state", self._disk_mb) if self._disk_mb else ()),
-                 sys.executable, "-m", "nnunet_fed", "coordinator", str(self.folder / "federation.toml"), "--listen",
-                 self.address, "--state", str(self.folder / "state"), "--insecure", *self._options],
-                stdout=log, stderr=subprocess.STDOUT,
-            )  # fmt: skip
+        log = self.folder / "coordinator.log"
+        words = [sys.executable, "-m", "nnunet_fed", "coordinator", str(self.folder / "federation.toml"), "--listen"]
+        words += [self.address, "--state", str(self.folder / "state"), "--insecure", *self._options]
+        if self._disk_mb:
+            words = [*on_small_disk(self.folder / "state", self._disk_mb), *words]
+            with log.open("ab") as file:
+                self.coordinator = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT)
+        else:
+            self.coordinator = Forked(words, os.environ, log)
 
     def start(
         self,
@@ -192,13 +198,10 @@ class Exchange:
             "rounds": self.study.rounds, "outgoing": str(self.outgoing(name)), "stop_after": stop_after,
             "keepalive": shortened, "checkpoint": str(self.folder / f"{name}.npz") if checkpoint else None,
         }  # fmt: skip
-        with (
-            self.results(name).open("ab" if checkpoint else "wb") as out,
-            (self.folder / f"{name}.log").open("ab") as log,
-        ):
-            self.sites[name] = subprocess.Popen(
-                [sys.executable, "-c", SITE, json.dumps(settings)], stdout=out, stderr=log
-            )
+        if not checkpoint:
+            self.results(name).unlink(missing_ok=True)
+        words = [str(self.folder / "site.py"), json.dumps(settings)]
+        self.sites[name] = Forked(words, os.environ, self.folder / f"{name}.log", self.results(name))
 
     @property
     def state(self) -> Path:
@@ -219,7 +222,7 @@ class Exchange:
         lines = self.outgoing(name).read_text().splitlines() if self.outgoing(name).exists() else []
         return [entry for entry in map(json.loads, lines) if entry["what"] == "upload"]
 
-    def kill(self, process: subprocess.Popen[bytes] | None) -> None:
+    def kill(self, process: subprocess.Popen[bytes] | Forked | None) -> None:
         """SIGKILL."""
         assert process is not None
         process.kill()

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from warm import QUICK, Forked
 
-from nnunet_fed.simulation.simulate import TRAINERS, free_ports, plugin_folder
+from nnunet_fed.simulation.simulate import free_ports, plugin_folder
 from nnunet_fed.study.federation import Federation
 from nnunet_fed.study.site import Site
 from nnunet_fed.study.toml import to_toml
@@ -48,10 +49,13 @@ def command(name: str) -> str:
     return str(Path(sys.executable).parent / name)
 
 
-def run(words: Sequence[Any], environment: dict[str, str], log: Path) -> None:
+def run(words: Sequence[Any], environment: dict[str, str], log: Path, out: Path | None = None) -> None:
     """A command to its end, in a process that need not import PyTorch first."""
-    process = Forked([str(word) for word in words], environment, str(log))
-    assert process.wait(PATIENCE) == 0, log.read_text()[-3000:]
+    process = Forked([str(word) for word in words], environment, log, out or log)
+    try:
+        assert process.wait(PATIENCE) == 0, log.read_text()[-3000:]
+    finally:
+        process.send_signal(signal.SIGTERM)  # a simulation ends its sites, which no other signal reaches
 
 
 def predict_without_us(site: RunningSite, images: Path, out: Path, checkpoint: str) -> None:
@@ -114,9 +118,15 @@ class RunningSite:
     def results(self) -> Path:
         return self.folder / "results" / self.dataset / f"{self.trainer}__{PLANS}__3d_fullres" / f"fold_{self.fold}"
 
+    def copied(self, folder: Path) -> RunningSite:
+        """The same with a copy of all its files."""
+        shutil.copytree(self.folder, folder, symlinks=True)
+        moved = {name: value.replace(str(self.folder), str(folder)) for name, value in self.environment.items()}
+        return replace(self, folder=folder, environment=moved)
+
     def start(self, *arguments: str) -> None:
         train = [command("nnUNetv2_train"), "1", "3d_fullres", self.fold, "-tr", self.trainer, "-p", PLANS]
-        self.process = Forked([*train, "-device", "cpu", *arguments], self.environment, str(self.log))
+        self.process = Forked([*train, "-device", "cpu", *arguments], self.environment, self.log)
 
     def send(self, number: signal.Signals) -> None:
         assert self.process is not None
@@ -146,7 +156,7 @@ class RunningFederation:
         (folder / "federation.toml").write_text(to_toml(study.model_dump(mode="json")))
         self.address, *others = (f"127.0.0.1:{port}" for port in free_ports(1 + len(study.sites)))
         self.peers = dict(zip(study.sites, others, strict=True)) if study.method.name == "gcml" else {}
-        self.coordinator: subprocess.Popen[bytes] | None = None
+        self.coordinator: Forked | None = None
         self.sites = {name: self._site(name, data[name], study, planned, variables) for name in study.sites}
         watcher = Site(name="watcher", coordinator=self.address, insecure=True, connect_minutes=1)
         self.watcher = GrpcCommunicator(watcher)
@@ -164,20 +174,17 @@ class RunningFederation:
         paths = {f"nnUNet_{what}": folder / what for what in ("raw", "preprocessed", "results")}
         extra = {"nnUNet_extTrainer": plugin_folder(), "nnUNet_fed_skip_validation": 1}
         variables = {**extra, **variables, "nnUNet_fed_site": folder / "site.toml"}
-        return RunningSite(name, folder, dataset, TRAINERS[study.method.name], environment(**paths, **variables))
+        return RunningSite(name, folder, dataset, study.method.trainer_name, environment(**paths, **variables))
 
     def serve(self) -> None:
-        with (self.folder / "coordinator.log").open("ab") as log:
-            self.coordinator = subprocess.Popen(
-                [sys.executable, "-m", "nnunet_fed", "coordinator", str(self.folder / "federation.toml"), "--listen",
-                 self.address, "--state", str(self.folder / "state"), "--insecure"],
-                env=environment(), stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
+        words = [sys.executable, "-m", "nnunet_fed", "coordinator", str(self.folder / "federation.toml")]
+        words += ["--listen", self.address, "--state", str(self.folder / "state"), "--insecure"]
+        self.coordinator = Forked(words, environment(), self.folder / "coordinator.log")
 
     def restart(self) -> None:
         """Kill the coordinator, and start it again; returns once it answers."""
         assert self.coordinator is not None
-        os.killpg(self.coordinator.pid, signal.SIGKILL)
+        self.coordinator.kill()
         self.coordinator.wait()
         self.serve()
         until(lambda: bool(self.watcher.status()), "the coordinator answers again")
@@ -228,6 +235,23 @@ def federation(
         running.serve()
         until(lambda: bool(running.watcher.status()), "the coordinator answers")
         yield running
+
+
+@dataclass
+class Trained:
+    """Sites whose training has ended."""
+
+    sites: dict[str, RunningSite]
+
+
+def trained_once(folder: Path, train: Callable[[Path], RunningFederation]) -> Trained:
+    """What one of pytest's processes trains in a folder that all have, for all of them."""
+    done = folder.with_suffix(".pickle")
+    with FileLock(folder.with_suffix(".lock")):
+        if not done.is_file():
+            sites = train(folder).sites
+            done.write_bytes(pickle.dumps({name: replace(site, process=None) for name, site in sites.items()}))
+    return Trained(pickle.loads(done.read_bytes()))
 
 
 def train_all(running: RunningFederation) -> None:

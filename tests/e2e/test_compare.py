@@ -6,34 +6,35 @@ import csv
 import json
 import os
 import signal
-import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 from harness import PATIENCE, environment, until
+from warm import Forked
 
 pytestmark = pytest.mark.e2e
 METHODS = ("pooled", "fedavg")
 
 
-def start(phantom: Path, out: Path) -> subprocess.Popen[str]:
+def start(phantom: Path, out: Path, said: Path) -> Forked:
     sites = [part for site in ("site_a", "site_b") for part in ("--site", f"{site}={phantom / site}")]
-    return subprocess.Popen(
+    return Forked(
         [sys.executable, "-m", "nnunet_fed", "compare", *sites, "--methods", ",".join(METHODS), "--seeds", "1",
          "--rounds", "1", "--iterations", "2", "--val-iterations", "1", "--lr", "0.05", "--momentum", "0.9",
          "--threads", "1", "--out", str(out)],
-        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        environment(), said / "errors", said / "printed",
     )  # fmt: skip
 
 
 def end_what_is_left(out: Path) -> None:
-    """Of an arm whose comparison was killed: each of its processes leads a session of its own."""
-    found = subprocess.run(["pgrep", "-f", str(out)], capture_output=True, text=True, check=False).stdout.split()
-    sessions = {os.getsid(int(process)) for process in found if Path(f"/proc/{process}").exists()}
-    for session in sessions - {os.getsid(0)}:
-        os.killpg(session, signal.SIGKILL)
+    """Of an arm whose comparison was killed: each of its processes leads a session of its own, and has a log there."""
+    for process in (int(folder.name) for folder in Path("/proc").iterdir() if folder.name.isdecimal()):
+        with suppress(OSError):  # it has ended, or is another user's
+            if Path(f"/proc/{process}/fd/1").readlink().is_relative_to(out):
+                os.killpg(process, signal.SIGKILL)
 
 
 def initial_weights(run: Path) -> str:
@@ -46,7 +47,7 @@ def initial_weights(run: Path) -> str:
 
 def test_a_killed_comparison_goes_on_with_the_arm_that_it_was_at(phantom: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    killed = start(phantom, out)
+    killed = start(phantom, out, tmp_path)
     try:
         until(
             lambda: any(out.glob("unfinished/fedavg-0-*/sites/site_a/train.log")),
@@ -59,9 +60,15 @@ def test_a_killed_comparison_goes_on_with_the_arm_that_it_was_at(phantom: Path, 
     assert [path.name for path in (out / "runs").iterdir()] == ["pooled-0"]
     finished = (out / "runs" / "pooled-0" / "summary.json").stat()
 
-    again = start(phantom, out)
-    printed, errors = again.communicate(timeout=PATIENCE)
-    assert again.returncode == 0, errors
+    for said in ("printed", "errors"):
+        (tmp_path / said).unlink()
+    run_again = start(phantom, out, tmp_path)
+    try:
+        status = run_again.wait(PATIENCE)
+    finally:
+        run_again.send_signal(signal.SIGTERM)
+    printed, errors = ((tmp_path / said).read_text() for said in ("printed", "errors"))
+    assert status == 0, errors
     assert "pooled, seed 0, is there already" in errors
     assert (out / "runs" / "pooled-0" / "summary.json").stat().st_mtime_ns == finished.st_mtime_ns
     assert sorted(path.name for path in (out / "runs").iterdir()) == ["fedavg-0", "pooled-0"]

@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -64,31 +65,24 @@ def test_a_coordinator_killed_at_random_instants(
     assert results == {"a": undisturbed[LARGE], "b": undisturbed[LARGE]}
 
 
-@pytest.mark.parametrize("instant", ["upload", "accepted", "reduction", "closed"])
-def test_a_coordinator_killed_at_a_chosen_instant(
-    undisturbed: dict[int, list[str]], tmp_path: Path, instant: str
-) -> None:
+def test_a_coordinator_killed_at_chosen_instants(undisturbed: dict[int, list[str]], tmp_path: Path) -> None:
     with exchange(tmp_path / "run", size=LARGE) as running:
         state = running.folder / "state"
-        if instant == "accepted":  # before the reduction: b is not there yet
-            running.start("a")
-            until(lambda: running.uploads("a") != [], "a has begun")
-        else:
-            running.start("a")
-            running.start("b")
-        happened = {
-            "upload": lambda: uploading(running),
-            "accepted": lambda: spooled(running) > 0,
-            "reduction": lambda: any((state / "results").glob("*.part")),
-            "closed": lambda: any(path.stat().st_size > LARGE for path in (state / "results").glob("*model*")),
-        }[instant]
-        end = time.monotonic() + 60
-        while not happened() and time.monotonic() < end:
-            time.sleep(0.001)
-        running.kill(running.coordinator)
-        running.serve()
-        if instant == "accepted":
-            running.start("b")
+
+        def kill_once(happened: Callable[[], bool]) -> None:
+            end = time.monotonic() + 60
+            while not happened() and time.monotonic() < end:
+                time.sleep(0.001)
+            running.kill(running.coordinator)
+            running.serve()
+
+        running.start("a")
+        kill_once(lambda: spooled(running) > 0)  # accepted, and not reduced: b is not there yet
+        assert running.uploads("a") != []
+        running.start("b")
+        kill_once(lambda: uploading(running))
+        kill_once(lambda: any((state / "results").glob("*.part")))  # reducing
+        kill_once(lambda: any(path.stat().st_size > LARGE for path in (state / "results").glob("*model*")))  # closed
         results = running.finish()
         assert not list((state / "results").glob("*.part"))
     assert results == {"a": undisturbed[LARGE], "b": undisturbed[LARGE]}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import PATIENCE, Planned, RunningFederation, federation, kill_in_exchange, same_bits, train_all
+from harness import PATIENCE, Planned, RunningFederation, Trained, federation, kill_in_exchange, same_bits, train_all
 
 pytestmark = pytest.mark.e2e
 
@@ -28,9 +28,7 @@ def normalised(planned: Planned, tmp_path_factory: pytest.TempPathFactory) -> Ru
         return running
 
 
-def test_1_without_strength_it_is_federated_averaging(
-    planned: Planned, undisturbed: RunningFederation, tmp_path: Path
-) -> None:
+def test_1_without_strength_it_is_federated_averaging(planned: Planned, undisturbed: Trained, tmp_path: Path) -> None:
     with federation(planned, tmp_path / "run", SITES, method=fedgs(strength=0)) as running:
         train_all(running)
     for name, site in running.sites.items():
@@ -38,9 +36,7 @@ def test_1_without_strength_it_is_federated_averaging(
         assert [entry["diagnostics"]["best_scalar"] for entry in site.record()["rounds"]] == [1, 1, 1]
 
 
-def test_3_local_training_is_that_of_federated_averaging(
-    normalised: RunningFederation, undisturbed: RunningFederation
-) -> None:
+def test_3_local_training_is_that_of_federated_averaging(normalised: RunningFederation, undisturbed: Trained) -> None:
     scaled = False
     for name, site in normalised.sites.items():
         mine, theirs = (run.sites[name].checkpoint() for run in (normalised, undisturbed))

@@ -16,12 +16,12 @@ from harness import (
     Planned,
     RunningFederation,
     RunningSite,
+    Trained,
     command,
     environment,
     federation,
     run,
     same_bits,
-    train_all,
     until,
 )
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
@@ -29,7 +29,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from recording_proxy import RecordingProxy
 
 from nnunet_fed.methods.fedoap import PRIVATE_PREFIXES, is_private
-from nnunet_fed.simulation.simulate import TRAINERS, plugin_folder, to_toml
+from nnunet_fed.simulation.simulate import plugin_folder, to_toml
 from nnunet_fed.study.federation import Federation
 from nnunet_fed.trainers.nnUNetTrainerFedOAP import nnUNetTrainerFedOAP
 
@@ -48,18 +48,47 @@ def wire() -> bytearray:
 
 
 @pytest.fixture(scope="module")
-def trained(planned: Planned, wire: bytearray, tmp_path_factory: pytest.TempPathFactory) -> RunningFederation:
-    """Two rounds and two fine-tuned epochs at two sites, with the validation of both models."""
+def study_of_three(planned: Planned) -> Federation:
+    settings = {**planned.study.model_dump(), "method": METHOD, "rounds": ROUNDS}
+    return Federation.model_validate({**settings, "sites": (*SITES, "site_c")})
+
+
+@pytest.fixture(scope="module")
+def joined(
+    planned: Planned, study_of_three: Federation, wire: bytearray, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, RunningSite]:
+    """Two rounds and two fine-tuned epochs at two sites, with the validation of both models; then a third joins."""
     folder = tmp_path_factory.mktemp("fedoap") / "run"
     variables = {"nnUNet_fed_skip_validation": ""}
-    with federation(planned, folder, SITES, variables, method=METHOD, rounds=ROUNDS) as running:
+    running = RunningFederation(study_of_three, folder, planned, {**SITES, "site_c": "site_a"}, **variables)
+    study_file = running.folder / "federation.toml"
+    try:
+        study_file.write_text(to_toml({**study_of_three.model_dump(mode="json"), "sites": list(SITES)}))
+        running.serve()
+        until(lambda: bool(running.watcher.status()), "the coordinator answers")
         proxy = RecordingProxy(running.address)
-        settings = running.sites["site_a"].folder / "site.toml"
+        a, b, c = running.sites.values()
+        settings = a.folder / "site.toml"
         settings.write_text(settings.read_text().replace(running.address, proxy.address))
-        train_all(running)
+        a.start()
+        b.start()
+        a.finish()
+        b.finish()
         proxy.close()
         wire += proxy.sent
-        return running
+        study_file.write_text(to_toml(study_of_three.model_dump(mode="json")))
+        running.restart()
+        c.start()
+        c.finish()
+        return running.sites
+    finally:
+        running.stop()
+
+
+@pytest.fixture(scope="module")
+def trained(joined: dict[str, RunningSite]) -> Trained:
+    """The two sites that took part in the rounds."""
+    return Trained({name: joined[name] for name in SITES})
 
 
 def weights(site: RunningSite, name: str, private: bool) -> Weights:
@@ -79,7 +108,7 @@ def equal(one: Weights, other: Weights) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_23_shared_tensors_are_equal_after_the_rounds_and_private_ones_are_not(trained: RunningFederation) -> None:
+def test_23_shared_tensors_are_equal_after_the_rounds_and_private_ones_are_not(trained: Trained) -> None:
     a, b = trained.sites.values()
     federated, final = "checkpoint_federated.pth", "checkpoint_final.pth"
     assert equal(weights(a, federated, private=False), weights(b, federated, private=False))
@@ -89,7 +118,7 @@ def test_23_shared_tensors_are_equal_after_the_rounds_and_private_ones_are_not(t
     assert [name for name in trained_weights(ours) if torch.equal(ours[name], theirs[name])] == []
 
 
-def test_3_no_private_tensor_is_on_the_wire(trained: RunningFederation, wire: bytearray) -> None:
+def test_3_no_private_tensor_is_on_the_wire(trained: Trained, wire: bytearray) -> None:
     network = weights(trained.sites["site_a"], "checkpoint_federated.pth", private=False)
     assert sum(name.encode() in wire for name in network) > len(network) * 0.9, "names may be cut between two frames"
     assert not [prefix for prefix in PRIVATE_PREFIXES if prefix.encode() in wire]
@@ -103,7 +132,7 @@ def test_3_no_private_tensor_is_on_the_wire(trained: RunningFederation, wire: by
     assert tensors.keys() == network.keys()
 
 
-def test_8_the_fine_tuning_sends_nothing_and_freezes_nothing(trained: RunningFederation) -> None:
+def test_8_the_fine_tuning_sends_nothing_and_freezes_nothing(trained: Trained) -> None:
     for site in trained.sites.values():
         entries = outgoing(site)
         assert entries[-1]["what"] == "leave"
@@ -122,7 +151,7 @@ def outgoing(site: RunningSite) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (site.results / "outgoing.jsonl").read_text().splitlines()]
 
 
-def test_both_models_are_validated(trained: RunningFederation) -> None:
+def test_both_models_are_validated(trained: Trained) -> None:
     for site in trained.sites.values():
         for folder in ("validation", "federated/validation"):
             summary = json.loads((site.results / folder / "summary.json").read_text())
@@ -131,7 +160,7 @@ def test_both_models_are_validated(trained: RunningFederation) -> None:
 
 
 def test_9_a_fine_tuning_that_was_killed_goes_on_without_a_coordinator(
-    planned: Planned, trained: RunningFederation, tmp_path: Path
+    planned: Planned, trained: Trained, tmp_path: Path
 ) -> None:
     with federation(planned, tmp_path / "run", SITES, method=METHOD, rounds=ROUNDS) as running:
         a, b = running.sites.values()
@@ -151,31 +180,14 @@ def test_9_a_fine_tuning_that_was_killed_goes_on_without_a_coordinator(
             assert same_bits(site.checkpoint("checkpoint_federated.pth"), undisturbed)
 
 
-def test_a_new_site_takes_the_shared_weights_and_fine_tunes_alone(planned: Planned, tmp_path: Path) -> None:
-    settings = {**planned.study.model_dump(), "method": METHOD, "rounds": ROUNDS}
-    later = Federation.model_validate({**settings, "sites": ("site_a", "site_b", "site_c")})
-    running = RunningFederation(later, tmp_path / "run", planned, {**SITES, "site_c": "site_a"})
-    study_file = running.folder / "federation.toml"
-    try:
-        study_file.write_text(to_toml({**later.model_dump(mode="json"), "sites": ["site_a", "site_b"]}))
-        running.serve()
-        a, b, c = running.sites.values()
-        a.start()
-        b.start()
-        a.finish()
-        b.finish()
-        assert running.coordinator is not None
-        running.coordinator.kill()
-        running.coordinator.wait()
-        study_file.write_text(to_toml(later.model_dump(mode="json")))
-        running.serve()
-        c.start()
-        c.finish()
-    finally:
-        running.stop()
+def test_a_new_site_takes_the_shared_weights_and_fine_tunes_alone(
+    planned: Planned, study_of_three: Federation, joined: dict[str, RunningSite]
+) -> None:
+    a, c = joined["site_a"], joined["site_c"]
     federated = "checkpoint_federated.pth"
     assert equal(weights(c, federated, private=False), weights(a, federated, private=False))
-    assert equal(weights(c, federated, private=True), initial_private(planned, later)), "the study's seed gives them"
+    private = initial_private(planned, study_of_three)
+    assert equal(weights(c, federated, private=True), private), "the study's seed gives them"
     assert not equal(weights(c, "checkpoint_final.pth", private=False), weights(c, federated, private=False))
     assert len([entry for entry in outgoing(c) if entry["what"] == "upload"]) == 0
 
@@ -235,7 +247,7 @@ def tiny_plans(axes: int, network: str) -> dict[str, Any]:
 def test_22_the_stock_command_rebuilds_the_network(
     axes: int, architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plans, trainer = tiny_plans(axes, architecture), TRAINERS["fedoap"]
+    plans, trainer = tiny_plans(axes, architecture), "nnUNetTrainerFedOAP"
     dataset = {"channel_names": {"0": "MR"}, "labels": {"background": 0, "lesion": 1}, "file_ending": ".nii.gz"}
     manager = PlansManager(plans)
     torch.manual_seed(5)

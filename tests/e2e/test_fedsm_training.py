@@ -11,6 +11,7 @@ import torch
 from harness import (
     Planned,
     RunningFederation,
+    Trained,
     command,
     federation,
     kill_in_exchange,
@@ -48,9 +49,7 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_12_the_global_branch_is_federated_averaging(
-    trained: RunningFederation, undisturbed: RunningFederation
-) -> None:
+def test_12_the_global_branch_is_federated_averaging(trained: RunningFederation, undisturbed: Trained) -> None:
     for name, site in trained.sites.items():
         averaged = undisturbed.sites[name].checkpoint()
         assert equal(weights_of(site, "checkpoint_global.pth"), averaged["network_weights"])
@@ -77,6 +76,7 @@ def test_three_models_are_validated(trained: RunningFederation) -> None:
         assert bundle["validation_dice"].keys() == SITES.keys(), "the gate has been agreed on"
         record = site.record()
         assert sum(map(sum, record["selector"]["confusion"])) == 2
+        assert sum(record["super_model_choices"].values()) == 1
         assert all(entry["diagnostics"]["deviation"] > 0 for entry in record["rounds"])
 
 
@@ -97,19 +97,20 @@ def test_17_what_a_site_sends(trained: RunningFederation) -> None:
 
 
 def test_2_without_pull_a_personalized_model_is_local_training_and_19_a_crash_changes_nothing(
-    planned: Planned, undisturbed: RunningFederation, tmp_path: Path
+    planned: Planned, undisturbed: Trained, alone: Trained, tmp_path: Path
 ) -> None:
     method = fedsm(softpull_self_weight=1.0, share_personal=False)
     with federation(planned, tmp_path / "crash", SITES, method=method) as crash:
         kill_in_exchange(crash, "personal-sites")
         for site in crash.sites.values():
             site.finish()
+    with federation(planned, tmp_path / "site_b", {"site_b": "site_b"}) as other:
+        train_all(other)
     for name, site in crash.sites.items():
         assert same_bits(site.checkpoint("checkpoint_global.pth"), undisturbed.sites[name].checkpoint())
         assert not list(site.results.glob("checkpoint_personal_*"))
-        with federation(planned, tmp_path / name, {name: name}) as alone:
-            train_all(alone)
-        assert same_bits(site.checkpoint(), alone.sites[name].checkpoint()), "one site is plain nnU-Net"
+        by_itself = {**alone.sites, **other.sites}[name]
+        assert same_bits(site.checkpoint(), by_itself.checkpoint()), "one site is plain nnU-Net"
 
 
 def test_the_super_model_predicts_as_stock_nnunet_does_with_the_chosen_checkpoint(

@@ -13,7 +13,7 @@ from harness import (
     Planned,
     RunningFederation,
     RunningSite,
-    federation,
+    Trained,
     peers,
     predict_without_us,
     same_bits,
@@ -59,10 +59,20 @@ def test_two_peers_learn_from_each_other_without_a_coordinator(calm: RunningFede
 def test_28_killed_in_a_mutual_phase_and_resumed_the_study_ends_with_the_same_bits(
     planned: Planned, calm: RunningFederation, tmp_path: Path
 ) -> None:
+    """And a peer process that is killed is started again."""
     with peers(planned, tmp_path / "run", SITES, method=LOCKSTEP, rounds=4) as running:
         a, b = running.sites.values()
-        a.start()
         b.start()
+
+        def processes() -> list[int]:
+            found = subprocess.run(
+                ["pgrep", "-f", f"nnunet_fed peer {b.results}"], capture_output=True, text=True, check=False
+            )
+            return [int(number) for number in found.stdout.split()]
+
+        until(lambda: bool(processes()), "site_b has a peer process")
+        os.kill(processes()[0], signal.SIGKILL)
+        a.start()
 
         def in_phase() -> bool:
             path = a.results / "checkpoint_latest.pth"
@@ -78,19 +88,19 @@ def test_28_killed_in_a_mutual_phase_and_resumed_the_study_ends_with_the_same_bi
         b.finish()
     for name, site in running.sites.items():
         assert same_bits(site.checkpoint(), calm.sites[name].checkpoint())
+        assert site.checkpoint()["current_epoch"] == 4
         timeless = [{**phase, "at": None} for phase in phases(site)]
         assert timeless == [{**phase, "at": None} for phase in phases(calm.sites[name])]
+    assert any("started again" in event["text"] for event in b.record()["events"])
 
 
-def test_12_a_peer_that_never_starts_changes_nothing(planned: Planned, tmp_path: Path) -> None:
-    with peers(planned, tmp_path / "one", SITES, method=GCML, rounds=2) as running:
+def test_12_a_peer_that_never_starts_changes_nothing(planned: Planned, alone: Trained, tmp_path: Path) -> None:
+    with peers(planned, tmp_path / "one", SITES, method=GCML) as running:
         one = running.sites["site_a"]
         one.start()
         one.finish()
         left = subprocess.run(["pgrep", "-f", str(one.results)], capture_output=True, text=True, check=False)
         assert left.stdout == "", "the peer process has ended, too"
-    with federation(planned, tmp_path / "alone", {"site_a": "site_a"}, rounds=2) as alone:
-        train_all(alone)
     plain = alone.sites["site_a"].checkpoint()
     assert same_bits(one.checkpoint(), plain), "one site is plain nnU-Net"
     assert one.checkpoint()["logging"]["mean_fg_dice"] == plain["logging"]["mean_fg_dice"]
@@ -119,26 +129,6 @@ def test_sites_that_pull_at_random_learn_from_each_other(planned: Planned, tmp_p
     learnt = {(name, p["from"], p["counter"]) for name, site in running.sites.items() for p in phases(site)}
     assert learnt
     assert learnt <= pulled
-
-
-def test_a_peer_process_that_is_killed_is_started_again(planned: Planned, tmp_path: Path) -> None:
-    with peers(planned, tmp_path / "run", SITES, method=GCML, rounds=4) as running:
-        a, b = running.sites.values()
-        a.start()
-
-        def processes() -> list[int]:
-            found = subprocess.run(
-                ["pgrep", "-f", f"nnunet_fed peer {a.results}"], capture_output=True, text=True, check=False
-            )
-            return [int(number) for number in found.stdout.split()]
-
-        until(lambda: bool(processes()), "site_a has a peer process")
-        os.kill(processes()[0], signal.SIGKILL)
-        b.start()
-        a.finish()
-        b.finish()
-    assert any("started again" in event["text"] for event in a.record()["events"])
-    assert a.checkpoint()["current_epoch"] == 4
 
 
 @pytest.mark.parametrize("kept", ["final", "best"])

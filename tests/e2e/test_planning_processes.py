@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,7 +33,7 @@ class PlanningFederation:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.address = f"127.0.0.1:{free.getsockname()[1]}"
-        self._running: list[subprocess.Popen[bytes] | Forked] = []
+        self._running: list[Forked] = []
         for name, raw in data.items():
             for part in ("raw", "preprocessed", "results"):
                 (folder / name / part).mkdir(parents=True)
@@ -45,16 +44,13 @@ class PlanningFederation:
         watcher = Site(name="watcher", coordinator=self.address, insecure=True, connect_minutes=1)
         self._watcher = GrpcCommunicator(watcher)
 
-    def serve(self, *sites: str) -> subprocess.Popen[bytes]:
+    def serve(self, *sites: str) -> Forked:
         settings = {"name": "e2e", "sites": sites, "method": {"name": "fedavg"}, "rounds": 1, "planner": PLANNER}
         study = Federation.model_validate(settings)
         (self.folder / "federation.toml").write_text(to_toml(study.model_dump(mode="json")))
         address = ["--listen", self.address, "--state", str(self.folder / "state"), "--insecure"]
         words = [sys.executable, "-m", "nnunet_fed", "coordinator", str(self.folder / "federation.toml"), *address]
-        with (self.folder / "coordinator.log").open("ab") as log:
-            process = subprocess.Popen(
-                words, env=environment(), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-            )
+        process = Forked(words, environment(), self.folder / "coordinator.log")
         self._running.append(process)
         until(lambda: tuple(self.status()["study"]["sites"]) == sites, "the coordinator answers")
         return process
@@ -64,7 +60,7 @@ class PlanningFederation:
         paths = {f"nnUNet_{part}": here / part for part in ("raw", "preprocessed", "results")}
         variables = environment(**paths, nnUNet_fed_site=here / "site.toml", COLUMNS=200)
         words = [command("nnunet_fed"), "plan_and_preprocess", "-d", "1", "-np", "1", *options]
-        process = Forked(words, variables, str(self.log(site)))
+        process = Forked(words, variables, self.log(site))
         self._running.append(process)
         return process
 
@@ -85,7 +81,7 @@ class PlanningFederation:
     def status(self) -> dict[str, Any]:
         return self._watcher.status(record=True)
 
-    def kill(self, process: subprocess.Popen[bytes] | Forked, number: signal.Signals = signal.SIGKILL) -> None:
+    def kill(self, process: Forked, number: signal.Signals = signal.SIGKILL) -> None:
         os.killpg(process.pid, number)
         process.wait(PATIENCE)
 

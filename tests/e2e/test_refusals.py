@@ -15,8 +15,9 @@ from nnunetv2.run.run_training import run_training
 from serving import Served
 
 from nnunet_fed.errors import RefusedError
-from nnunet_fed.simulation.simulate import TRAINERS, plugin_folder
+from nnunet_fed.simulation.simulate import plugin_folder
 from nnunet_fed.study.federation import Federation
+from nnunet_fed.study.methods import METHODS
 
 pytestmark = pytest.mark.e2e
 
@@ -42,7 +43,7 @@ def point(folder: Path, address: str) -> None:
 
 def refusal(fold: int = 0, method: str = "fedavg") -> str:
     with pytest.raises(SystemExit) as refused:
-        run_training("1", "3d_fullres", fold, TRAINERS[method], PLANS, device=torch.device("cpu"))
+        run_training("1", "3d_fullres", fold, METHODS[method].own_trainer(), PLANS, device=torch.device("cpu"))
     assert isinstance(refused.value.code, str)
     assert refused.value.__cause__ is None
     return refused.value.code
@@ -84,7 +85,7 @@ def test_debug_shows_the_error_itself(
     other = Federation.model_validate({**planned.study.model_dump(), "sites": ("x", "y")})
     point(site, serve(other).server.address)
     with pytest.raises(RefusedError, match="not in the study"):
-        run_training("1", "3d_fullres", 0, TRAINERS["fedavg"], PLANS, device=torch.device("cpu"))
+        run_training("1", "3d_fullres", 0, "nnUNetTrainerFedAvg", PLANS, device=torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

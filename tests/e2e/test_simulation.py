@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import PATIENCE, environment
+from harness import PATIENCE, environment, run
 
 pytestmark = pytest.mark.e2e
 
@@ -20,12 +20,9 @@ def test_a_round_with_forked_augmentation_workers_and_a_site_too_small_for_folds
     subprocess.run([*split, "--limit", "2"], check=True, timeout=60)
     out = tmp_path / "out"
     sites = ["--site", f"large={phantom / 'site_a'}", "--site", f"small={small / 'site_1'}"]
-    run = subprocess.run(
-        [sys.executable, "-m", "nnunet_fed", "simulate", *sites, "--method", "fedavg", "--rounds", "1", "--iterations",
-         "3", "--val-iterations", "1", "--lr", "0.05", "--momentum", "0.9", "--cross-site", "--out",
-         str(out)],
-        env=environment(nnUNet_n_proc_DA=2), check=True, timeout=PATIENCE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    words = [sys.executable, "-m", "nnunet_fed", "simulate", *sites, "--method", "fedavg", "--rounds", "1"]
+    words += ["--iterations", "3", "--val-iterations", "1", "--lr", "0.05", "--momentum", "0.9", "--cross-site"]
+    run([*words, "--out", out], environment(nnUNet_n_proc_DA=2), tmp_path / "log", tmp_path / "printed")
     summary = json.loads((out / "summary.json").read_text())
     assert summary["method"] == "fedavg"
     assert summary["rounds"] == 1
@@ -35,14 +32,14 @@ def test_a_round_with_forked_augmentation_workers_and_a_site_too_small_for_folds
     assert set(large["dice_per_class"]) == {"organ", "lesion"}
     assert summary["mean_dice"] == large["dice"], "who validates on training cases is left out of the mean"
     assert large["bytes_sent"] > 300_000
-    results_by_lesion_size(out, summary, run.stdout)
+    results_by_lesion_size(out, summary, (tmp_path / "printed").read_text())
     dice = {name: site["dice"]["final"] for name, site in summary["sites"].items()}
     assert summary["cross_site"] == {"large": dice, "small": dice}, "the common model, validated by both ways"
     record = json.loads((out / "record.json").read_text())
-    (run,) = [run for run in record["runs"].values() if run["purpose"] == "training"]
-    (model,) = [collective for collective in run["collectives"] if collective["key"] == "round-0000/model"]
+    (training,) = [one for one in record["runs"].values() if one["purpose"] == "training"]
+    (model,) = [collective for collective in training["collectives"] if collective["key"] == "round-0000/model"]
     assert {site: entry["weight"] for site, entry in model["sites"].items()} == {"large": 4.0, "small": 2.0}
-    assert run["cross_site"] == summary["cross_site"]
+    assert training["cross_site"] == summary["cross_site"]
     assert model["sites"]["large"]["bytes"] == large["bytes_sent"]
 
 
@@ -74,13 +71,13 @@ def test_a_failing_site_ends_the_run_with_its_own_words(phantom: Path, tmp_path:
     content["channel_names"] = {"0": "CT"}
     description.write_text(json.dumps(content))
     sites = ["--site", f"a={phantom / 'site_a'}", "--site", f"b={other / 'site_1'}"]
-    run = subprocess.run(
+    simulation = subprocess.run(
         [sys.executable, "-m", "nnunet_fed", "simulate", *sites, "--rounds", "1", "--out", str(tmp_path / "out")],
         env=environment(), timeout=PATIENCE, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert run.returncode == 2
-    assert "Traceback" not in run.stderr
-    assert "channel" in run.stderr
-    assert "CT" in run.stderr
+    assert simulation.returncode == 2
+    assert "Traceback" not in simulation.stderr
+    assert "channel" in simulation.stderr
+    assert "CT" in simulation.stderr
     left = subprocess.run(["pgrep", "-f", str(tmp_path / "out")], capture_output=True, text=True, check=False)
     assert left.stdout == ""

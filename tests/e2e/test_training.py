@@ -15,7 +15,7 @@ from harness import (
     PATIENCE,
     PLANS,
     Planned,
-    RunningFederation,
+    Trained,
     environment,
     federation,
     kill_in_exchange,
@@ -49,7 +49,7 @@ trainer.run_training()
 """
 
 
-def test_all_that_left_a_site_is_listed(undisturbed: RunningFederation) -> None:
+def test_all_that_left_a_site_is_listed(undisturbed: Trained) -> None:
     for site in undisturbed.sites.values():
         lines = (site.results / "outgoing.jsonl").read_text().splitlines()
         uploads = [entry for entry in map(json.loads, lines) if entry["what"] == "upload"]
@@ -61,17 +61,17 @@ def test_all_that_left_a_site_is_listed(undisturbed: RunningFederation) -> None:
         assert not any(str(site.folder) in line or "case" in line for line in lines)
 
 
-def test_one_site_is_plain_nnunet_and_equal_sites_are_one_site(planned: Planned, tmp_path: Path) -> None:
-    with federation(planned, tmp_path / "one", {"a": "site_a"}, rounds=2) as one:
-        train_all(one)
-    with federation(planned, tmp_path / "two", {"a": "site_a", "b": "site_a"}, rounds=2, weighting="uniform") as two:
+def test_one_site_is_plain_nnunet_and_equal_sites_are_one_site(
+    planned: Planned, alone: Trained, tmp_path: Path
+) -> None:
+    with federation(planned, tmp_path / "two", {"a": "site_a", "b": "site_a"}, weighting="uniform") as two:
         train_all(two)
-    federated = one.sites["a"].checkpoint()
+    federated = alone.sites["site_a"].checkpoint()
 
     paths = {f"nnUNet_{what}": tmp_path / "plain" / what for what in ("raw", "preprocessed", "results")}
     planned.restudy("site_a", planned.study, paths["nnUNet_preprocessed"])
     script = tmp_path / "plain.py"
-    script.write_text(PLAIN_TRAINING.format(plans=PLANS, epochs=2))
+    script.write_text(PLAIN_TRAINING.format(plans=PLANS, epochs=3))
     run([script], environment(**paths), tmp_path / "plain.log")
     (final,) = paths["nnUNet_results"].rglob("checkpoint_final.pth")
     plain = torch.load(final, map_location="cpu", weights_only=False)
@@ -83,7 +83,7 @@ def test_one_site_is_plain_nnunet_and_equal_sites_are_one_site(planned: Planned,
     assert federated["logging"]["mean_fg_dice"] == plain["logging"]["mean_fg_dice"]
 
 
-def test_everything_that_stock_nnunet_writes_is_written(undisturbed: RunningFederation) -> None:
+def test_everything_that_stock_nnunet_writes_is_written(undisturbed: Trained) -> None:
     for site in undisturbed.sites.values():
         names = {path.name for path in site.results.iterdir()}
         assert {"checkpoint_final.pth", "checkpoint_best.pth", "checkpoint_global.pth", "federation.json"} <= names
@@ -102,7 +102,7 @@ def test_everything_that_stock_nnunet_writes_is_written(undisturbed: RunningFede
     assert record["bytes_sent"] > 3 * 300_000
 
 
-def test_killed_sites_go_on_bit_identically(planned: Planned, undisturbed: RunningFederation, tmp_path: Path) -> None:
+def test_killed_sites_go_on_bit_identically(planned: Planned, undisturbed: Trained, tmp_path: Path) -> None:
     with federation(planned, tmp_path / "run", {"site_a": "site_a", "site_b": "site_b"}) as running:
         a, b = running.sites["site_a"], running.sites["site_b"]
         kill_in_exchange(running, "model")
@@ -134,7 +134,7 @@ def test_killed_sites_go_on_bit_identically(planned: Planned, undisturbed: Runni
 
 @pytest.mark.parametrize("repetition", range(REPETITIONS // 2))
 def test_a_coordinator_killed_at_random_instants_of_a_training(
-    planned: Planned, undisturbed: RunningFederation, tmp_path: Path, repetition: int
+    planned: Planned, undisturbed: Trained, tmp_path: Path, repetition: int
 ) -> None:
     chance = random.Random(repetition)
     with federation(planned, tmp_path / "run", {"site_a": "site_a", "site_b": "site_b"}) as running:
@@ -179,8 +179,8 @@ def test_a_paused_site_catches_up_and_ends_with_the_others(planned: Planned, tmp
     assert list(last["weights"]) == ["site_a", "site_b"]
 
 
-def test_a_finished_training_needs_no_coordinator(undisturbed: RunningFederation) -> None:
-    site = undisturbed.sites["site_a"]
+def test_a_finished_training_needs_no_coordinator(undisturbed: Trained, tmp_path: Path) -> None:
+    site = undisturbed.sites["site_a"].copied(tmp_path / "site_a")  # others read what it writes
     before = site.checkpoint()
     for arguments in (["--val"], ["--c"]):
         site.start(*arguments)

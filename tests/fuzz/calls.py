@@ -27,6 +27,7 @@ from starting import fuzz
 with atheris.instrument_imports(include=["nnunet_fed"]):
     from nnunet_fed.coordinator.coordinator import Coordinator
     from nnunet_fed.coordinator.store import Store
+    from nnunet_fed.coordinator.verdict import Offer
     from nnunet_fed.exchange.outgoing_log import OutgoingLog
     from nnunet_fed.exchange.payload import encode, measure
     from nnunet_fed.gossip.mailbox import Mailbox, State, described
@@ -97,9 +98,7 @@ class Target:
             self.run: str = self.coordinator.join(site, "training", of_study, "3d", "T")
         digest, size = measure([PAYLOAD])
         for site in "ab":
-            path = self.coordinator.spool.folder / site
-            path.write_bytes(PAYLOAD)
-            self.coordinator.accept(self.run, "r/model", site, "mean", 1.0, digest, path)
+            self.coordinator.take(Offer(self.run, "r/model", site, "mean", 1.0, digest, size), 0, [PAYLOAD])
         self._result = self._read_result()
 
         site = Site(
@@ -116,7 +115,7 @@ class Target:
         of_model, size_of_model = described(TENSORS)
         self.words = ["a", "b", "x", "", self.run, RUN, "r/model", "mean", "{}", of_study, digest, of_model, "../a"]
         self.sizes = [1, 2, 3, 0, size, size + 1, 2**32, 2**53, 2**63, 2**64 - 1]
-        both = {"protocol": [server.PROTOCOL], "size": [size], "position": [0, 1, size], "wait_seconds": [0.0]}
+        both = {"protocol": [server.NEWEST_PROTOCOL], "size": [size], "position": [0, 1, size], "wait_seconds": [0.0]}
         self._likely: dict[bool, dict[str, list[Any]]] = {
             False: {
                 "site": ["a", "b"], "run": [self.run], "key": ["r/model", "r/x", "q/model", "q/x", "q/y"],
@@ -164,7 +163,7 @@ class Target:
     def check(self) -> None:
         """Nothing has happened to what stands, and no upload is under way any more."""
         assert self._read_result() == self._result
-        assert not self.coordinator.spool._receivers
+        assert not self.coordinator._spool._receivers
 
     def close(self) -> None:
         """End it."""

@@ -137,16 +137,16 @@ def test_a_full_disk_leaves_everything_as_it_was(tmp_path: Path, monkeypatch: py
     mailbox = Mailbox(tmp_path)
     post(mailbox, 1)
     deliver(mailbox, "b", 1)
-    before, flush = files(mailbox), mailbox_module._flush
+    before, flush = files(mailbox), mailbox_module.flush
 
     def full(path: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(mailbox_module, "_flush", full)
+    monkeypatch.setattr(mailbox_module, "flush", full)
     with pytest.raises(OSError, match="No space"):
         deliver(mailbox, "b", 2)
     assert files(mailbox) == before
-    monkeypatch.setattr(mailbox_module, "_flush", flush)
+    monkeypatch.setattr(mailbox_module, "flush", flush)
 
     def breaking(tensors: Any) -> Any:
         yield b"some"

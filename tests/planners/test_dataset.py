@@ -21,7 +21,7 @@ from nnunet_fed.planners.dataset import check_agreement
 from nnunet_fed.planners.planning import PlanningResult, plan_and_preprocess
 from nnunet_fed.study.federation import Federation
 from nnunet_fed.study.labels import LabelMap
-from nnunet_fed.study.method_tables import FedAvg
+from nnunet_fed.study.methods.fedavg_options import FedAvg
 
 PAGE = Path(__file__).parents[2] / "docs" / "disagreement.md"
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
@@ -43,6 +44,7 @@ STOCK: dict[str, Any] = {
     "nnUNetPlannerFedResEncL": nnUNetPlannerResEncL,
     "nnUNetPlannerFedResEncXL": nnUNetPlannerResEncXL,
 }
+STOCK_ESTIMATE = ExperimentPlanner.static_estimate_VRAM_usage
 Case = tuple[tuple[float, float, float], tuple[int, int, int]]
 MANY = 30
 
@@ -56,7 +58,8 @@ def datasets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[RawDatas
     def remembered(*arguments: Any) -> Any:
         text = repr(arguments)
         if text not in known:
-            known[text] = estimate(*arguments)
+            with torch.device("meta"):  # the same without weights: see below
+                known[text] = estimate(*arguments)
         return known[text]
 
     with pytest.MonkeyPatch.context() as patch:
@@ -167,6 +170,23 @@ def test_plans_are_those_of_the_pool(datasets: list[RawDataset], sites: list[lis
     for key in ("original_median_spacing_after_transp", "original_median_shape_after_transp"):
         again[key] = expected[key]
     assert again == expected
+
+
+@pytest.mark.parametrize("planner", ["nnUNetPlannerFed", "nnUNetPlannerFedResEncM"])
+def test_the_memory_that_a_network_needs_is_estimated_as_in_stock_nnunet(
+    datasets: list[RawDataset], planner: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[Any, ...]] = []
+    told = ExperimentPlanner.static_estimate_VRAM_usage
+    monkeypatch.setattr(
+        ExperimentPlanner,
+        "static_estimate_VRAM_usage",
+        staticmethod(lambda *arguments: asked.append(arguments) or told(*arguments)),
+    )
+    federated_plans(datasets, [local_fingerprint(THICK)], planner=planner)
+    assert asked
+    monkeypatch.undo()
+    assert planner_class(planner).static_estimate_VRAM_usage(*asked[0]) == STOCK_ESTIMATE(*asked[0])
 
 
 @pytest.mark.parametrize("geometry", ["private", "lists"])

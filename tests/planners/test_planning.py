@@ -59,7 +59,10 @@ def tolerant(plans: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module", params=["private", "lists"])
 def pooled(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
-    """Three sites planned by us, one of them with a single case, and the pool of their cases planned by nnU-Net."""
+    """Three sites planned by us, one of them with a single case, and the pool of their cases planned by nnU-Net.
+
+    One time one of the sites has worker processes, as a user has it.
+    """
     with pytest.MonkeyPatch.context() as patch:
         raw = set_paths(patch, tmp_path_factory.mktemp("pooled"))
         few_samples(patch)
@@ -70,8 +73,7 @@ def pooled(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequ
         phases: list[str] = []
         datasets = {"a": SITE_A, "b": SITE_B, "c": SITE_C}
         with pytest.MonkeyPatch.context() as meanwhile:
-            if request.param == "lists":  # the other time as a user has it
-                workers_as_threads(meanwhile)
+            workers_as_threads(meanwhile, but_the_first=request.param == "private")
             results = plan(datasets, geometry=request.param, report=phases.append)
             DatasetFingerprintExtractor(POOL, 1).run(overwrite_existing=True)
             ExperimentPlanner(POOL).plan_experiment()

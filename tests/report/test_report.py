@@ -28,6 +28,12 @@ def sections(path: Path) -> dict[str, Section]:
     return {section.id: section for section in sections_of(read_source(path), path)}
 
 
+@pytest.fixture(scope="module")
+def simulated(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Section]:
+    """Of a run as it was made."""
+    return sections(make_run(tmp_path_factory.mktemp("simulated") / "run"))
+
+
 def table(section: Section, caption: str) -> list[list[str]]:
     """Rows of the table whose caption begins so, the head first."""
     found = [block for block in section.blocks if isinstance(block, Table) and block.caption.startswith(caption)]
@@ -43,15 +49,14 @@ def told(found: Iterable[Figure]) -> str:
     return " ".join(figure.alternative for figure in found)
 
 
-def test_sections_of_a_simulation(tmp_path: Path) -> None:
-    found = sections(make_run(tmp_path / "run"))
-    assert list(found) == ["study", "data", "dice", "training", "traffic", "events"]
-    assert ["initial_lr", "0.0123"] in table(found["study"], "Settings")
-    assert ["nnunetv2", "2.8.1"] in table(found["study"], "Versions")
+def test_sections_of_a_simulation(simulated: dict[str, Section]) -> None:
+    assert list(simulated) == ["study", "data", "dice", "training", "traffic", "events"]
+    assert ["initial_lr", "0.0123"] in table(simulated["study"], "Settings")
+    assert ["nnunetv2", "2.8.1"] in table(simulated["study"], "Versions")
 
 
-def test_data_of_the_sites(tmp_path: Path) -> None:
-    data = sections(make_run(tmp_path / "run"))["data"]
+def test_data_of_the_sites(simulated: dict[str, Section]) -> None:
+    data = simulated["data"]
     times = "\N{MULTIPLICATION SIGN}"
     assert table(data, "Sites")[2] == [
         "site_b",
@@ -66,8 +71,8 @@ def test_data_of_the_sites(tmp_path: Path) -> None:
     assert "site_b: 14 values from 1.35 to 1.35" in told(figures(data))
 
 
-def test_dice_with_intervals(tmp_path: Path) -> None:
-    dice = sections(make_run(tmp_path / "run"))["dice"]
+def test_dice_with_intervals(simulated: dict[str, Section]) -> None:
+    dice = simulated["dice"]
     rows = table(dice, "Dice by site")
     assert [row[2] for row in rows[1:]] == ["0.810", "0.520", "0.665"]
     low, high = bootstrap_interval({str(v): {"1": v} for v in DICE["site_a"]})
@@ -87,8 +92,8 @@ def test_bootstrap_is_of_the_mean_over_cases_then_classes() -> None:
     assert 0.2 < spread[0] < 0.45 < spread[1] < 0.7
 
 
-def test_curves_and_rounds(tmp_path: Path) -> None:
-    found = sections(make_run(tmp_path / "run"))
+def test_curves_and_rounds(simulated: dict[str, Section]) -> None:
+    found = simulated
     rows = table(found["training"], "Pseudo Dice")
     assert rows[1:] == [["1", "0.300", "0.300"], ["2", "0.500", "0.500"], ["3", "0.700", "0.700"]]
     assert [figure.caption.split(",")[0] for figure in figures(found["training"])] == [
@@ -125,13 +130,23 @@ def test_diagnostics_of_fedgs(tmp_path: Path) -> None:
 def test_selector_of_fedsm(tmp_path: Path) -> None:
     selector = {"accuracy": 0.75, "confusion": [[5, 1], [2, 4]], "share_routed_to_global": 0.25, "trusted": False}
     run = make_run(tmp_path / "run", {"name": "fedsm"}, selector=selector)
-    log = next(fold_of(run, "site_b").glob("training_log*"))
-    said = "Models that the super model chooses for the validation cases: global: 2, site_b: 1"
-    log.write_text(log.read_text() + f"\n2026-01-01 10:00:09.000000: {said} \n")
+    amend(fold_of(run, "site_b") / "federation.json", super_model_choices={"global": 2, "site_b": 1})
     method = sections(run)["method"]
     assert table(method, "Confusion")[1:] == [["site_a", "5", "1"], ["site_b", "2", "4"]]
     assert table(method, "Routing") == [["Site", "global", "site_b"], ["site_b", "2", "1"]]
     assert any("too few: the super model is the global one" in getattr(block, "text", "") for block in method.blocks)
+
+
+def test_what_version_0_1_told_in_its_log_only_is_not_read_from_there(tmp_path: Path) -> None:
+    selector = {"accuracy": 0.75, "confusion": [[5, 1], [2, 4]], "share_routed_to_global": 0.25, "trusted": True}
+    run = make_run(tmp_path / "run", {"name": "fedsm"}, selector=selector)
+    log = next(fold_of(run, "site_b").glob("training_log*"))
+    said = "Models that the super model chooses for the validation cases: global: 2, site_b: 1"
+    log.write_text(log.read_text() + f"\n2026-01-01 10:00:09.000000: {said} \n")
+    found = sections(run)
+    captions = [block.caption for block in found["method"].blocks if isinstance(block, Table)]
+    assert any(caption.startswith("Confusion") for caption in captions)
+    assert not any(caption.startswith("Routing") for caption in captions)
 
 
 def test_exchange_graph_of_gcml(tmp_path: Path) -> None:

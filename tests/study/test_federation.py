@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given
@@ -16,7 +16,7 @@ from serving import make_study
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.study import toml
 from nnunet_fed.study.federation import Federation, canonical_json, digest_of
-from nnunet_fed.study.method_tables import METHOD_TABLES
+from nnunet_fed.study.methods import METHODS
 from nnunet_fed.study.site import SITE_FILE_VARIABLE, Site
 from nnunet_fed.study.toml import explain
 
@@ -50,37 +50,28 @@ OTHER_VALUES: dict[str, tuple[Any, bool]] = {
     "max_update_norm": (10.0, False),
     "cross_site": (True, False),
 }
-FINE_TUNED: dict[str, Any] = {"finetune_epochs": 4, "finetune_lr_factor": 0.5}
-METHODS: dict[str, dict[str, Any]] = {
-    "local": FINE_TUNED,
-    "fedavg": FINE_TUNED,
-    "fedprox": {**FINE_TUNED, "mu": 0.1},
-    "fedavgm": {**FINE_TUNED, "server_lr": 0.5, "server_momentum": 0.8},
-    "fedadam": {**FINE_TUNED, "server_lr": 0.1, "beta_1": 0.8, "beta_2": 0.999, "tau": 1e-2},
-    "ditto": {"pull_strength": 0.1},
-    "fedoap": {
-        **FINE_TUNED, "heads": 2, "query_branch": "light", "adapter": "none", "private_stem": True, "tau": 0.5,
-        "sigma": 1.0, "perturbation_weight": 0.0,
-    },
-    "fedgs": {
-        **FINE_TUNED, "variant": "fedgs_norm", "strength": 1.0, "threshold": 150.0, "log_base": 100.0,
-        "classes": ("lesion",), "truncation_guard": False, "warm_down": 0.1,
-    },
-    "fedsm": {
-        "softpull_self_weight": 0.8, "softpull_schedule": "constant", "gamma": 0.5, "selector_mode": "reference",
-        "selector_lr": 1e-4, "selector_patches": 4, "selector_steps_per_round": 2, "selector_class_balanced": False,
-        "selector_header_features": True, "selector_min_accuracy": 0.5, "warm_up_rounds": 1, "personal_every": 2,
-        "familiarity_gate": False, "share_personal": False, "best_model_gate": True,
-    },
-    "gcml": {
-        "contrast": "region", "contrast_weight": 0.2, "margin": 3.0, "background_weight": -0.1, "temperature": 2.0,
-        "roi": "reference", "class_mean": True, "contrast_heads": "all", "mix": "convex", "mutual_weight": 0.1,
-        "ramp_steps": 0, "warm_up_epochs": 1, "mutual_epochs": 2, "topology": "ring", "expected_senders": 1.0,
-        "mode": "pull", "max_tries": 1, "max_epoch_distance": 0, "keep": "best", "keep_tolerance": 0.0,
-        "merge_weight": 0.7, "common_init": False, "lockstep": True,
-    },
-}  # fmt: skip
-"""Another value of each option of each method; all of them are mathematics."""
+CANDIDATES: tuple[Any, ...] = (
+    True, False, "best", 0, 1, 2, 3, 0.5, 0.25, 0.1, 0.9, 150.0, ("lesion",), {"lesion": 3.0}, "nnUNetTrainerOther",
+)  # fmt: skip
+
+
+def least_table(method: str) -> dict[str, Any]:
+    """The table of a method that sets nothing it need not."""
+    return {"name": method, **({"trainer": "nnUNetTrainerMine"} if method == "custom" else {})}
+
+
+def another_value(method: str, option: str) -> Any:
+    """A value of the option that is allowed beside the others' defaults, and is not its default."""
+    table = METHODS[method]
+    usual = table.model_validate(least_table(method))
+    for value in (*get_args(table.model_fields[option].annotation), *CANDIDATES):
+        try:
+            changed = table.model_validate({**least_table(method), option: value})
+        except ValidationError:
+            continue
+        if getattr(changed, option) != getattr(usual, option) and type(value) is not type:
+            return value
+    raise AssertionError(f"{method}.{option} has no other value among the candidates")
 
 
 def test_every_field_is_decided_upon() -> None:
@@ -100,16 +91,15 @@ def test_the_digest_covers_the_mathematics_and_nothing_else(name: str) -> None:
 
 
 def test_the_method_and_its_options_belong_to_the_mathematics() -> None:
-    assert METHODS.keys() == METHOD_TABLES.keys()
-    for name, options in METHODS.items():
-        study = make_study(method={"name": name})
-        assert {"name", *options} == set(type(study.method).model_fields)
+    for name, table in METHODS.items():
+        study = make_study(rounds=50, method=least_table(name))
         stored = study.stored()
         mathematics = {key: stored[key] for key in stored if key not in Federation.OPERATIONAL}
         assert study.digest == digest_of({**mathematics, "fold": 0})
         assert stored["method"]["name"] == name
-        for option, value in options.items():
-            assert make_study(method={"name": name, option: value}).digest != study.digest
+        for option in table.model_fields.keys() - {"name"}:
+            changed = {**least_table(name), option: another_value(name, option)}
+            assert make_study(rounds=50, method=changed).digest != study.digest, f"{name}.{option}"
 
 
 @given(st.permutations(["a", "b", "c", "B"]))
@@ -328,7 +318,7 @@ def template(name: str) -> str:
 def mentioned(text: str) -> dict[str, Any]:
     """Keys of a template, those in comments ("# key = value") included, with their values."""
     lines = [line.removeprefix("# ") if line.startswith("# ") and " = " in line else line for line in text.splitlines()]
-    return toml.tomllib.loads("\n".join(lines))
+    return toml.from_toml("\n".join(lines))
 
 
 @pytest.mark.parametrize(("name", "model"), [("federation.toml", Federation), ("site.toml", Site)])
@@ -356,6 +346,6 @@ def test_templates_show_the_defaults() -> None:
 
 
 def test_templates_belong_together() -> None:
-    study = Federation.model_validate(toml.tomllib.loads(template("federation.toml")))
-    site = Site.model_validate(toml.tomllib.loads(template("site.toml")))
+    study = Federation.model_validate(toml.from_toml(template("federation.toml")))
+    site = Site.model_validate(toml.from_toml(template("site.toml")))
     assert site.name in study.sites

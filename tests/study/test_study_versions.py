@@ -15,7 +15,7 @@ from nnunet_fed.coordinator.coordinator import Coordinator
 from nnunet_fed.coordinator.store import FORMAT, FORMAT_OF_0_1, Store
 from nnunet_fed.errors import ConfigurationError, RefusedError
 from nnunet_fed.study.federation import Federation
-from nnunet_fed.study.method_tables import METHOD_TABLES
+from nnunet_fed.study.methods import METHODS
 from nnunet_fed.study.table import NEWEST_PROTOCOL, OLDEST_PROTOCOL, Neutral, neutral_of
 from nnunet_fed.transport.proto import federation_pb2 as pb
 
@@ -39,7 +39,7 @@ def test_a_study_of_0_1_is_the_same_study(entry: dict[str, Any]) -> None:
 
 def test_neutral_values_of_0_1_are_frozen() -> None:
     """Whoever changes a default marks the field with the old one; see :mod:`nnunet_fed.study.table`."""
-    tables = {"study": Federation, **METHOD_TABLES}
+    tables = {"study": Federation, **METHODS}
     for entry in OF_0_1:
         method = entry["stored"]["method"]
         for table, stored, given in (
@@ -54,7 +54,7 @@ def test_neutral_values_of_0_1_are_frozen() -> None:
 def other_default(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A later version, whose defaults are others."""
     fields = (Federation.model_fields["local_epochs"], Federation.model_fields["deadline_minutes"])
-    option = METHOD_TABLES["fedprox"].model_fields["mu"]
+    option = METHODS["fedprox"].model_fields["mu"]
     with monkeypatch.context() as patch:
         patch.setattr(fields[0], "metadata", [*fields[0].metadata, Neutral(1)])
         patch.setattr(fields[0], "default", 2)
@@ -62,10 +62,10 @@ def other_default(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         patch.setattr(fields[1], "default", 60.0)
         patch.setattr(option, "metadata", [*option.metadata, Neutral(0.01)])
         patch.setattr(option, "default", 0.5)
-        for table in (METHOD_TABLES["fedprox"], Federation):
+        for table in (METHODS["fedprox"], Federation):
             table.model_rebuild(force=True)
         yield
-    for table in (METHOD_TABLES["fedprox"], Federation):
+    for table in (METHODS["fedprox"], Federation):
         table.model_rebuild(force=True)
 
 
@@ -148,6 +148,14 @@ def test_a_new_field_that_is_used_is_told_to_those_who_know_it() -> None:
     assert newer(watchers=3).stored(OLDEST_PROTOCOL) == newer().stored(), (
         "a reader of 0.1 refuses what it does not know"
     )
+
+
+def test_a_method_that_came_later_is_told_to_those_who_know_it() -> None:
+    study = make_study(method={"name": "custom", "trainer": "nnUNetTrainerMine", "options": {"clip": 1.0}})
+    assert Federation.restore(study.stored()) == study
+    assert study.digest != make_study(method={"name": "custom", "trainer": "nnUNetTrainerMine"}).digest
+    with pytest.raises(RefusedError, match=r"is of the method 'custom', which nnunet_fed knows since version 0\.2\."):
+        study.stored(OLDEST_PROTOCOL)
 
 
 def test_an_older_version_ignores_what_is_safe_and_names_what_is_not() -> None:

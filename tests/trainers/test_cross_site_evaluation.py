@@ -187,6 +187,19 @@ def test_only_with_the_consent_of_the_plans(sites: InProcess, validations: Valid
     assert "cross_site" not in json.loads((Path(trainers["a"].output_folder) / "federation.json").read_text())
 
 
+def test_what_a_later_validation_notes_joins_the_record(sites: InProcess, validations: Validations) -> None:
+    study = sites.study(method={"name": "fedavg"})
+    trained(sites, nnUNetTrainerFedAvg, study)
+    one = again(sites, nnUNetTrainerFedAvg, study, "--val")["a"]
+    path = Path(one.output_folder) / "federation.json"
+    before = json.loads(path.read_text())
+    one.note_facts(super_model_choices={"global": 2})
+    assert json.loads(path.read_text()) == {**before, "super_model_choices": {"global": 2}}
+    path.unlink()
+    one.note_facts(super_model_choices={"global": 2})
+    assert not path.exists(), "no record begins with a validation"
+
+
 # ----------------------------------------------------------------------------------------------------- over the network
 
 

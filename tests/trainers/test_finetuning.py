@@ -15,9 +15,8 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.methods.tensors import shared_tensors
-from nnunet_fed.simulation.simulate import TRAINERS
 from nnunet_fed.study.federation import Federation
-from nnunet_fed.study.method_tables import METHOD_TABLES
+from nnunet_fed.study.methods import METHODS
 from nnunet_fed.trainers.nnUNetTrainerFedGS import nnUNetTrainerFedGS
 from nnunet_fed.trainers.nnUNetTrainerFedOAP import nnUNetTrainerFedOAP
 from nnunet_fed.trainers.parts.checkpoint import network_weights
@@ -47,10 +46,11 @@ def test_9_the_learning_rate_is_a_function_of_the_epoch(epochs: int, alone: int,
 def test_every_method_has_a_trainer_that_nnunet_finds() -> None:
     from nnunet_fed.trainers.plugin import nnunet_fed_trainers as plugin
 
-    assert METHOD_TABLES.keys() == TRAINERS.keys()
-    for method, name in TRAINERS.items():
-        assert name in plugin.__all__
-        assert getattr(plugin, name).method == method
+    for method, table in METHODS.items():
+        if method != "custom":
+            name = table.own_trainer()
+            assert name in plugin.__all__
+            assert getattr(plugin, name).method == method
 
 
 @pytest.mark.parametrize(

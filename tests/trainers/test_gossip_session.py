@@ -18,7 +18,7 @@ from nnunet_fed.gossip.mailbox import Mailbox, State, described
 from nnunet_fed.gossip.schedule import Version
 from nnunet_fed.simulation.simulate import free_ports
 from nnunet_fed.study.federation import Federation
-from nnunet_fed.study.method_tables import GCML
+from nnunet_fed.study.methods.gcml_options import GCML
 from nnunet_fed.study.site import Site
 from nnunet_fed.trainers.gossip.gossip_session import GossipSession, Standing
 from nnunet_fed.trainers.parts.training_record import TrainingRecord

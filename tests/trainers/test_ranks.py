@@ -29,6 +29,7 @@ from nnunet_fed.trainers.parts.ranks import (
 )
 
 Body = Callable[[], Any]
+Answers = tuple[dict[str, Any], list[tuple[str, str]], list[Any], tuple[str, str]]
 ERRORS = [getattr(errors, name) for name in sorted(vars(errors)) if name.endswith("Error")]
 
 
@@ -57,7 +58,7 @@ class OneSite:
         return self._means[key]
 
 
-def on_two_ranks(body: Body, folder: Path, default_timeout: float = 60) -> list[Any]:
+def on_two_ranks(body: Body, folder: Path, default_timeout: float) -> list[Any]:
     """Answers of both ranks, each a process of one gloo group."""
     multiprocessing.spawn(_rank, (body, folder, default_timeout), nprocs=2)
     return [pickle.loads((folder / f"answer{rank}").read_bytes()) for rank in range(2)]
@@ -93,9 +94,8 @@ def _every_verb() -> dict[str, Any]:
     return {**answers, "site": seat.site, "sites": seat.sites}
 
 
-def test_every_rank_gets_the_answers_of_rank_0(tmp_path: Path) -> None:
-    zero, one = on_two_ranks(_every_verb, tmp_path)
-    for answer in (zero, one):
+def test_every_rank_gets_the_answers_of_rank_0(answers: list[Answers]) -> None:
+    for answer, *_ in answers:
         assert answer["nothing yet"] is None
         assert answer["newest"] == "round-0000/model"
         assert answer["gather"] == {"a": {"rank": 0}}
@@ -140,9 +140,9 @@ def _refused() -> dict[str, Array]:
     raise RefusedError("This one not.")
 
 
-def test_tensors_of_rank_0_come_to_every_rank_bit_for_bit(tmp_path: Path) -> None:
+def test_tensors_of_rank_0_come_to_every_rank_bit_for_bit(answers: list[Answers]) -> None:
     expected = [(name, array.dtype, array.shape, array.tobytes()) for name, array in _odd_tensors().items()]
-    for caught, *received in on_two_ranks(_tensors_and_errors, tmp_path):
+    for _, _, (caught, *received), _ in answers:
         assert caught == "This one not."
         for tensors in received:
             assert [(name, array.dtype, array.shape, array.tobytes()) for name, array in tensors] == expected
@@ -168,8 +168,8 @@ def _every_error() -> list[tuple[str, str]]:
     return caught
 
 
-def test_an_error_of_rank_0_is_raised_on_every_rank(tmp_path: Path) -> None:
-    zero, one = on_two_ranks(_every_error, tmp_path)
+def test_an_error_of_rank_0_is_raised_on_every_rank(answers: list[Answers]) -> None:
+    zero, one = (errors_raised for _, errors_raised, *_ in answers)
     assert zero == one == [(kind.__name__, f"{kind.__name__} at rank 0: 'name it'") for kind in ERRORS]
 
 
@@ -191,9 +191,20 @@ def _never() -> str:
     raise AssertionError("only rank 0 is asked")
 
 
-def test_ranks_wait_for_rank_0_longer_than_the_default_group_would(tmp_path: Path) -> None:
-    _, one = on_two_ranks(_wait_with_and_without_patience, tmp_path, default_timeout=2)
+def test_ranks_wait_for_rank_0_longer_than_the_default_group_would(answers: list[Answers]) -> None:
+    _, (*_, one) = answers
     assert one == ("patience", "gave up"), "the second shows that the default group's timeout was at work"
+
+
+def _everything() -> Answers:
+    # the last leaves the default group broken
+    return _every_verb(), _every_error(), _tensors_and_errors(), _wait_with_and_without_patience()
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> list[Answers]:
+    """Of both ranks, each of which would import PyTorch for every test."""
+    return on_two_ranks(_everything, tmp_path_factory.mktemp("ranks"), default_timeout=2)
 
 
 def test_without_distribution_the_communicator_is_just_asked() -> None:

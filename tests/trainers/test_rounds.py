@@ -9,29 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from nnunetv2.training.logging.nnunet_logger import MetaLogger
 
 from nnunet_fed.errors import DisagreementError, NoContributionError
 from nnunet_fed.exchange.communicator import Array, LocalCommunicator, LocalFederation
-from nnunet_fed.exchange.keys import KEY, scope_of
 from nnunet_fed.trainers.parts import checkpoint
-from nnunet_fed.trainers.parts.rounds import START, common_start, pad_log, require_agreement, round_of, scope_of_round
-
-
-@given(st.integers(0, 100_000))
-def test_a_round_is_read_from_its_key(number: int) -> None:
-    key = f"{scope_of_round(number)}/model"
-    assert KEY.fullmatch(key)
-    assert round_of(key) == number
-    assert scope_of(key) == scope_of_round(number)
-
-
-@pytest.mark.parametrize("scope", [START, f"{START}-1", f"{START}-12"])
-def test_the_start_comes_before_all_rounds(scope: str) -> None:
-    assert round_of(f"{scope}/model") == -1
-
+from nnunet_fed.trainers.parts.rounds import common_start, pad_log, require_agreement
 
 # ------------------------------------------------------------------------------------------------------------ the start
 
@@ -205,11 +188,11 @@ def equal(one: Any, other: Any) -> bool:
 
 
 def test_an_amended_checkpoint_is_the_old_one_with_additions(tmp_path: Path) -> None:
-    part, filename = tmp_path / "checkpoint.pth.part", tmp_path / "checkpoint.pth"
+    stock, filename = tmp_path / "checkpoint.pth.nnunet.part", tmp_path / "checkpoint.pth"
     saved(filename, 1)
-    content = saved(part, 2)
-    plain_size = part.stat().st_size
-    checkpoint.amend(part, filename, {checkpoint.FEDERATION: {"pending": None}, "current_epoch": 5})
+    content = saved(stock, 2)
+    plain_size = stock.stat().st_size
+    checkpoint.amend(stock, filename, {checkpoint.FEDERATION: {"pending": None}, "current_epoch": 5})
     amended = torch.load(filename, weights_only=False)
     assert equal(amended, {**content, checkpoint.FEDERATION: {"pending": None}, "current_epoch": 5})
     assert filename.stat().st_size < 1.5 * plain_size, "a tensor of two names is written once"
@@ -227,10 +210,10 @@ def test_a_checkpoint_of_nnunet_has_no_state_of_ours(tmp_path: Path) -> None:
 def test_a_failing_write_leaves_the_old_checkpoint_intact(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: int | None
 ) -> None:
-    part, filename = tmp_path / "checkpoint.pth.part", tmp_path / "checkpoint.pth"
+    stock, filename = tmp_path / "checkpoint.pth.nnunet.part", tmp_path / "checkpoint.pth"
     saved(filename, 1)
     old = filename.read_bytes()
-    saved(part, 2)
+    saved(stock, 2)
     save = torch.save
 
     def fail(content: Any, file: Any) -> None:
@@ -241,10 +224,10 @@ def test_a_failing_write_leaves_the_old_checkpoint_intact(
 
     monkeypatch.setattr(torch, "save", fail)
     with pytest.raises(OSError, match="No space left"):
-        checkpoint.amend(part, filename, {checkpoint.FEDERATION: {}})
+        checkpoint.amend(stock, filename, {checkpoint.FEDERATION: {}})
     assert filename.read_bytes() == old
     monkeypatch.undo()
-    saved(part, 3)
-    checkpoint.amend(part, filename, {checkpoint.FEDERATION: {}})
+    saved(stock, 3)
+    checkpoint.amend(stock, filename, {checkpoint.FEDERATION: {}})
     assert torch.load(filename, weights_only=False)["current_epoch"] == 3, "and the next one goes well"
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pth"]

@@ -238,7 +238,7 @@ def test_another_name_in_the_middle_of_an_upload(served: Served, made: Study) ->
         site.Upload(iter([mine, pb.UploadChunk(data=b"[1]"), other]), timeout=10)
     assert refused.value.code() == grpc.StatusCode.PERMISSION_DENIED
     assert served.coordinator.status()["open"] == []
-    kept = served.coordinator.spool.folder.iterdir()
+    kept = served.coordinator._spool.folder.iterdir()
     assert all(path.suffix == PARTIAL for path in kept), "what came before may go on, nothing is complete"
 
 

@@ -24,9 +24,11 @@ from serving import make_study, together
 
 from nnunet_fed.certificates.authority import Authority
 from nnunet_fed.coordinator.coordinator import Coordinator
+from nnunet_fed.coordinator.log_fields import about
 from nnunet_fed.coordinator.store import Store
+from nnunet_fed.coordinator.verdict import Offer
 from nnunet_fed.errors import ConfigurationError, RefusedError
-from nnunet_fed.logs import JsonLines, about
+from nnunet_fed.logs import JsonLines
 from nnunet_fed.study.site import Site
 from nnunet_fed.transport.channel.tls import KeyFiles
 from nnunet_fed.transport.coordinator.http import StatusServer
@@ -123,7 +125,7 @@ def test_status_and_metrics_of_a_round(watched: Watched) -> None:
 
 def test_who_is_waited_for(watched: Watched) -> None:
     a, b = watched.seat("a"), watched.seat("b")
-    watched.coordinator.offer(a.run, "round-0000/model", "a", "mean", 0.0, "", 0)
+    watched.coordinator.offer(Offer(a.run, "round-0000/model", "a", "mean", 0.0, "", 0))
     metrics = watched.metrics()
     place = {"run": a.run, "key": "round-0000/model"}
     assert metrics["nnunet_fed_open_collectives", ()] == 1

@@ -538,20 +538,20 @@ def test_a_transfer_that_stalls_is_given_up(
 
 
 def test_a_full_disk_is_told_to_the_sender_and_leaves_no_trace(peers: Peers, monkeypatch: pytest.MonkeyPatch) -> None:
-    flush = mailbox_module._flush
+    flush = mailbox_module.flush
 
     def full(path: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     peers.start("a", "b")
-    monkeypatch.setattr(mailbox_module, "_flush", full)
+    monkeypatch.setattr(mailbox_module, "flush", full)
     peers.post("a", 1, "b")
     until(lambda: peers.is_served("a"))
     (entry,) = [e for e in peers.mailboxes["a"].history() if e["event"] == "declined"]
     assert "The disk of site 'b' is full" in entry["reason"]
     assert peers.files("b") == []
     assert peers.mailboxes["a"].contacts() == {}
-    monkeypatch.setattr(mailbox_module, "_flush", flush)
+    monkeypatch.setattr(mailbox_module, "flush", flush)
     peers.post("a", 2, "b")
     assert until(peers.mailboxes["b"].deliveries).keys() == {"a"}
 

@@ -68,7 +68,7 @@ def broken_upload(seat: GrpcCommunicator, tensors: Tensors, messages: int, key: 
 
 
 def spooled(served: Served) -> list[Path]:
-    return sorted(served.coordinator.spool.folder.iterdir())
+    return sorted(served.coordinator._spool.folder.iterdir())
 
 
 def state_of(served: Served) -> Any:
@@ -162,7 +162,7 @@ def test_a_newer_connection_takes_over(serve: Serve) -> None:
     served = serve(make_study("a"))
     seat = served.seat("a")
     offer, _ = offer_of(seat, LARGE)
-    first = served.coordinator.spool.receive(upload_of(offer), 0)
+    first = served.coordinator._spool.receive(upload_of(offer), 0)
     with first as receiver:
         receiver.write(bytes(100))
         assert seat.mean("r/model", LARGE, 1)["w"].tobytes() == LARGE["w"].tobytes()
@@ -264,7 +264,7 @@ def test_a_full_spool_is_told_and_the_sites_go_on_once_there_is_room(
 ) -> None:
     served = serve(make_study("ab", deadline_minutes=0.5), spool_quota=10 * CHUNK)
     a, b = served.seat("a"), served.seat("b")
-    ballast = served.coordinator.spool.folder / "ballast"
+    ballast = served.coordinator._spool.folder / "ballast"
     ballast.write_bytes(bytes(9 * CHUNK))
 
     def make_room() -> None:
@@ -278,7 +278,7 @@ def test_a_full_spool_is_told_and_the_sites_go_on_once_there_is_room(
 
 def test_a_site_gives_up_on_a_full_spool_at_its_deadline(serve: Serve) -> None:
     served = serve(make_study("a", deadline_minutes=1 / 60), spool_quota=10 * CHUNK)
-    (served.coordinator.spool.folder / "ballast").write_bytes(bytes(9 * CHUNK))
+    (served.coordinator._spool.folder / "ballast").write_bytes(bytes(9 * CHUNK))
     with pytest.raises(UnreachableError, match=r"takes nothing more at present.*--spool-quota-gb"):
         served.seat("a").mean("r/model", LARGE, 1)
 
@@ -302,7 +302,7 @@ def test_a_payload_above_a_sites_share_or_above_the_first_ones_is_refused(serve:
 def test_uploads_of_one_site_at_a_time_are_few(serve: Serve) -> None:
     served = serve(make_study("ab"))
     a, b = served.seat("a"), served.seat("b")
-    spool = served.coordinator.spool
+    spool = served.coordinator._spool
     held = [spool.receive(upload_of(offer_of(a, LARGE, f"r{n}/model")[0]), 0) for n in range(2)]
     with held[0], held[1]:
         offer, outbound = offer_of(a, LARGE, "r2/model")
@@ -519,7 +519,7 @@ def test_a_result_that_did_not_reach_the_disk_is_made_again(
 ) -> None:
     """As after a machine stopped: the journal says closed, the payloads are there, the result is not whole."""
     first = serve(make_study("ab"))
-    monkeypatch.setattr(first.coordinator.round_closer, "_settle", lambda collective, save: None)
+    monkeypatch.setattr(first.coordinator._round_closer, "_settle", lambda collective, save: None)
     a, b = first.seat("a"), first.seat("b")
     other = {"w": LARGE["w"] * 2}
     result = together(lambda: a.mean("r/model", LARGE, 1), lambda: b.mean("r/model", other, 3))[0]

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 
 from nnunet_fed.errors import FederationError, RoundClosedError
+from nnunet_fed.exchange.keys import key_of
 from nnunet_fed.methods.fedgs import calibrated_thresholds, histogram_of
 from nnunet_fed.methods.lesion_classes import Floats, LesionClasses
 from nnunet_fed.trainers.parts import checkpoint
 from nnunet_fed.trainers.parts.federated_trainer import FederatedTrainer
 
-CALIBRATION = "calibration/inverse-areas"
+CALIBRATION = key_of("calibration", "inverse-areas")
 """Key of the histogram; a scope of its own, so that a late site can fetch it whatever the round."""
 CALIBRATION_PATCHES = 200
 """Patches that each site draws (notes 6.2)."""

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nnunet_fed.exchange.keys import key_of
 from nnunet_fed.methods.familiarity import Familiarity, fit_familiarity
 from nnunet_fed.methods.selector import case_log_probabilities
 from nnunet_fed.methods.selector_validation import SelectorValidation, validate_selector
@@ -79,7 +80,7 @@ def _share_personal(trainer: nnUNetTrainerFedSM, scope: str) -> None:
     communicator, folder, own = trainer.communicator, Path(trainer.output_folder), trainer.bare(trainer.network)
     network = copy.deepcopy(own)
     for site in communicator.sites:
-        key = f"{scope}/personal-of-{site}"
+        key = key_of(scope, f"personal-of-{site}")
         received = publish(communicator, key, site, partial(to_arrays, shared_tensors(own)))
         if site != communicator.site and trainer.local_rank == 0 and not trainer.disable_checkpointing:
             load_arrays(shared_tensors(network), received)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.evaluation.evaluate_predictions import compute_metrics_on_folder
 
+from nnunet_fed.exchange.keys import VALIDATION, key_of
 from nnunet_fed.methods.fedsm import GLOBAL
 from nnunet_fed.prediction.bundle import FoldBundle, ValidationDice, fold_of, load_tensors
 from nnunet_fed.prediction.routing import Router
@@ -35,7 +36,7 @@ def validate_global_and_super(trainer: nnUNetTrainerFedSM, save_probabilities: b
     folder = Path(trainer.output_folder)
     if trainer.options.best_model_gate and trainer.is_connected:
         dice = {"personal": mean_dice(folder) or 0.0, "common": mean_dice(folder / GLOBAL) or 0.0}
-        gathered = trainer.communicator.gather("validation/dice", dice)
+        gathered = trainer.communicator.gather(key_of(VALIDATION, "dice"), dice)
         if trainer.local_rank == 0:
             write_bundle(trainer, {site: ValidationDice(**values) for site, values in gathered.items()})
     entry = fold_of(folder.parent, trainer.fold)
@@ -48,7 +49,8 @@ def _validate_super(trainer: nnUNetTrainerFedSM, folder: Path, entry: FoldBundle
     chosen: dict[str, list[str]] = {}
     for case, seen in trainer.selector_cases("validation").items():
         chosen.setdefault(router.choose_for(seen)[0].choice, []).append(case)
-    counts = ", ".join(f"{choice}: {len(cases)}" for choice, cases in sorted(chosen.items()))
+    counts = {choice: len(cases) for choice, cases in sorted(chosen.items())}
+    trainer.note_facts(super_model_choices=counts)
     trainer.print_to_log_file(f"Models that the super model chooses for the validation cases: {counts}")
     sources = {entry.site: folder, GLOBAL: folder / GLOBAL}
     for site in sorted(chosen.keys() - sources.keys()):

@@ -18,7 +18,7 @@ from nnunet_fed.gossip.mailbox import Letter, Mailbox, State
 from nnunet_fed.gossip.schedule import Schedule, Version, judge, next_delivery
 from nnunet_fed.processes import Process, stop
 from nnunet_fed.study.federation import Federation
-from nnunet_fed.study.method_tables import GCML
+from nnunet_fed.study.methods.gcml_options import GCML
 from nnunet_fed.study.site import Site
 from nnunet_fed.trainers.parts.training_record import TrainingRecord
 

@@ -10,7 +10,8 @@ import torch
 
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.methods.gcml import Contrast, MutualLoss, Outputs, Plan, execution_plan, ramped_weight
-from nnunet_fed.study.method_tables import GCML, MethodTable
+from nnunet_fed.study.method_table import MethodTable
+from nnunet_fed.study.methods.gcml_options import GCML
 from nnunet_fed.trainers.gossip.peer_model import Computed, PeerModel, with_non_finite_replaced
 from nnunet_fed.trainers.parts.study_trainer import StudyTrainer
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from nnunet_fed.files import replacing
 
 FEDERATION = "federation"
 """Key of a checkpoint under which our state stands; stock nnU-Net ignores it."""
@@ -51,19 +52,15 @@ def drawn_from(seed: int) -> Iterator[None]:
         restore_random_states(before)
 
 
-def amend(part: Path, filename: Path, additions: Mapping[str, Any]) -> None:
-    """Add entries to the checkpoint ``part`` and move it to ``filename``, which never is half a file.
+def amend(stock: Path, filename: Path, additions: Mapping[str, Any]) -> None:
+    """Add entries to the checkpoint ``stock`` and move it to ``filename``, which never is half a file.
 
     The tensors are memory-mapped, not read: the cost is one more write of the file.
     """
-    checkpoint = torch.load(part, map_location="cpu", weights_only=False, mmap=True)
-    amended = filename.with_name(filename.name + ".new")
-    with amended.open("wb") as file:
+    checkpoint = torch.load(stock, map_location="cpu", weights_only=False, mmap=True)
+    with replacing(filename) as amended, amended.open("wb") as file:
         torch.save({**checkpoint, **additions}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    amended.replace(filename)
-    part.unlink()
+    stock.unlink()
 
 
 def network_weights(filename: Path) -> dict[str, torch.Tensor]:

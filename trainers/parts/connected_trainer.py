@@ -11,6 +11,7 @@ from nnunet_fed.study.federation import Federation
 from nnunet_fed.trainers.parts.coordinator_session import CoordinatorSession
 from nnunet_fed.trainers.parts.ranks import RankZeroCommunicator, from_rank_zero, patient_group
 from nnunet_fed.trainers.parts.study_trainer import StudyTrainer
+from nnunet_fed.trainers.parts.training_record import RECORD, TrainingRecord
 
 
 class ConnectedTrainer(StudyTrainer):
@@ -95,9 +96,12 @@ class ConnectedTrainer(StudyTrainer):
             self._session.happened(text)
 
     def note_facts(self, **facts: Any) -> None:
-        """Note facts of the training in this site's record."""
+        """Note facts of the training in this site's record; those of ``--val`` in the record that the training left."""
+        path = Path(self.output_folder) / RECORD
         if self._session is not None:
             self._session.note_facts(**facts)
+        elif self.local_rank == 0 and path.is_file():
+            TrainingRecord(path, resumed=True).note(**facts)
 
     def _report(self, phase: str, wait: bool = False) -> None:
         if self._session is not None:

@@ -12,7 +12,7 @@ from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.exchange.outgoing_log import FILE, OutgoingLog
 from nnunet_fed.study.federation import Federation
 from nnunet_fed.study.site import Site
-from nnunet_fed.trainers.parts.training_record import TrainingRecord
+from nnunet_fed.trainers.parts.training_record import RECORD, TrainingRecord
 from nnunet_fed.transport.site.client import GrpcCommunicator
 
 
@@ -30,7 +30,7 @@ class CoordinatorSession:
 
     Raises:
         ConfigurationError: the attempt is not the federation's.
-        RefusedError: see :meth:`nnunet_fed.coordinator.coordinator.Coordinator.join`.
+        RefusedError: see :meth:`nnunet_fed.coordinator.members.Members.join`.
         UnreachableError: no coordinator answers.
     """
 
@@ -56,7 +56,7 @@ class CoordinatorSession:
             )
         self.attempt = self.communicator.attempt
         self._is_over = False
-        self._record = TrainingRecord(folder / "federation.json", continues)
+        self._record = TrainingRecord(folder / RECORD, continues)
 
     def describe(self, training_cases: int) -> None:
         """Begin or continue the record."""

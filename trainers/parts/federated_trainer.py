@@ -14,13 +14,13 @@ from nnunet_fed.agreement.plan_digest import plans_digest
 from nnunet_fed.errors import DeadlineError, DisagreementError, RoundClosedError
 from nnunet_fed.exchange import keys
 from nnunet_fed.exchange.payload import Tensors
-from nnunet_fed.files import PARTIAL
+from nnunet_fed.files import replacing
 from nnunet_fed.methods.tensors import digest_of_tensors
 from nnunet_fed.prediction.checkpoint_files import FINAL_CHECKPOINT, GLOBAL_CHECKPOINT
 from nnunet_fed.trainers.parts import checkpoint
 from nnunet_fed.trainers.parts.connected_trainer import ConnectedTrainer
 from nnunet_fed.trainers.parts.cross_site_evaluation import evaluate_across_sites, is_complete
-from nnunet_fed.trainers.parts.rounds import common_start, pad_log, require_agreement, round_of, scope_of_round
+from nnunet_fed.trainers.parts.rounds import common_start, pad_log, require_agreement
 from nnunet_fed.trainers.parts.study_trainer import sentences_for_users
 from nnunet_fed.trainers.parts.training_record import logged_by
 
@@ -69,7 +69,7 @@ class FederatedTrainer(ConnectedTrainer):
             uploaded: what this site gives; ``None``: its shared tensors as they are.
         """
         given = self.shared_arrays() if uploaded is None else uploaded
-        self.load_shared(self.communicator.mean(f"{scope}/{self.MODEL}", given, self.site_weight))
+        self.load_shared(self.communicator.mean(keys.key_of(scope, self.MODEL), given, self.site_weight))
 
     def prepare(self) -> None:
         """Agree on what the method needs before the first round; called on every rank, never after ``--c``.
@@ -167,9 +167,8 @@ class FederatedTrainer(ConnectedTrainer):
 
     def save_models(self, folder: Path) -> None:
         """Write what a site has besides ``checkpoint_final.pth``: the global model, which is the same one here."""
-        part = folder / f"{GLOBAL_CHECKPOINT}{PARTIAL}"
-        shutil.copyfile(folder / FINAL_CHECKPOINT, part)
-        part.replace(folder / GLOBAL_CHECKPOINT)
+        with replacing(folder / GLOBAL_CHECKPOINT) as part:
+            shutil.copyfile(folder / FINAL_CHECKPOINT, part)
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """The validation, watched by those who watch."""
@@ -219,7 +218,7 @@ class FederatedTrainer(ConnectedTrainer):
         """Go on from a checkpoint, or from the newest model when the federation has moved on meanwhile."""
         key = self.communicator.newest(self.MODEL)
         own = self.current_epoch // self.study.local_epochs
-        if key is not None and round_of(key) >= own + (self._pending is not None):
+        if key is not None and keys.last_round(key) >= own + (self._pending is not None):
             self._pending = None
             self._take_newest()
 
@@ -228,7 +227,7 @@ class FederatedTrainer(ConnectedTrainer):
             checkpoint.restore_random_states(self._resumed["random"])
 
     def _exchange_round(self, number: int) -> None:
-        scope = scope_of_round(number)
+        scope = keys.scope_of_round(number)
         self._report("exchanging")
         self.diagnostics = {}
         noted: AbstractContextManager[dict[str, float]] = nullcontext({})
@@ -254,17 +253,17 @@ class FederatedTrainer(ConnectedTrainer):
     def _take_newest(self, number: int = -1) -> None:
         """Load the federation's newest model, of round ``number`` or later, and note the epoch from which to go on."""
         end = time.monotonic() + 60 * self.operational.deadline_minutes
-        while (key := self.communicator.newest(self.MODEL)) is None or round_of(key) < number:
+        while (key := self.communicator.newest(self.MODEL)) is None or keys.last_round(key) < number:
             if key is None and number < 0:
                 raise DisagreementError("The federation has no model yet from which this site could go on.")
             if time.monotonic() > end:  # the site missed an earlier collective of the round
                 raise DeadlineError(
-                    f"The others did not finish {scope_of_round(number)}, which began without this site."
+                    f"The others did not finish {keys.scope_of_round(number)}, which began without this site."
                 )
             time.sleep(1)
         self.load_shared(self.communicator.fetch(key))
-        self.catch_up(key.partition("/")[0])
-        self._next_epoch = (round_of(key) + 1) * self.study.local_epochs
+        self.catch_up(keys.scope_of(key))
+        self._next_epoch = (keys.last_round(key) + 1) * self.study.local_epochs
 
     def _skip_to(self, epoch: int) -> None:
         self.happened(f"caught up from epoch {self.current_epoch} to epoch {epoch} with the federation's newest model")

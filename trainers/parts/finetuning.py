@@ -13,7 +13,8 @@ from typing import Any, ClassVar
 import torch
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 
-from nnunet_fed.study.method_tables import FineTuned, MethodTable
+from nnunet_fed.files import replacing
+from nnunet_fed.study.method_table import FineTuned, MethodTable
 from nnunet_fed.trainers.parts.checkpoint import network_weights
 from nnunet_fed.trainers.parts.federated_trainer import FederatedTrainer
 from nnunet_fed.trainers.parts.further_validation import validate_weights
@@ -128,9 +129,8 @@ class FineTuningTrainer(FederatedTrainer):
     def save_models(self, folder: Path) -> None:
         """Without fine-tuning the final model is the one of the rounds."""
         if not self.options.finetune_epochs:
-            part = self._federated_checkpoint.with_suffix(".part")
-            shutil.copyfile(folder / "checkpoint_final.pth", part)
-            part.replace(self._federated_checkpoint)
+            with replacing(self._federated_checkpoint) as part:
+                shutil.copyfile(folder / "checkpoint_final.pth", part)
 
     def validate(self, save_probabilities: bool) -> None:
         """nnU-Net's validation of the final model, and of the one after the rounds."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +14,7 @@ from rich.progress import Progress
 
 from nnunet_fed.errors import FederationError
 from nnunet_fed.evaluation.lesions import SMALL_LESIONS, CaseResult, aggregate, evaluate, foreground_classes
+from nnunet_fed.files import write_json
 from nnunet_fed.study.federation import PLANS_KEY
 
 FILE = "lesions.json"
@@ -65,7 +65,5 @@ def evaluate_lesions(trainer: nnUNetTrainer) -> None:
         **aggregate(cases.values()),
         "cases": {case: {name: asdict(result) for name, result in found.items()} for case, found in cases.items()},
     }
-    part = folder / f"{FILE}.part"
-    part.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    part.replace(folder / FILE)
+    write_json(folder / FILE, content, allow_nan=False)
     trainer.print_to_log_file(f"Dice and recall by lesion size are in {folder / FILE}.")

@@ -1,4 +1,4 @@
-"""How rounds sit in epochs: names of scopes, the common start, and a log that skips what a site has missed."""
+"""How rounds sit in epochs: the common start, and a log that skips what a site has missed."""
 
 from __future__ import annotations
 
@@ -9,27 +9,11 @@ from collections.abc import Callable
 from typing import Any
 
 from nnunet_fed.exchange.communicator import Collectives
+from nnunet_fed.exchange.keys import key_of, start_scope
 from nnunet_fed.exchange.payload import Array, Tensors
 from nnunet_fed.trainers.parts.publishing import from_next_source, publish, require_equal
 
-START = "start"
 NO_START = "No site contributed initial weights."
-
-
-def scope_of_round(number: int) -> str:
-    """First part of the keys of a round, counted from 0."""
-    return f"round-{number:04d}"
-
-
-def start_scope(source: int) -> str:
-    """Scope in which the initial weights are those of the so manyth site, counted from 0."""
-    return START if source == 0 else f"{START}-{source}"
-
-
-def round_of(key: str) -> int:
-    """The round of a key; -1 for the start."""
-    scope = key.partition("/")[0]
-    return -1 if scope.startswith(START) else int(scope.removeprefix("round-"))
 
 
 def common_start(communicator: Collectives, name: str, tensors: Callable[[], Tensors]) -> tuple[str, dict[str, Array]]:
@@ -48,7 +32,7 @@ def common_start(communicator: Collectives, name: str, tensors: Callable[[], Ten
         number, source = numbered
         scope = start_scope(number)
         # as every later model: what the wire's dtype cannot hold, no site has from the start
-        return scope, publish(communicator, f"{scope}/{name}", source, tensors, exact=False)
+        return scope, publish(communicator, key_of(scope, name), source, tensors, exact=False)
 
     return from_next_source(enumerate(communicator.sites), from_source, NO_START)
 
@@ -59,7 +43,7 @@ def require_agreement(communicator: Collectives, scope: str, digests: dict[str, 
     Raises:
         DisagreementError: names what differs, and which site has what.
     """
-    gathered = communicator.gather(f"{scope}/agreement", digests)
+    gathered = communicator.gather(key_of(scope, "agreement"), digests)
     for what in dict.fromkeys(name for told in gathered.values() for name in told):
         require_equal(
             {site: values.get(what) for site, values in gathered.items()},

@@ -12,15 +12,19 @@ from typing import Any, ClassVar
 import torch
 from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from pydantic import ValidationError
 from torch._dynamo import OptimizedModule
 
 from nnunet_fed.errors import ConfigurationError, FederationError
 from nnunet_fed.exchange.payload import Array
+from nnunet_fed.files import PARTIAL
 from nnunet_fed.methods.fedavg import site_weight
 from nnunet_fed.methods.tensors import load_arrays, shared_tensors, to_arrays
 from nnunet_fed.study.federation import Federation, study_in
-from nnunet_fed.study.method_tables import MethodTable
+from nnunet_fed.study.method_table import MethodTable
+from nnunet_fed.study.methods.custom_options import Custom
 from nnunet_fed.study.site import Site
+from nnunet_fed.study.toml import explain
 from nnunet_fed.trainers.parts import checkpoint
 from nnunet_fed.trainers.parts.lesion_report import evaluate_lesions
 from nnunet_fed.trainers.parts.site_tracker import SiteTracker
@@ -79,7 +83,7 @@ class StudyTrainer(nnUNetTrainer):
     ):
         with sentences_for_users():
             self.study = study_in(plans)
-            self.options = self._options_of(self.study, plans["plans_name"])
+            self.options = self.options_of(self.study)
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.initial_lr = self.study.initial_lr
         self.num_iterations_per_epoch = self.study.iterations_per_epoch
@@ -100,13 +104,34 @@ class StudyTrainer(nnUNetTrainer):
     def configure_study(self) -> None:
         """Take what the trainer needs from the study, at the end of construction; raises :class:`FederationError`."""
 
-    def _options_of(self, study: Federation, plans_name: str) -> Any:
-        if study.method.name != self.method or not isinstance(study.method, self.Options):
+    @classmethod
+    def options_of(cls, study: Federation) -> Any:
+        """The options of this trainer's method, as a study has them.
+
+        Those of a method from outside the package (``custom``) are checked here, by the trainer's own ``Options``.
+
+        Raises:
+            ConfigurationError: the study is of another method or trainer, or this one does not take its options.
+        """
+        method = study.method
+        if method.name != cls.method or not isinstance(method, (cls.Options, Custom)):
             raise ConfigurationError(
-                f"The plans '{plans_name}' were made for the method '{study.method.name}', {type(self).__name__} does "
-                f"'{self.method}'. Use the trainer of that method, or plan for another study."
+                f"The trainer '{cls.__name__}' does the method '{cls.method}', not '{method.name}', for which the "
+                "study and its plans were made. Use the trainer of that method, or plan for another study."
             )
-        return study.method
+        if not isinstance(method, Custom):
+            return method
+        if method.trainer != cls.__name__:
+            raise ConfigurationError(
+                f"The study and its plans are of the trainer '{method.trainer}', not of '{cls.__name__}': train with "
+                "that one, or plan for another study."
+            )
+        try:
+            return cls.Options.model_validate({**method.options, "name": method.name})
+        except ValidationError as error:
+            raise ConfigurationError(
+                f"The options of '{cls.__name__}' in the study's table: {explain(error, cls.Options)}"
+            ) from None
 
     def require_own_fold(self) -> None:
         """Raise :class:`ConfigurationError` if site.toml is missing or wrong, or if this site trains another fold."""
@@ -234,9 +259,9 @@ class StudyTrainer(nnUNetTrainer):
         if self.local_rank != 0 or self.disable_checkpointing:
             super().save_checkpoint(filename)
             return
-        part = Path(filename + ".part")
-        super().save_checkpoint(str(part))
-        checkpoint.amend(part, Path(filename), {**(additions or {}), "trainer_name": self.PREDICTED_AS})
+        stock = Path(f"{filename}.nnunet{PARTIAL}")
+        super().save_checkpoint(str(stock))
+        checkpoint.amend(stock, Path(filename), {**(additions or {}), "trainer_name": self.PREDICTED_AS})
 
     def load_checkpoint(self, filename_or_checkpoint: Any) -> None:
         """nnU-Net's checkpoint and our state."""

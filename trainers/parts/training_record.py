@@ -14,6 +14,10 @@ from typing import Any
 
 import torch
 
+from nnunet_fed.files import write_json
+
+RECORD = "federation.json"
+"""Its file, in the folder of the fold."""
 PACKAGES = ("nnunet-fed", "nnunetv2", "torch", "grpcio")
 
 
@@ -70,9 +74,7 @@ class TrainingRecord:
         self._write()
 
     def _write(self) -> None:
-        part = self._path.with_name(self._path.name + ".part")
-        part.write_text(json.dumps(self._content, indent=2))
-        part.replace(self._path)
+        write_json(self._path, self._content)
 
 
 @contextmanager

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import xxhash
 
 from nnunet_fed.exchange.payload import CHUNK, chunks, measure
-from nnunet_fed.exchange.uploads import Spool, Upload
 from nnunet_fed.transport.proto import federation_pb2 as pb
 
 
@@ -49,40 +47,10 @@ def seconds_allowed(size: int) -> float:
     return 60 + size / 100_000
 
 
-def received(
-    spool: Spool,
-    upload: Upload,
-    position: int,
-    messages: Iterable[pb.UploadChunk | pb.ModelChunk | memoryview],
-    arrived: Callable[[int], None] = lambda number: None,
-) -> Path | None:
-    """Take a payload's bytes from ``position`` on into a file; ``None``: they are not what was offered, or too few.
-
-    Args:
-        spool: where the file is made.
-        upload: what was offered.
-        position: how many bytes are there.
-        messages: whose data follow.
-        arrived: hears how many bytes are there, with each message.
-
-    Raises:
-        NoRoomError: see :meth:`nnunet_fed.exchange.uploads.Spool.receive`, as for the next two.
-        InterruptedUploadError: the same payload comes another way.
-        OSError: the disk is full, or broken.
-    """
-    with spool.receive(upload, position) as receiver:
-        for message in messages:
-            data = message if isinstance(message, memoryview) else message.data
-            if receiver.written + len(data) > upload.size:
-                spool.discard(receiver)
-                return None
-            receiver.write(data)
-            arrived(receiver.written)
-        if receiver.is_whole():
-            return spool.complete(receiver)
-        if receiver.written == upload.size:  # else the connection broke, and another may go on
-            spool.discard(receiver)
-    return None
+def data_of(messages: Iterable[pb.UploadChunk | pb.ModelChunk | memoryview]) -> Iterator[bytes | memoryview]:
+    """The bytes in the messages of an upload that follow the first."""
+    for message in messages:
+        yield message if isinstance(message, memoryview) else message.data
 
 
 class Inbound:

@@ -5,24 +5,25 @@ from __future__ import annotations
 import json
 import math
 import mmap
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import cast, get_args
 
 import grpc
 
-from nnunet_fed.coordinator.coordinator import Coordinator, Purpose, Verdict
+from nnunet_fed.coordinator.coordinator import Coordinator
+from nnunet_fed.coordinator.members import Purpose
 from nnunet_fed.coordinator.store import Collective
+from nnunet_fed.coordinator.verdict import Offer
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.exchange.communicator import Verb
 from nnunet_fed.exchange.payload import chunks
-from nnunet_fed.exchange.uploads import Upload
+from nnunet_fed.study.federation import Fold
 from nnunet_fed.study.table import NEWEST_PROTOCOL, OLDEST_PROTOCOL
 from nnunet_fed.transport.channel.listener import Listener, Refusals, refuse
 from nnunet_fed.transport.channel.options import message_bytes, spoken_protocol
 from nnunet_fed.transport.channel.tls import KeyFiles, Keys
-from nnunet_fed.transport.channel.transfer import received
+from nnunet_fed.transport.channel.transfer import data_of
 from nnunet_fed.transport.channel.zero_copy_streams import serve
 from nnunet_fed.transport.coordinator.check_service import serve_checks
 from nnunet_fed.transport.coordinator.health import serve_health
@@ -133,16 +134,10 @@ class _Service(CoordinatorServicer):  # type: ignore[misc]
 
     def Offer(self, request: pb.OfferRequest, context: grpc.ServicerContext) -> pb.OfferReply:  # noqa: N802
         with Refusals(context, "The coordinator's disk"):
-            verdict = self._offer(request, context)
-            position = self._coordinator.spool.position(_upload(request)) if verdict == "send" else 0
+            offer = _offer_of(request, context)
+            verdict = self._coordinator.offer(offer)
+            position = self._coordinator.position(offer) if verdict == "send" else 0
             return pb.OfferReply(verdict=verdict, position=position)
-
-    def _offer(self, offer: pb.OfferRequest, context: grpc.ServicerContext) -> Verdict:
-        if offer.verb not in get_args(Verb):
-            refuse(context, f"There is no verb {offer.verb!r}.")
-        return self._coordinator.offer(
-            offer.run, offer.key, offer.site, cast(Verb, offer.verb), offer.weight, offer.digest, offer.size
-        )
 
     def Upload(  # noqa: N802
         self, requests: Iterator[pb.UploadChunk | memoryview], context: grpc.ServicerContext
@@ -151,25 +146,12 @@ class _Service(CoordinatorServicer):  # type: ignore[misc]
             first = next(requests, None)
             if not isinstance(first, pb.UploadChunk):
                 refuse(context, "An upload begins with an offer.", grpc.StatusCode.INVALID_ARGUMENT)
-            offer, started = first.offer, time.monotonic()
-            verdict = self._offer(offer, context)
-            if verdict != "send":
-                return pb.OfferReply(verdict=verdict)
-            payload = self._receive(offer, requests, context)
-            verdict = self._coordinator.accept(
-                offer.run, offer.key, offer.site, cast(Verb, offer.verb), offer.weight, offer.digest, payload,
-                time.monotonic() - started,
-            )  # fmt: skip
+            offer = _offer_of(first.offer, context)
+            verdict = self._coordinator.take(offer, first.offer.position, data_of(requests))
+            if verdict is None:
+                text = f"The upload of '{offer.key}' did not arrive as it was offered."
+                refuse(context, text, grpc.StatusCode.DATA_LOSS)
             return pb.OfferReply(verdict=verdict)
-
-    def _receive(
-        self, offer: pb.OfferRequest, requests: Iterator[pb.UploadChunk | memoryview], context: grpc.ServicerContext
-    ) -> Path:
-        payload = received(self._coordinator.spool, _upload(offer), offer.position, requests)
-        if payload is None:
-            text = f"The upload of '{offer.key}' did not arrive as it was offered."
-            refuse(context, text, grpc.StatusCode.DATA_LOSS)
-        return payload
 
     def Result(  # noqa: N802
         self, request: pb.ResultRequest, context: grpc.ServicerContext
@@ -191,20 +173,19 @@ class _Service(CoordinatorServicer):  # type: ignore[misc]
             yield pb.ResultChunk(header=header)
             for chunk in chunks([result[header.position :]], self._message_bytes):
                 yield memoryview(chunk)
-            self._coordinator.round_closer.wait_until_saved(collective)
+            self._coordinator.wait_until_saved(collective)
 
     def _header(self, collective: Collective, site: str) -> pb.ResultHeader:
-        waiting = collective.status == "open"
-        missing = self._coordinator.round_closer.missing(collective) if waiting else []
+        outlook = self._coordinator.outlook(collective)
         return pb.ResultHeader(
             status=collective.status,
             digest=collective.digest or "",
             size=collective.size or 0,
             error=collective.error or "",
-            missing=[self._coordinator.doing(site) for site in missing],
-            closes_at=self._coordinator.round_closer.closes_at(collective) if waiting else 0.0,
-            weights=self._coordinator.weights(collective),
-            wanted=site in missing,
+            missing=outlook.missing.values(),
+            closes_at=outlook.closes_at or 0.0,
+            weights=outlook.weights,
+            wanted=site in outlook.missing,
         )
 
     def Newest(self, request: pb.NewestRequest, context: grpc.ServicerContext) -> pb.NewestReply:  # noqa: N802
@@ -234,14 +215,17 @@ class _Service(CoordinatorServicer):  # type: ignore[misc]
             return pb.StatusReply(status=json.dumps(status))
 
 
-def _fold_of(request: pb.JoinRequest, context: grpc.ServicerContext) -> int | str | None:
+def _fold_of(request: pb.JoinRequest, context: grpc.ServicerContext) -> Fold | None:
     """The fold that a run is for; ``None``: the study's."""
     if request.fold in ("", "all"):
-        return request.fold or None
+        return "all" if request.fold else None
     if not request.fold.isdecimal():
         refuse(context, f"A run cannot be for the fold {request.fold[:20]!r}.")
     return int(request.fold)
 
 
-def _upload(offer: pb.OfferRequest) -> Upload:
-    return Upload(offer.run, offer.key, offer.site, offer.digest, offer.size)
+def _offer_of(request: pb.OfferRequest, context: grpc.ServicerContext) -> Offer:
+    if request.verb not in get_args(Verb):
+        refuse(context, f"There is no verb {request.verb!r}.")
+    verb = cast(Verb, request.verb)
+    return Offer(request.run, request.key, request.site, verb, request.weight, request.digest, request.size)

@@ -19,7 +19,7 @@ from nnunet_fed.gossip.schedule import judge
 from nnunet_fed.study.site import Site
 from nnunet_fed.transport.channel.rate_limit import RateLimit
 from nnunet_fed.transport.channel.retry import DamagedError
-from nnunet_fed.transport.channel.transfer import received
+from nnunet_fed.transport.channel.transfer import data_of
 from nnunet_fed.transport.peers.model_message import incompatibility, letter_of
 from nnunet_fed.transport.peers.stalled_transfers import given_up_if_stalled
 from nnunet_fed.transport.proto import federation_pb2 as pb
@@ -112,7 +112,7 @@ class Reception:
             self._spool.quota = letter.size * len(self._site.peers)  # all payloads of a run have one size
             try:
                 with given_up_if_stalled(cancel, lambda: arrived, self._stopped):
-                    payload = received(self._spool, _upload(letter), model.position, messages, count)
+                    payload = self._spool.take(_upload(letter), model.position, data_of(messages), count)
                 if payload is None:
                     raise DamagedError
                 try:

@@ -89,7 +89,7 @@ class GrpcCommunicator:
         Raises:
             ConfigurationError: this site's certificate is another's, or this version of nnunet_fed does not know what
                 the study asks for.
-            RefusedError: see :meth:`nnunet_fed.coordinator.coordinator.Coordinator.join`.
+            RefusedError: see :meth:`nnunet_fed.coordinator.members.Members.join`.
             UnreachableError: no coordinator answers within ``connect_minutes``.
         """
         check_name(self._settings)

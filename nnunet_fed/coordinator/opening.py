@@ -1,0 +1,53 @@
+"""How a coordinator begins, or goes on where the last one stopped: the study and the attempt that it serves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nnunet_fed.coordinator.store import Store
+from nnunet_fed.errors import ConfigurationError
+from nnunet_fed.study.federation import Federation
+
+
+def open_study(study: Federation, store: Store, new_attempt: bool) -> tuple[Federation, int]:
+    """Journal what is new of a study, and open an attempt if there is none.
+
+    Args:
+        study: as ``federation.toml`` has it now.
+        store: the coordinator's memory.
+        new_attempt: open another attempt.
+
+    Returns:
+        The study, in which what it does not set is as in the version that opened it; the number of the attempt.
+
+    Raises:
+        ConfigurationError: the store belongs to a study of other mathematics.
+    """
+    known = store.latest_study()
+    if known is not None:
+        study = study.with_defaults(store.fact("defaults") or {})
+        _check_same(Federation.restore(known), study, store.folder)
+    attempt: int | None = store.fact("attempt")
+    with store.transaction():
+        if known is None:
+            store.set_fact("defaults", study.defaults())
+        if known != study.stored():
+            store.add_study(study.stored())
+        if new_attempt or attempt is None:
+            attempt = (attempt or 0) + 1
+            store.set_fact("attempt", attempt)
+            store.add_event(None, None, f"attempt {attempt} opened")
+    return study, attempt
+
+
+def _check_same(known: Federation, study: Federation, folder: Path) -> None:
+    if known.digest == study.digest:
+        return
+    before, now = known.stored(), study.stored()
+    edited = sorted(
+        name for name in {*before, *now} - study.OPERATIONAL if before.get(name) != now.get(name)
+    )  # fmt: skip
+    raise ConfigurationError(
+        f"The state directory {folder} belongs to another study: what changes the mathematics was edited since "
+        f"({', '.join(edited)}). Undo that, or give the new study another --state."
+    )

@@ -1,0 +1,47 @@
+"""A trainer from outside the package, which a study of the method ``custom`` names: find it, and check its options."""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import redirect_stdout
+from typing import Any
+
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+from nnunet_fed.errors import ConfigurationError
+from nnunet_fed.study.federation import Federation
+from nnunet_fed.study.methods.custom_options import Custom
+from nnunet_fed.trainers.parts.study_trainer import StudyTrainer
+
+FOLDERS = "nnUNet_extTrainer"
+
+
+def check_custom_trainer(study: Federation) -> None:
+    """See that nnU-Net will find the trainer that the study names, and that it takes the study's options.
+
+    Nothing is checked for a method of the package, whose options the study has checked.
+
+    Raises:
+        ConfigurationError: the trainer is not there, is of another method, or does not take the options.
+    """
+    if not isinstance(study.method, Custom):
+        return
+    found = _find(study.method.trainer)
+    if not issubclass(found, StudyTrainer):
+        raise ConfigurationError(
+            f"The trainer '{study.method.trainer}' is no federated one: derive it from one of nnunet_fed's."
+        )
+    found.options_of(study)
+
+
+def _find(name: str) -> type[Any]:
+    try:
+        with redirect_stdout(sys.stderr):  # for what nnU-Net prints
+            found: type[Any] = recursive_find_trainer_class_by_name(name)
+    except RuntimeError:
+        raise ConfigurationError(
+            f"There is no trainer '{name}' in the folders of {FOLDERS} ({os.environ.get(FOLDERS) or 'not set'}). Put "
+            f"its file, {name}.py, into one of them, as docs/new_method.md says."
+        ) from None
+    return found
