@@ -21,7 +21,7 @@ from nnunet_fed.trainers.gossip.peer_model import PeerModel, plain_values
 from nnunet_fed.trainers.parts import checkpoint
 from nnunet_fed.trainers.parts.ranks import patient_group
 from nnunet_fed.trainers.parts.study_trainer import sentences_for_users
-from nnunet_fed.trainers.parts.training_record import TrainingRecord, logged_by
+from nnunet_fed.trainers.parts.training_record import RECORD, TrainingRecord, logged_by
 
 MAILBOX = "mailbox"
 """Folder, beside the checkpoints, through which the training and its peer process talk."""
@@ -85,7 +85,7 @@ class nnUNetTrainerGCML(PhaseTrainer):  # noqa: N801
     def _open_session(self) -> GossipSession:
         folder = Path(self.output_folder)
         continues = self._resumed is not None
-        record = TrainingRecord(folder / "federation.json", continues)
+        record = TrainingRecord(folder / RECORD, continues)
         record.describe(
             study=self.study.stored(), digest=self.study.digest_of_fold(self.study.fold), site=self.own_site().name,
             training_cases=self._training_cases, initial_weights=self._standing.initial,

@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from nnunet_fed.certificates import AUTHORITY_DAYS, SITE_DAYS
 from nnunet_fed.certificates.deny_list import HEADER, DenyList, deny
 from nnunet_fed.certificates.x509 import (
     Certificate,
@@ -34,10 +35,6 @@ from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.files import new_folder, write_text
 from nnunet_fed.study.federation import COORDINATOR, SITE_NAME
 
-AUTHORITY_DAYS = 3653
-"""Ten years."""
-SITE_DAYS = 396
-"""Thirteen months: renewed once a year, with a month to spare."""
 CLOCK_SKEW = timedelta(hours=1)
 """By so much certificates are valid before they are made: clocks differ."""
 LONGEST_NAME = 64

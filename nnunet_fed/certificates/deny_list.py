@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from nnunet_fed.errors import ConfigurationError
+from nnunet_fed.files import make_durable, write_text
 
 HEADER = "# Certificates that are no longer accepted: a serial number (hexadecimal) a line, then who and since when.\n"
 
@@ -55,14 +56,15 @@ class DenyList:
 
 
 def deny(path: Path, serial: str, comment: str) -> None:
-    """Add a serial number to the list."""
+    """Add a serial number to the list; it is on the disk when this ends."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         text = HEADER
-        path.write_text(text, encoding="utf-8")
+        write_text(path, text)
     with path.open("a", encoding="utf-8") as file:
         file.write(f"{'' if text.endswith(chr(10)) else chr(10)}{serial}  # {comment}\n")
+    make_durable(path)
 
 
 def _serials(text: str, path: Path) -> Iterator[str]:

@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from nnunet_fed.certificates import AUTHORITY_DAYS, LONGEST_DAYS, SITE_DAYS
 from nnunet_fed.certificates.deny_list import DenyList
 from nnunet_fed.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from nnunet_fed.certificates.x509 import Certificate
-
-LONGEST_DAYS = 36525
 
 app = typer.Typer(
     name="certs",
@@ -35,7 +34,7 @@ Renew = Annotated[bool, typer.Option("--renew", help="Make a new one, for the sa
 def init(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder.")],
     name: Annotated[str, typer.Option(metavar="STUDY", help="What stands in the certificate.")] = "nnunet_fed",
-    days: Annotated[int, typer.Option(min=1, max=LONGEST_DAYS, help="How long it is valid.")] = 3653,
+    days: Annotated[int, typer.Option(min=1, max=LONGEST_DAYS, help="How long it is valid.")] = AUTHORITY_DAYS,
 ) -> None:
     """Make a study's certificate authority. Whoever has its folder can let others in: keep it off the network."""
     from nnunet_fed.certificates.authority import Authority
@@ -49,7 +48,7 @@ def init(
 
 
 @app.command()
-def site(folder: Folder, name: SiteName, host: Hosts = None, days: SiteDays = 396, renew: Renew = False) -> None:
+def site(folder: Folder, name: SiteName, host: Hosts = None, days: SiteDays = SITE_DAYS, renew: Renew = False) -> None:
     """Make a key and a certificate for a site, or (NAME coordinator) for the coordinator."""
     from nnunet_fed.certificates.authority import Authority
 
@@ -80,7 +79,7 @@ def sign(
     request: Annotated[Path, typer.Argument(metavar="REQUEST.csr", help="What the site has sent.")],
     name: Annotated[str, typer.Option(metavar="NAME", help="The site that has sent it; must be the request's name.")],
     host: Hosts = None,
-    days: SiteDays = 396,
+    days: SiteDays = SITE_DAYS,
     renew: Renew = False,
 ) -> None:
     """Sign a site's request. Compare the fingerprint with the site's before you send the certificate."""

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from nnunet_fed.cli import study_options
-from nnunet_fed.cli.option_values import named_folders, named_labels, named_values
+from nnunet_fed.cli.option_values import named_values
+from nnunet_fed.cli.shared_options import MachineOptions, SiteOptions, StudyOptions, grouped
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.study.methods import METHODS
 
@@ -17,8 +17,10 @@ TOLERANCE = 2.0
 """Of NSD in mm; ours. Choose it by what two readers of the structure differ by."""
 
 
+@grouped
 def compare(
-    sites: study_options.Sites,
+    *,
+    sites: SiteOptions,
     out: Annotated[Path, typer.Option(help="A new folder, or that of an earlier call, which goes on there.")],
     methods: Annotated[
         str,
@@ -36,24 +38,9 @@ def compare(
             metavar="METHOD.NAME=VALUE", help="An option of a method or variant; repeat for more. The tables tell it."
         ),
     ] = None,
-    rounds: study_options.Rounds = 10,
-    local_epochs: study_options.LocalEpochs = 1,
-    iterations: study_options.Iterations = 250,
-    val_iterations: study_options.ValIterations = 10,
-    config: study_options.Configuration = "3d_fullres",
-    planner: study_options.Planner = "nnUNetPlannerFedSmall",
-    lr: study_options.LearningRate = 0.01,
-    momentum: study_options.Momentum = 0.99,
-    fold: Annotated[str, typer.Option(help="Cross-validation fold.")] = "0",
-    weighting: study_options.Weighting = "cases",
-    deadline_minutes: study_options.Deadline = 60.0,
-    cross_site: Annotated[
-        bool, typer.Option("--cross-site", help="Evaluate each site's model at each site, too; not with gcml.")
-    ] = False,
-    labels: study_options.Labels = None,
+    study_options: StudyOptions,
     nsd_tolerance: Annotated[float, typer.Option(min=0.0, help="Tolerance of NSD in mm.")] = TOLERANCE,
-    device: study_options.Device = "cpu",
-    threads: study_options.Threads = None,
+    machine: MachineOptions,
 ) -> None:
     """Train every method on the same sites, plans, start and budget, and say how they differ, with intervals."""
     from nnunet_fed.comparison.arms import Comparison
@@ -62,17 +49,10 @@ def compare(
     from nnunet_fed.comparison.tables import tables
     from nnunet_fed.evaluation.surface import require_monai
 
-    folders = named_folders(sites)
-    settings = study_options.study_settings(
-        config=config, planner=planner, fold=fold, rounds=rounds, local_epochs=local_epochs, iterations=iterations,
-        val_iterations=val_iterations, lr=lr, momentum=momentum, weighting=weighting,
-        deadline_minutes=deadline_minutes, cross_site=cross_site,
-    )  # fmt: skip
     names, variants = _methods(methods)
-    maps = named_labels(labels or [], folders)
     comparison = Comparison(
-        folders, out, names, tuple(range(seed, seed + seeds)), settings, _by_method(option or []), variants, maps,
-        device, threads,
+        sites.folders(), out, names, tuple(range(seed, seed + seeds)), study_options.settings(),
+        _by_method(option or []), variants, sites.label_maps(), machine.device, machine.threads,
     )  # fmt: skip
     require_monai()
     console = Console(stderr=True)

@@ -9,18 +9,18 @@ from typing import Annotated
 
 import typer
 
-from nnunet_fed.cli.key_options import AuthorityFile, CertificateFile, KeyFile
+from nnunet_fed.cli.shared_options import KeyOptions, grouped
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.study.federation import Federation
 
 
+@grouped
 def coordinator(
+    *,
     study: Annotated[Path, typer.Argument(metavar="FEDERATION.toml", help="The study.")],
     listen: Annotated[str, typer.Option(metavar="HOST:PORT", help="Address to listen on.")],
     state: Annotated[Path, typer.Option(metavar="DIR", help="The coordinator's memory.")],
-    cert: CertificateFile = None,
-    key: KeyFile = None,
-    ca: AuthorityFile = None,
+    keys: KeyOptions,
     revoked: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Certificates no longer accepted; read again when it changes.")
     ] = None,
@@ -55,12 +55,12 @@ def coordinator(
     if log_json:
         log_as_json()
     keep_buffers(COORDINATOR)
-    keys = KeyFiles.given(cert, key, ca)
+    key_files = KeyFiles.given(keys.cert, keys.key, keys.ca)
     federation = Federation.read(study)
     tracker = FederationTracker(tensorboard) if tensorboard is not None else None
     coordinator = Coordinator(federation, Store(state), new_attempt, int(spool_quota * 1e9), tracker)
     pages = StatusServer(coordinator, http, http_insecure) if http is not None else None
-    server = CoordinatorServer(coordinator, listen, insecure, keys, revoked, pages.meter if pages else None)
+    server = CoordinatorServer(coordinator, listen, insecure, key_files, revoked, pages.meter if pages else None)
     stopped = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopped.set())

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from pydantic import ValidationError
 from rich.console import Console
 
-from nnunet_fed.cli.key_options import AuthorityFile, CertificateFile, KeyFile
+from nnunet_fed.cli.shared_options import KeyOptions, grouped
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.study.federation import WATCHER
 from nnunet_fed.study.site import Site
 from nnunet_fed.study.toml import explain
 
 
+@grouped
 def status(
+    *,
     address: Annotated[
         str | None, typer.Option("--coordinator", metavar="HOST:PORT", help="Default: the one in site.toml.")
     ] = None,
-    cert: CertificateFile = None,
-    key: KeyFile = None,
-    ca: AuthorityFile = None,
+    keys: KeyOptions,
     server_name: Annotated[
         str | None, typer.Option(metavar="HOST", help="The coordinator's name in its certificate, if it differs.")
     ] = None,
@@ -34,7 +33,7 @@ def status(
     from nnunet_fed.coordinator.watch import status_table, watch
     from nnunet_fed.transport.site.client import GrpcCommunicator
 
-    communicator = GrpcCommunicator(_watcher(address, cert, key, ca, server_name))
+    communicator = GrpcCommunicator(_watcher(address, keys, server_name))
     if as_json:
         print(json.dumps(communicator.status(record=True), indent=2))
     elif once:
@@ -43,13 +42,11 @@ def status(
         watch(communicator.status, lambda: True, Console())
 
 
-def _watcher(
-    address: str | None, cert: Path | None, key: Path | None, ca: Path | None, server_name: str | None
-) -> Site:
+def _watcher(address: str | None, given: KeyOptions, server_name: str | None) -> Site:
     """Settings of who only looks: as in site.toml, or as given."""
     from nnunet_fed.transport.channel.tls import KeyFiles
 
-    keys = KeyFiles.given(cert, key, ca)
+    keys = KeyFiles.given(given.cert, given.key, given.ca)
     if (keys and address is None) or (server_name and keys is None):
         raise ConfigurationError(
             "--coordinator, --cert, --key and --ca go together, and --server-name goes with them. Without them, what "
@@ -59,8 +56,8 @@ def _watcher(
         return Site.from_environment()
     try:
         return Site(
-            name=WATCHER, coordinator=address, certificate=cert, key=key, ca=ca, server_name=server_name,
-            insecure=keys is None,
+            name=WATCHER, coordinator=address, certificate=given.cert, key=given.key, ca=given.ca,
+            server_name=server_name, insecure=keys is None,
         )  # fmt: skip
     except ValidationError as error:
         raise ConfigurationError(f"--{explain(error, Site)}") from None

@@ -5,7 +5,7 @@ pydantic only: the coordinator reads them, and it has no torch.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
@@ -38,7 +38,8 @@ class MethodTable(Table):
     LAST_MODEL: ClassVar[str] = "global"
     """``checkpoint_{LAST_MODEL}.pth`` is the model after the rounds that is evaluated beside the deployed one."""
 
-    name: str
+    if TYPE_CHECKING:
+        name: str
 
     own_channels_option: ClassVar[str | None] = None
     """The option with which each site has input channels of its own; ``None``: the method has no such option."""

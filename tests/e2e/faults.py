@@ -30,7 +30,6 @@ options.CHANNEL_OPTIONS = tuple(
     (name, settings["keepalive"].get(name, value)) for name, value in options.CHANNEL_OPTIONS
 )
 from nnunet_fed.errors import RoundClosedError
-from nnunet_fed.study.federation import Federation
 from nnunet_fed.study.site import Site
 from nnunet_fed.exchange.outgoing_log import OutgoingLog
 from nnunet_fed.transport.site.client import GrpcCommunicator

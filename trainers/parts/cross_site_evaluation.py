@@ -13,6 +13,7 @@ from nnunet_fed.exchange.cross_site_matrix import DICE, Column, matrix, model_ke
 from nnunet_fed.methods.tensors import load_arrays, shared_tensors, to_arrays
 from nnunet_fed.trainers.parts.further_validation import mean_dice, validate_below, weights_kept
 from nnunet_fed.trainers.parts.publishing import publish
+from nnunet_fed.trainers.parts.training_record import RECORD
 
 if TYPE_CHECKING:
     from nnunet_fed.trainers.parts.federated_trainer import FederatedTrainer
@@ -81,7 +82,7 @@ def evaluate_across_sites(trainer: FederatedTrainer, save_probabilities: bool, t
 
 def _recorded(folder: Path) -> dict[str, Any]:
     """What this training's record has of it; a training that starts anew starts a new record."""
-    path = folder / "federation.json"
+    path = folder / RECORD
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     found: dict[str, Any] = content.get("cross_site", {})
     return found

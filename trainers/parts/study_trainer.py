@@ -106,31 +106,25 @@ class StudyTrainer(nnUNetTrainer):
 
     @classmethod
     def options_of(cls, study: Federation) -> Any:
-        """The options of this trainer's method, as a study has them.
-
-        Those of a method from outside the package (``custom``) are checked here, by the trainer's own ``Options``.
+        """The method's options in a study; those of a method from outside the package are checked by :attr:`Options`.
 
         Raises:
-            ConfigurationError: the study is of another method or trainer, or this one does not take its options.
+            ConfigurationError: the study is of another method, or trainer, or the options are not this one's.
         """
-        method = study.method
-        if method.name != cls.method or not isinstance(method, (cls.Options, Custom)):
+        table = study.method
+        if table.name != cls.method or (table.name == "custom" and table.trainer_name != cls.__name__):
+            asked = f"the trainer '{table.trainer_name}'" if table.name == "custom" else f"the method '{table.name}'"
             raise ConfigurationError(
-                f"The trainer '{cls.__name__}' does the method '{cls.method}', not '{method.name}', for which the "
-                "study and its plans were made. Use the trainer of that method, or plan for another study."
+                f"The study '{study.name}', for which the plans were made, is of {asked}; '{cls.__name__}' does the "
+                f"method '{cls.method}'. Use the trainer that goes with it, or plan for another study."
             )
-        if not isinstance(method, Custom):
-            return method
-        if method.trainer != cls.__name__:
-            raise ConfigurationError(
-                f"The study and its plans are of the trainer '{method.trainer}', not of '{cls.__name__}': train with "
-                "that one, or plan for another study."
-            )
+        if not isinstance(table, Custom):
+            return table
         try:
-            return cls.Options.model_validate({**method.options, "name": method.name})
+            return cls.Options.model_validate(table.options)
         except ValidationError as error:
             raise ConfigurationError(
-                f"The options of '{cls.__name__}' in the study's table: {explain(error, cls.Options)}"
+                f"The options of '{cls.__name__}' in the study '{study.name}': {explain(error, cls.Options)}"
             ) from None
 
     def require_own_fold(self) -> None:

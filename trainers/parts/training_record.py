@@ -33,7 +33,7 @@ class TrainingRecord:
         self._path = path
         self._content: dict[str, Any] = {"rounds": [], "events": []}
         if resumed and path.is_file():
-            self._content = json.loads(path.read_text())
+            self._content = json.loads(path.read_text(encoding="utf-8"))
 
     def describe(self, **facts: Any) -> None:
         """Note facts of the training, and the versions it runs with."""

@@ -27,6 +27,12 @@ class Custom(MethodTable):
         """Name of the trainer that does it."""
         return self.trainer
 
+    @property
+    def fine_tuning(self) -> int:
+        """Epochs of fine-tuning after the rounds, if the trainer has the option."""
+        found = self.options.get("finetune_epochs", 0)
+        return found if isinstance(found, int) else 0
+
     @field_validator("options")
     @classmethod
     def _options_are_json(cls, options: dict[str, Any]) -> dict[str, Any]:
