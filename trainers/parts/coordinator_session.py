@@ -30,7 +30,7 @@ class CoordinatorSession:
 
     Raises:
         ConfigurationError: the attempt is not the federation's.
-        RefusedError: see :meth:`nnunet_fed.coordinator.coordinator.Coordinator.join`.
+        RefusedError: see :meth:`nnunet_fed.coordinator.members.Members.join`.
         UnreachableError: no coordinator answers.
     """
 
