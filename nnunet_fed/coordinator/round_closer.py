@@ -9,7 +9,7 @@ import logging
 import sqlite3
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -181,8 +181,8 @@ class RoundCloser:
         (:meth:`wait_until_saved`): the collective is open again, and the sites contribute what was lost once more.
         """
         self._withdraw_removed()
-        for collective in self._open():
-            self._deadlines.left(collective)  # from now on it waits again
+        for waiting in self._open():
+            self._deadlines.left(waiting)  # from now on it waits again
         for run, key in dict.fromkeys(self._store.spooled().values()):
             collective = self._store.collective(run, key)
             if collective is None:
@@ -233,12 +233,11 @@ class RoundCloser:
     def _taking_part(self, run: str, scope: str) -> list[str]:
         """The sites of a scope (rule 3 of the protocol): those that are frozen in it; else, once the first round of a
         training has begun, those that have joined; else all of the study."""
-        sites = self._study.sites
-        participants = self._store.participants(run, scope)
+        participants: Iterable[str] | None = self._store.participants(run, scope)
         if participants is None:
             begun = self._store.participants(run, scope_of_round(0)) is not None
-            participants = self._store.standing(run) if begun else sites  # type: ignore[assignment]
-        return [site for site in sites if site in participants]
+            participants = self._store.standing(run) if begun else self._study.sites
+        return [site for site in self._study.sites if site in set(participants)]
 
     def _expected(self, run: str, scope: str) -> list[str]:
         standing = self._store.standing(run)
