@@ -90,6 +90,8 @@ class RoundCloser:
             try:
                 with self._changed:
                     self._deadlines.note(self._open())
+            except sqlite3.ProgrammingError:  # the store was closed without this
+                return
             except sqlite3.Error:  # a full disk, say: the next note tells the same
                 logger.exception("how long the rounds have waited could not be journalled")
 
