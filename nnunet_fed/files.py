@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 import stat
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_fed.errors import ConfigurationError
+from nnunet_fed.strict_json import to_json
 
 PARTIAL = ".part"
 """Ending of a file or folder that is still being written."""
@@ -69,13 +69,9 @@ def write_text(path: Path, text: str, *, durable: bool = True) -> None:
     write_bytes(path, text.encode(), durable=durable)
 
 
-def write_json(path: Path, value: Any, *, indent: int | None = 2, allow_nan: bool = True) -> None:
-    """Replace a file, or make it, with JSON; see :func:`replacing`.
-
-    Raises:
-        ValueError: a number is not finite, and ``allow_nan`` does not have it.
-    """
-    write_text(path, json.dumps(value, indent=indent, allow_nan=allow_nan) + "\n")
+def write_json(path: Path, value: Any, *, indent: int | None = 2) -> None:
+    """Replace a file, or make it, with JSON, in which a number that is not finite is null; see :func:`replacing`."""
+    write_text(path, to_json(value, indent) + "\n")
 
 
 def move(source: Path, target: Path) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from nnunet_fed.errors import ConfigurationError
+from nnunet_fed.strict_json import to_json
 
 FIELDS = ("run", "round", "key", "site")
 FLUSH_SECONDS = 10
@@ -25,7 +25,7 @@ class JsonLines(logging.Formatter):
         line.update({name: getattr(record, name) for name in FIELDS if hasattr(record, name)})
         if record.exc_info:
             line["error"] = self.formatException(record.exc_info)
-        return json.dumps(line)
+        return to_json(line)
 
 
 def log_as_json() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import tempfile
@@ -14,6 +13,7 @@ from nnunet_fed.exchange.communicator import LocalCommunicator, LocalFederation
 from nnunet_fed.exchange.outgoing_log import FILE, Outgoing, array_entry, value_entry
 from nnunet_fed.exchange.payload import Array, encode, measure
 from nnunet_fed.planners.planning import DESCRIPTIONS, agree
+from nnunet_fed.strict_json import to_json
 from nnunet_fed.study.federation import Federation, canonical_json
 from nnunet_fed.study.site import Site
 
@@ -87,7 +87,7 @@ def dry_run_planning(
         if not dependent and entry["key"] not in INDEPENDENT:
             dependent = True
             write(_DEPENDENT)
-        write(json.dumps(entry))
+        write(to_json(entry))
 
     write(_BEFORE.format(site=site))
     with _preprocessed_elsewhere(), redirect_stdout(sys.stderr):  # for what nnU-Net prints

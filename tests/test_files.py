@@ -73,13 +73,12 @@ def test_text_is_utf_8_with_its_own_line_ends(tmp_path: Path) -> None:
     assert (tmp_path / "elsewhere").read_bytes() == "ä".encode()
 
 
-def test_json_ends_with_a_line_end_and_refuses_what_is_no_number_if_asked_to(tmp_path: Path) -> None:
+def test_json_ends_with_a_line_end_and_has_null_for_what_is_undefined(tmp_path: Path) -> None:
     path = tmp_path / "value.json"
     files.write_json(path, {"a": [1]}, indent=None)
     assert path.read_text() == '{"a": [1]}\n'
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        files.write_json(path, float("nan"), allow_nan=False)
-    assert path.read_text() == '{"a": [1]}\n'
+    files.write_json(path, {"a": [float("nan"), {"b": float("inf")}, (1.5, -float("inf"))]}, indent=None)
+    assert path.read_text() == '{"a": [null, {"b": null}, [1.5, null]]}\n'
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["disk", "Ctrl-C"])

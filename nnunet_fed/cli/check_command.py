@@ -19,6 +19,7 @@ from nnunet_fed.errors import FederationError
 from nnunet_fed.exchange.keys import PLANS
 from nnunet_fed.preflight import site_checks as checks
 from nnunet_fed.preflight.site_checks import Finding, Outcome
+from nnunet_fed.strict_json import to_json
 from nnunet_fed.study.federation import Federation, study_in
 from nnunet_fed.study.site import SITE_FILE_VARIABLE, Site
 
@@ -54,7 +55,7 @@ def check(
             if not as_json:
                 typer.echo(finding.line)
     if as_json:
-        typer.echo(json.dumps([asdict(finding) for finding in findings], indent=2))
+        typer.echo(to_json([asdict(finding) for finding in findings], indent=2))
     raise typer.Exit(checks.exit_status(findings))
 
 

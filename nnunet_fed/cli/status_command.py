@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
@@ -11,6 +10,7 @@ from rich.console import Console
 
 from nnunet_fed.cli.shared_options import KeyOptions, grouped
 from nnunet_fed.errors import ConfigurationError
+from nnunet_fed.strict_json import to_json
 from nnunet_fed.study.federation import WATCHER
 from nnunet_fed.study.site import Site
 from nnunet_fed.study.toml import explain
@@ -35,7 +35,7 @@ def status(
 
     communicator = GrpcCommunicator(_watcher(address, keys, server_name))
     if as_json:
-        print(json.dumps(communicator.status(record=True), indent=2))
+        print(to_json(communicator.status(record=True), indent=2))
     elif once:
         Console().print(status_table(communicator.status()))
     else:

@@ -44,7 +44,7 @@ def write_results(
     content = figures(settings, rows, summaries, tolerance, left_out)
     write_csv(comparison.out / "compare.csv", rows)
     write_text(comparison.out / "compare.md", markdown(content))
-    write_json(comparison.out / "compare.json", content, allow_nan=False)
+    write_json(comparison.out / "compare.json", content)
     return content
 
 

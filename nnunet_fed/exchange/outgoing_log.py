@@ -18,7 +18,6 @@ it is an upload.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
@@ -27,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from nnunet_fed.exchange.payload import Array, Tensors, layout_of, schema_of
+from nnunet_fed.strict_json import to_json
 
 FILE = "outgoing.jsonl"
 LARGEST_ARRAY = 1024
@@ -48,7 +48,7 @@ class OutgoingLog:
 
     def __call__(self, entry: Mapping[str, Any]) -> None:
         """Write one entry, and the time."""
-        line = json.dumps({"at": datetime.now(timezone.utc).isoformat(timespec="milliseconds"), **entry})
+        line = to_json({"at": datetime.now(timezone.utc).isoformat(timespec="milliseconds"), **entry})
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")

@@ -50,6 +50,7 @@ from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.exchange.payload import Tensors, encode, header_of, layout_of, measure, schema_of
 from nnunet_fed.files import flush, move, write_json
 from nnunet_fed.gossip.schedule import Version
+from nnunet_fed.strict_json import to_json
 from nnunet_fed.study.federation import digest_of
 
 LETTER, PAYLOAD = "letter.json", "payload.safetensors"
@@ -158,7 +159,7 @@ class Mailbox:
                 digest, size = measure(written())
             letter = Letter(run, version, training_cases, initial, described(tensors)[0], digest, size)
             facts = {**asdict(letter), "candidates": list(candidates)}
-            (parts / LETTER).write_text(json.dumps(facts), encoding="utf-8")
+            (parts / LETTER).write_text(to_json(facts), encoding="utf-8")
         except BaseException:
             shutil.rmtree(parts)
             raise
@@ -275,7 +276,7 @@ class Mailbox:
         parts.mkdir()
         try:
             move(payload, parts / PAYLOAD)
-            (parts / LETTER).write_text(json.dumps(asdict(letter)), encoding="utf-8")
+            (parts / LETTER).write_text(to_json(asdict(letter)), encoding="utf-8")
             for path in (parts / PAYLOAD, parts / LETTER, parts):
                 flush(path)
         except BaseException:
@@ -301,7 +302,7 @@ class Mailbox:
 
     def note_event(self, **entry: Any) -> None:
         """Add to :meth:`history`, with the time."""
-        line = json.dumps({"at": datetime.now(timezone.utc).isoformat(timespec="milliseconds"), **entry})
+        line = to_json({"at": datetime.now(timezone.utc).isoformat(timespec="milliseconds"), **entry})
         with (self.folder / "history.jsonl").open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 

@@ -119,10 +119,10 @@ def simulate(simulation: Simulation, console: Console) -> dict[str, Any]:
             return any(going)
 
         watch(_patient(communicator.status), running, console)
-        write_json(out / "record.json", communicator.status(record=True), allow_nan=False)
+        write_json(out / "record.json", communicator.status(record=True))
     sites = {place.name: site_summary(place.results(study), place.labels, place.fold) for place in places}
     summary = summarise(study, sites, time.monotonic() - started)
-    write_json(out / "summary.json", summary, allow_nan=False)
+    write_json(out / "summary.json", summary)
     return summary
 
 

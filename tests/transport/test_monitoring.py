@@ -27,12 +27,14 @@ from nnunet_fed.coordinator.coordinator import Coordinator
 from nnunet_fed.coordinator.log_fields import about
 from nnunet_fed.coordinator.store import Store
 from nnunet_fed.coordinator.verdict import Offer
+from nnunet_fed.coordinator.watch import status_table
 from nnunet_fed.errors import ConfigurationError, RefusedError
 from nnunet_fed.logs import JsonLines
 from nnunet_fed.study.site import Site
 from nnunet_fed.transport.channel.tls import KeyFiles
 from nnunet_fed.transport.coordinator.http import StatusServer
 from nnunet_fed.transport.coordinator.server import CoordinatorServer
+from nnunet_fed.transport.proto import federation_pb2 as pb
 from nnunet_fed.transport.site.client import GrpcCommunicator
 
 Metrics = dict[tuple[str, tuple[tuple[str, str], ...]], float]
@@ -121,6 +123,23 @@ def test_status_and_metrics_of_a_round(watched: Watched) -> None:
     shown = json.loads(body)
     assert shown["sites"]["a"]["progress"] == {"phase": "training", "loss": 0.5}
     assert shown["digest"] == watched.study.digest
+
+
+def test_a_figure_that_is_undefined_is_null_wherever_it_is_told(watched: Watched) -> None:
+    """A site without foreground has no Dice; a site of version 0.1 calls it NaN, which is no JSON."""
+
+    def no_json(constant: str) -> None:
+        raise AssertionError(constant)
+
+    a = watched.seat("a")
+    told = '{"phase": "training", "loss": NaN, "dice": Infinity}'
+    a._stub.Report(pb.ReportRequest(run=a.run, site="a", progress=told), timeout=10)
+    for text in (watched.get("/status")[2], a._stub.Status(pb.StatusRequest(record=True), timeout=10).status):
+        progress = json.loads(text, parse_constant=no_json)["sites"]["a"]["progress"]
+        assert progress == {"phase": "training", "loss": None, "dice": None}
+    a.report({"phase": "training", "loss": float("nan"), "dice": 0.5}, wait=True)
+    assert a.status()["sites"]["a"]["progress"] == {"phase": "training", "loss": None, "dice": 0.5}
+    assert status_table(a.status()).row_count == 2
 
 
 def test_who_is_waited_for(watched: Watched) -> None:

@@ -65,5 +65,5 @@ def evaluate_lesions(trainer: nnUNetTrainer) -> None:
         **aggregate(cases.values()),
         "cases": {case: {name: asdict(result) for name, result in found.items()} for case, found in cases.items()},
     }
-    write_json(folder / FILE, content, allow_nan=False)
+    write_json(folder / FILE, content)
     trainer.print_to_log_file(f"Dice and recall by lesion size are in {folder / FILE}.")

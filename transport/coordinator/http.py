@@ -6,7 +6,6 @@ the user insists (docs/operations.md). Source: ours.
 
 from __future__ import annotations
 
-import json
 import logging
 import socket
 import threading
@@ -19,6 +18,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 
 from nnunet_fed.coordinator.coordinator import Coordinator
 from nnunet_fed.errors import ConfigurationError
+from nnunet_fed.strict_json import to_json
 from nnunet_fed.transport.channel.options import is_loopback
 from nnunet_fed.transport.coordinator.metrics import CoordinatorCollector, Meter
 
@@ -77,7 +77,7 @@ class StatusServer:
 
 def _application(coordinator: Coordinator, registry: CollectorRegistry) -> Callable[..., Iterable[bytes]]:
     pages: dict[str, tuple[str, Callable[[], bytes]]] = {
-        "/status": ("application/json", lambda: json.dumps(coordinator.status()).encode()),
+        "/status": ("application/json", lambda: to_json(coordinator.status()).encode()),
         "/metrics": (CONTENT_TYPE_LATEST, lambda: generate_latest(registry)),
     }
 

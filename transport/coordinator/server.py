@@ -18,6 +18,7 @@ from nnunet_fed.coordinator.verdict import Offer
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.exchange.communicator import Verb
 from nnunet_fed.exchange.payload import chunks
+from nnunet_fed.strict_json import to_json
 from nnunet_fed.study.federation import Fold
 from nnunet_fed.study.table import NEWEST_PROTOCOL, OLDEST_PROTOCOL
 from nnunet_fed.transport.channel.listener import Listener, Refusals, refuse
@@ -212,7 +213,7 @@ class _Service(CoordinatorServicer):  # type: ignore[misc]
         with Refusals(context, "The coordinator's disk"):
             protocol = spoken_protocol(OLDEST_PROTOCOL, request.newest_protocol)
             status = self._coordinator.status(request.record, protocol or OLDEST_PROTOCOL)
-            return pb.StatusReply(status=json.dumps(status))
+            return pb.StatusReply(status=to_json(status))
 
 
 def _fold_of(request: pb.JoinRequest, context: grpc.ServicerContext) -> Fold | None:

@@ -18,6 +18,7 @@ from nnunet_fed.exchange.communicator import Verb, check_weight
 from nnunet_fed.exchange.outgoing_log import Outgoing, array_entry, tensors_entry, value_entry
 from nnunet_fed.exchange.payload import Array, Tensors, check_finite, decode, encode
 from nnunet_fed.exchange.precision import narrow, widen
+from nnunet_fed.strict_json import to_json
 from nnunet_fed.study.federation import Federation, Fold, canonical_json
 from nnunet_fed.study.site import Site
 from nnunet_fed.study.table import NEWEST_PROTOCOL, OLDEST_PROTOCOL
@@ -155,7 +156,7 @@ class GrpcCommunicator:
 
     def report(self, progress: dict[str, Any], wait: bool = False) -> None:
         """Tell what this site is doing, to those who watch; never fails, and waits only when told to."""
-        request = pb.ReportRequest(run=self.run, site=self.site, progress=json.dumps(progress))
+        request = pb.ReportRequest(run=self.run, site=self.site, progress=to_json(progress))
         self._sends("report", run=self.run, progress=progress)
         call = self._stub.Report.future(request, timeout=30)
         if wait:
