@@ -113,3 +113,9 @@ def test_a_trainer_that_is_not_there(sites: InProcess, trainer: type[Any]) -> No
         check_custom_trainer(sites.study(method=wanted))
     with pytest.raises(ConfigurationError, match="'nnUNetTrainerFedAvg' does the method 'fedavg'"):
         check_custom_trainer(sites.study(method={**wanted, "trainer": "nnUNetTrainerFedAvg"}))
+
+
+def test_a_file_of_the_users_that_cannot_be_imported(sites: InProcess, tmp_path: Path, trainer: type[Any]) -> None:
+    (tmp_path / "my_trainers" / f"{NAME}.py").write_text("class nnUNetTrainerFedClip(", encoding="utf-8")
+    with pytest.raises(ConfigurationError, match=f"Looking for the trainer '{NAME}' .* ended in SyntaxError"):
+        check_custom_trainer(sites.study(method=method()))

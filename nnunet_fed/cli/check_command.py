@@ -154,10 +154,13 @@ class _Check:
         yield checks.check_versions(site.name, told)
 
     def _check_trainer(self) -> Finding:
-        from nnunet_fed.simulation.simulate import plugin_folder
+        from nnunet_fed.simulation.simulate import plugin_folder, require_trainer
 
         expected = self.study.method.trainer_name if self.study else None
-        return checks.check_trainer(plugin_folder(), self.trainer, expected)
+        finding = checks.check_trainer(plugin_folder(), self.trainer, expected)
+        if finding.state is Outcome.ok and self.study:
+            require_trainer(self.study)
+        return finding
 
     def _preprocessed(self) -> Path | None:
         """Folder of the data set in which the site will train: the mapped one, if its labels are mapped."""

@@ -38,25 +38,20 @@ def plan_and_preprocess(
         raise ConfigurationError("--dry-run goes without --join, which sends nothing of this site's data.")
     site = Site.from_environment()
     if dry_run:
-        communicator = GrpcCommunicator(site)
-        dry_run_planning(
-            site,
-            Federation.restore(communicator.status()["study"]),
-            dataset,
-            processes,
-            partial(print, file=sys.stdout),
-        )
+        study = Federation.restore(GrpcCommunicator(site).status()["study"])
+        require_trainer(study)
+        dry_run_planning(site, study, dataset, processes, partial(print, file=sys.stdout))
         return
     outgoing = OutgoingLog(preprocessed_folder(dataset) / FILE)
     communicator = GrpcCommunicator(site, outgoing=outgoing)
     study = communicator.join("planning")
-    require_trainer(study)
 
     def report(phase: str) -> None:
         communicator.report({"phase": phase, "rounds": study.rounds}, wait=True)
 
     run = join_and_preprocess if join else plan
     try:
+        require_trainer(study)
         result = run(communicator, study, dataset, configurations, processes, report, labels=site.label_map)
     except BaseException as error:
         report("failed")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from nnunet_fed.coordinator.store import Store
 from nnunet_fed.errors import ConfigurationError
@@ -43,11 +44,15 @@ def open_study(study: Federation, store: Store, new_attempt: bool) -> tuple[Fede
 def _check_same(known: Federation, study: Federation, folder: Path) -> None:
     if known.digest == study.digest:
         return
-    before, now = known.stored(), study.stored()
-    edited = sorted(
-        name for name in {*before, *now} - study.OPERATIONAL if before.get(name) != now.get(name)
-    )  # fmt: skip
+    before, now = _mathematics(known), _mathematics(study)
+    edited = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
     raise ConfigurationError(
         f"The state directory {folder} belongs to another study: what changes the mathematics was edited since "
         f"({', '.join(edited)}). Undo that, or give the new study another --state."
     )
+
+
+def _mathematics(study: Federation) -> dict[str, Any]:
+    """By the name of the field; the method's own fields by ``method.NAME``."""
+    content = {name: value for name, value in study.stored().items() if name not in study.OPERATIONAL}
+    return {**content, **{f"method.{name}": value for name, value in content.pop("method").items()}}

@@ -130,10 +130,10 @@ class Store:
                     for statement in SCHEMA.split(";"):
                         self._journal.execute(statement)
                     self._set_format()
-        except sqlite3.OperationalError as error:
+        except sqlite3.DatabaseError as error:
             raise ConfigurationError(
                 f"The state directory {folder} cannot be opened ({error}). If another coordinator uses it, "
-                "stop that one or give this one another --state."
+                "stop that one or give this one another --state. If its journal is damaged, restore a back-up."
             ) from None
         if self.fact("format") == FORMAT_OF_0_1:
             if not migrate:
@@ -177,7 +177,8 @@ class Store:
             self._journal.backup(journal)
         finally:
             journal.close()
-        make_durable(part / "journal.sqlite")
+        for written in (part / "journal.sqlite", part / self.spool.name, part / self.results.name):
+            make_durable(written)
         move(part, copy)
         make_durable(copy)
         logger.warning(

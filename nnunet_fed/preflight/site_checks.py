@@ -18,6 +18,7 @@ from typing import Any
 
 from nnunet_fed.agreement.plan_digest import plans_digest
 from nnunet_fed.study.federation import PLANS_KEY, Federation, study_in
+from nnunet_fed.study.methods import METHODS
 
 PACKAGES = ("nnunet-fed", "nnunetv2", "torch", "grpcio")
 """Whose versions the sites compare."""
@@ -222,7 +223,12 @@ def check_trainer(plugin: Path, trainer: str | None, expected: str | None) -> Fi
         remedy = f'Say: export {EXTERNAL_TRAINERS}="$(nnunet_fed plugin-path)"'
         return Finding("trainer", Outcome.failed, text, remedy)
     if trainer and expected and trainer != expected:
-        return Finding("trainer", Outcome.failed, f"the study needs {expected}, not {trainer}.", f"Use -tr {expected}.")
+        own = {table.own_trainer() for table in METHODS.values()}
+        if trainer in own or expected not in own:
+            text = f"the study needs {expected}, not {trainer}."
+            return Finding("trainer", Outcome.failed, text, f"Use -tr {expected}.")
+        text = f"{trainer} is not {expected}, the package's own trainer of the study's method."
+        return Finding("trainer", Outcome.warning, text, "It has to be a trainer of that method (docs/new_method.md).")
     return Finding("trainer", Outcome.ok, trainer or expected or "nnU-Net finds the federated trainers")
 
 

@@ -361,6 +361,9 @@ def test_plans_that_are_looked_for(at: AtASite) -> None:
 
 def test_the_trainer(at: AtASite, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "needs T, not U" in checks.check_trainer(plugin_folder(), "U", "T").text
+    average, adam = "nnUNetTrainerFedAvg", "nnUNetTrainerFedAdam"
+    assert checks.check_trainer(plugin_folder(), adam, average).state is Outcome.failed
+    assert checks.check_trainer(plugin_folder(), "nnUNetTrainerMine", average).state is Outcome.warning
     monkeypatch.setenv(checks.EXTERNAL_TRAINERS, os.pathsep.join(["/elsewhere", str(plugin_folder())]))
     assert checks.check_trainer(plugin_folder(), None, "T").state is Outcome.ok
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -113,10 +114,17 @@ def test_a_study_keeps_the_defaults_of_the_version_that_opened_it(
     assert Federation.restore(json.loads((tmp_path / "plans.json").read_text())) == study
 
 
-def test_what_was_edited_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("edited", "named"),
+    [
+        ({"local_epochs": 7, "initial_lr": 0.5, "min_sites": 1}, "initial_lr, local_epochs"),
+        ({"method": {"name": "fedavg", "finetune_epochs": 1}}, "method.finetune_epochs"),
+    ],
+)
+def test_what_was_edited_is_named(tmp_path: Path, edited: dict[str, Any], named: str) -> None:
     Coordinator(make_study("ab"), Store(tmp_path)).close()
-    with pytest.raises(ConfigurationError, match=r"was edited since \(initial_lr, local_epochs\)"):
-        Coordinator(make_study("ab", local_epochs=7, initial_lr=0.5, min_sites=1), Store(tmp_path))
+    with pytest.raises(ConfigurationError, match=rf"was edited since \({re.escape(named)}\)"):
+        Coordinator(make_study("ab", **edited), Store(tmp_path))
 
 
 class NewerFederation(Federation):

@@ -32,6 +32,16 @@ def check_custom_trainer(study: Federation) -> None:
         raise ConfigurationError(
             f"The trainer '{study.method.trainer}' is no federated one: derive it from one of nnunet_fed's."
         )
+    method = getattr(found, "method", None)
+    if method is None:
+        raise ConfigurationError(
+            f"The trainer '{study.method.trainer}' names no method: write method = \"custom\" into its class."
+        )
+    if method != study.method.name:
+        raise ConfigurationError(
+            f"The trainer '{study.method.trainer}' does the method '{method}': let the study name that one instead of "
+            f"'custom' (name = \"{method}\" in federation.toml, --method {method} on a command line)."
+        )
     found.options_of(study)
 
 
@@ -44,4 +54,9 @@ def _find(name: str) -> type[Any]:
             f"There is no trainer '{name}' in the folders of {FOLDERS} ({os.environ.get(FOLDERS) or 'not set'}). Put "
             f"its file, {name}.py, into one of them, as docs/new_method.md says."
         ) from None
+    except Exception as error:  # whatever a file of the user's does when it is imported
+        raise ConfigurationError(
+            f"Looking for the trainer '{name}' in the folders of {FOLDERS} ended in {type(error).__name__}: {error}. "
+            "Correct that file."
+        ) from error
     return found
