@@ -55,4 +55,5 @@ def _check_same(known: Federation, study: Federation, folder: Path) -> None:
 def _mathematics(study: Federation) -> dict[str, Any]:
     """By the name of the field; the method's own fields by ``method.NAME``."""
     content = {name: value for name, value in study.stored().items() if name not in study.OPERATIONAL}
-    return {**content, **{f"method.{name}": value for name, value in content.pop("method").items()}}
+    method = content.pop("method")
+    return {**content, **{f"method.{name}": value for name, value in method.items()}}
