@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from harness import PATIENCE, PLANS, command, environment, until
-from warm import Forked
+from warm import EXTRACTION_TAKES, Forked
 
 from nnunet_fed.study.federation import Federation
 from nnunet_fed.study.site import Site
@@ -55,10 +55,10 @@ class PlanningFederation:
         until(lambda: tuple(self.status()["study"]["sites"]) == sites, "the coordinator answers")
         return process
 
-    def plan(self, site: str, *options: str) -> Forked:
+    def plan(self, site: str, *options: str, **more: object) -> Forked:
         here = self.folder / site
         paths = {f"nnUNet_{part}": here / part for part in ("raw", "preprocessed", "results")}
-        variables = environment(**paths, nnUNet_fed_site=here / "site.toml", COLUMNS=200)
+        variables = environment(**paths, nnUNet_fed_site=here / "site.toml", COLUMNS=200, **more)
         words = [command("nnunet_fed"), "plan_and_preprocess", "-d", "1", "-np", "1", *options]
         process = Forked(words, variables, self.log(site))
         self._running.append(process)
@@ -104,7 +104,7 @@ def running(phantom: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 def planned_by_two(running: PlanningFederation) -> PlanningFederation:
     """The sites a and b have planned, though b was killed while it extracted its fingerprint."""
     coordinator = running.serve("site_a", "site_b")
-    a, b = running.plan("site_a"), running.plan("site_b")
+    a, b = running.plan("site_a"), running.plan("site_b", **{EXTRACTION_TAKES: PATIENCE})
     until(lambda: phase(running, "site_b") == "extracting", "b extracts")
     running.kill(b)
     until(lambda: "waiting for site_b (extracting) in 'planning/" in running.log("site_a").read_text(), "a waits")

@@ -234,6 +234,8 @@ def run() -> None:
         runpy.run_path(sys.argv[0], run_name="__main__")
 
 
+EXTRACTION_TAKES = "WARM_EXTRACTION_TAKES"
+"""Variable of a test that wants to meet a site while it extracts: seconds."""
 DRAWING = ("nnUNetv2_train", "plain.py")
 """What trains."""
 
@@ -252,6 +254,7 @@ def sample_few_voxels() -> None:
 
     def init(self: Any, *arguments: Any, **options: Any) -> None:
         original(self, *arguments, **options)
+        time.sleep(float(os.environ.get(EXTRACTION_TAKES, "0")))
         self.num_foreground_voxels_for_intensitystats = 10e4
 
     DatasetFingerprintExtractor.__init__ = init
