@@ -15,21 +15,16 @@ Clock = Callable[[], float]
 class RunningClock:
     """Seconds for which this process has run: no wall clock that is set is in it, and no time in which it was stopped.
 
-    A suspended machine, or a stopped process, could not have heard the sites either.
+    A suspended machine, or a stopped process, could not have heard the sites either. Somebody has to look at it more
+    often than every :data:`LONGEST` seconds.
     """
 
-    TICK, LONGEST = 1.0, 5.0
-    """Seconds between two looks at the clock, and for how long one of them counts at most."""
+    LONGEST = 15.0
+    """Seconds for which the time between two looks counts at most."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._seconds, self._last = 0.0, time.monotonic()
-        threading.Thread(target=self._run, daemon=True, name="clock").start()
-
-    def _run(self) -> None:
-        while True:
-            time.sleep(self.TICK)
-            self()
 
     def __call__(self) -> float:
         """The seconds."""
@@ -74,14 +69,18 @@ class Deadlines:
         """Journal how long open collectives have waited.
 
         Args:
-            collectives: that are open.
+            collectives: all that are open; the others are forgotten.
             exactly: all of them, and not only where the journal is a hundredth of the span behind, or a minute.
         """
         late = []
+        waiting: dict[tuple[str, str], float] = {}
         for collective in collectives:
             waited = self._waited(collective)
             if exactly or waited - collective.waited >= min(60.0, self._span(collective) / 100):
                 late.append((collective, waited))
+            key = (collective.run, collective.key)
+            waiting[key] = self._since[key]
+        self._since = waiting
         if late:
             with self._store.transaction():
                 for collective, waited in late:

@@ -239,7 +239,8 @@ class RoundCloser:
         if participants is None:
             begun = self._store.participants(run, scope_of_round(0)) is not None
             participants = self._store.standing(run) if begun else self._study.sites
-        return [site for site in self._study.sites if site in set(participants)]
+        there = set(participants)
+        return [site for site in self._study.sites if site in there]
 
     def _expected(self, run: str, scope: str) -> list[str]:
         standing = self._store.standing(run)

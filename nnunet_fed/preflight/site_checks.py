@@ -19,6 +19,7 @@ from typing import Any
 from nnunet_fed.agreement.plan_digest import plans_digest
 from nnunet_fed.study.federation import PLANS_KEY, Federation, study_in
 from nnunet_fed.study.methods import METHODS
+from nnunet_fed.study.methods.custom_options import EXTERNAL_TRAINERS
 
 PACKAGES = ("nnunet-fed", "nnunetv2", "torch", "grpcio")
 """Whose versions the sites compare."""
@@ -26,7 +27,6 @@ EQUAL_PACKAGES = ("nnunetv2",)
 """Those in which planning refuses a difference."""
 RAW, PREPROCESSED, RESULTS = "nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"
 FOLDERS = (RAW, PREPROCESSED, RESULTS)
-EXTERNAL_TRAINERS = "nnUNet_extTrainer"
 """Environment variables of nnU-Net."""
 LARGEST_SKEW = 60.0
 """Seconds that two clocks may differ: deadlines are shown by the coordinator's, certificates judged by both."""

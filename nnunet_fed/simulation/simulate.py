@@ -29,7 +29,7 @@ from nnunet_fed.processes import Process, Step, Worker, raise_first, signals_int
 from nnunet_fed.simulation.reuse_plans import DATASET, adopt, check_same_planning
 from nnunet_fed.study.federation import Federation
 from nnunet_fed.study.labels import LabelMap, Sources
-from nnunet_fed.study.methods.custom_options import Custom
+from nnunet_fed.study.methods.custom_options import EXTERNAL_TRAINERS, Custom
 from nnunet_fed.study.site import SITE_FILE_VARIABLE, Site
 from nnunet_fed.study.toml import to_toml
 from nnunet_fed.transport.site.client import GrpcCommunicator
@@ -43,7 +43,6 @@ FOLDS = 5
 """Of nnU-Net's cross-validation, which needs as many cases."""
 STARTUP_SECONDS = 60.0
 NNUNET_FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
-EXTERNAL_TRAINERS = "nnUNet_extTrainer"
 AUGMENTATION_VARIABLE = "nnUNet_n_proc_DA"
 THREAD_VARIABLES = ("nnUNet_fed_threads", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 

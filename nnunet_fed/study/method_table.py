@@ -21,8 +21,6 @@ class MethodTable(Table):
 
     TITLE: ClassVar[str]
     """What people read; ``nnUNetTrainer`` and this is the trainer."""
-    PURPOSE: ClassVar[str]
-    """What it is for, in a few words."""
     MODELS: ClassVar[int] = 1
     """Models with an optimizer that a site trains, or holds while it trains one."""
     DEVICE_FLOATS: ClassVar[int] = 0

@@ -575,6 +575,26 @@ def test_a_name_that_is_removed_in_the_middle_of_a_round(desk: Make) -> None:
     assert at.result(R0) == 2
 
 
+def test_nobody_waits_for_a_site_that_was_sent_away_in_the_middle_of_a_round(desk: Make) -> None:
+    at = desk("abc", min_sites=2)
+    for site in "abc":
+        at.upload(site, "round-0000/before", b"1", verb="gather")
+    at.coordinator._members.send_away(at.run, "c", "quarantined")
+    at.give("a", R0, 1)
+    assert at.missing(R0) == ["b"]
+    at.give("b", R0, 3)
+    assert at.result(R0) == 2
+
+
+def test_what_has_closed_is_not_remembered(desk: Make) -> None:
+    at = desk("ab")
+    for number in range(3):
+        round_of_all(at, number, number)
+    closer = at.coordinator._round_closer
+    closer._deadlines.note(closer._open())
+    assert closer._deadlines._since == {}
+
+
 def test_a_site_that_is_renamed_counts_once(desk: Make) -> None:
     at = desk("ab")
     round_of_all(at, 0, 0)

@@ -11,10 +11,8 @@ from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.study.federation import Federation
-from nnunet_fed.study.methods.custom_options import Custom
+from nnunet_fed.study.methods.custom_options import EXTERNAL_TRAINERS, Custom
 from nnunet_fed.trainers.parts.study_trainer import StudyTrainer
-
-FOLDERS = "nnUNet_extTrainer"
 
 
 def check_custom_trainer(study: Federation) -> None:
@@ -50,13 +48,14 @@ def _find(name: str) -> type[Any]:
         with redirect_stdout(sys.stderr):  # for what nnU-Net prints
             found: type[Any] = recursive_find_trainer_class_by_name(name)
     except RuntimeError:
+        given = os.environ.get(EXTERNAL_TRAINERS) or "not set"
         raise ConfigurationError(
-            f"There is no trainer '{name}' in the folders of {FOLDERS} ({os.environ.get(FOLDERS) or 'not set'}). Put "
-            f"its file, {name}.py, into one of them, as docs/new_method.md says."
+            f"There is no trainer '{name}' in the folders of {EXTERNAL_TRAINERS} ({given}). Put its file, {name}.py, "
+            "into one of them, as docs/new_method.md says."
         ) from None
     except Exception as error:  # whatever a file of the user's does when it is imported
         raise ConfigurationError(
-            f"Looking for the trainer '{name}' in the folders of {FOLDERS} ended in {type(error).__name__}: {error}. "
-            "Correct that file."
+            f"Looking for the trainer '{name}' in the folders of {EXTERNAL_TRAINERS} ended in "
+            f"{type(error).__name__}: {error}. Correct that file."
         ) from error
     return found

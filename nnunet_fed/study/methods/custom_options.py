@@ -9,12 +9,14 @@ from pydantic import Field, field_validator
 
 from nnunet_fed.study.method_table import MethodTable
 
+EXTERNAL_TRAINERS = "nnUNet_extTrainer"
+"""nnU-Net's variable of the folders in which it looks for trainers."""
+
 
 class Custom(MethodTable):
     """A trainer of a user's, and its options, which the trainer's own ``Options`` check."""
 
     TITLE = "Custom"
-    PURPOSE = "a method of your own, in one file"
     SINCE = 3
     name: Literal["custom"]
     trainer: str = Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")

@@ -13,7 +13,6 @@ class Ditto(MethodTable):
     """Federated averaging, and a personalized model beside it; see :mod:`nnunet_fed.methods.proximal`."""
 
     TITLE = "Ditto"
-    PURPOSE = "baseline: a personalized model that is pulled to the global one, at twice the steps"
     MODELS = 2
     DEVICE_FLOATS = 1  # the global model, to which the personalized one is pulled
     name: Literal["ditto"]

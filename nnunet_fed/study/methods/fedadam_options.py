@@ -13,7 +13,6 @@ class FedAdam(FineTuned):
     """Adam on the mean of the sites' updates; see :mod:`nnunet_fed.methods.server_optimizer`."""
 
     TITLE = "FedAdam"
-    PURPOSE = "baseline: `fedavg` with Adam across rounds"
     HOST_FLOATS = 3  # the round's start, and two moments
     name: Literal["fedadam"]
     server_lr: float = Field(default=0.01, gt=0)

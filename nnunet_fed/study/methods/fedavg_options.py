@@ -11,5 +11,4 @@ class FedAvg(FineTuned):
     """Federated averaging (McMahan et al. 2017, Algorithm 1): the mean of the sites' weights after local training."""
 
     TITLE = "FedAvg"
-    PURPOSE = "one common model: the mean of the sites' weights"
     name: Literal["fedavg"]

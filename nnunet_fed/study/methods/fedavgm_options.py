@@ -13,7 +13,6 @@ class FedAvgM(FineTuned):
     """Federated averaging with momentum of the global model; see :mod:`nnunet_fed.methods.server_optimizer`."""
 
     TITLE = "FedAvgM"
-    PURPOSE = "baseline: `fedavg` with momentum across rounds"
     HOST_FLOATS = 2  # the round's start, and the last step
     name: Literal["fedavgm"]
     server_lr: float = Field(default=1.0, gt=0)

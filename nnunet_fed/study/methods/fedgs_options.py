@@ -29,7 +29,6 @@ class FedGS(FineTuned):
     """Federated gradient scaling: see :mod:`nnunet_fed.methods.fedgs` for the source and the symbols."""
 
     TITLE = "FedGS"
-    PURPOSE = "small lesions that few sites have: steps on them count more in what a site uploads"
     DEVICE_FLOATS = 2  # the weights before the step, and the residual
     SCOPES_BEFORE = ("start", "calibration")
     name: Literal["fedgs"]

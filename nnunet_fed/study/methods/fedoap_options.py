@@ -13,7 +13,6 @@ class FedOAP(FineTuned):
     """A shared trunk, private parts and fine-tuning, across organs; see :mod:`nnunet_fed.methods.fedoap`."""
 
     TITLE = "FedOAP"
-    PURPOSE = "the same kind of lesion in other organs: a shared trunk, private parts, and fine-tuning at the site"
     LAST_MODEL = "federated"
     own_channels_option = "private_stem"
     name: Literal["fedoap"]

@@ -13,7 +13,6 @@ class FedProx(FineTuned):
     """Federated averaging with a proximal term; see :mod:`nnunet_fed.methods.proximal`."""
 
     TITLE = "FedProx"
-    PURPOSE = "baseline: `fedavg`, held near the round's start"
     DEVICE_FLOATS = 1  # the weights of the round's start
     name: Literal["fedprox"]
     mu: float = Field(default=0.01, ge=0)

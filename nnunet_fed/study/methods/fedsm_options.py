@@ -13,7 +13,6 @@ class FedSM(MethodTable):
     """Personalized models by SoftPull, a global model and a selector; see :mod:`nnunet_fed.methods.fedsm`."""
 
     TITLE = "FedSM"
-    PURPOSE = "sites that differ: a personalized model each, a global one, and a selector that chooses for each case"
     MODELS = 2
     SCOPES_AFTER = ("validation",)
     name: Literal["fedsm"]

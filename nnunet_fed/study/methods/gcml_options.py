@@ -14,7 +14,6 @@ class GCML(MethodTable):
     :mod:`nnunet_fed.gossip.schedule` for sources and symbols. A round is an occasion to send and to receive."""
 
     TITLE = "GCML"
-    PURPOSE = "no server while training: models go from site to site, and train beside a site's own for a while"
     NEEDS_PEERS = True
     MODELS = 2
     SCOPES_BEFORE = ()

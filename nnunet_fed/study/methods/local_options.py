@@ -11,5 +11,4 @@ class Local(FineTuned):
     """Every site trains alone, by the harmonised plans and from the common start: the control of all methods."""
 
     TITLE = "Local"
-    PURPOSE = "the control of all: the same plans, start and budget, and no exchange"
     name: Literal["local"]
