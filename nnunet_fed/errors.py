@@ -15,6 +15,14 @@ class RefusedError(FederationError):
     """The coordinator refuses what a site asks for: unknown site, other study, start without ``--c``, wrong schema."""
 
 
+class UnknownCollectiveError(RefusedError):
+    """The coordinator has never heard of a collective, or has lost it: nobody has contributed to it."""
+
+
+class NotFiniteError(RefusedError):
+    """Numbers that are not finite, where the others could do nothing with them."""
+
+
 class DisagreementError(FederationError):
     """The sites differ where they must agree."""
 
@@ -37,3 +45,7 @@ class RoundClosedError(FederationError):
 
 class NoRoomError(FederationError):
     """The coordinator has no room for a payload now; it may have later."""
+
+
+class NotYetError(FederationError):
+    """The coordinator cannot say yet what becomes of an offer; it will be able to later."""

@@ -33,7 +33,7 @@ nnunetv2.utilities.utils.Pool = ThreadPool
 
 PLAN_AGAIN = (
     "What a site has told stands: then let the coordinator open a new attempt "
-    "(nnunet_fed coordinator ... --new-attempt), and plan at all sites again."
+    "(nnunet_fed new-attempt STATE), and plan at all sites again."
 )
 PLANNED_AS = "0.1.0"
 """The version of nnunet_fed since which planning computes the same: sites of different versions plan together. To be

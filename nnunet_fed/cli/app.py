@@ -23,6 +23,7 @@ from nnunet_fed.cli.plugin_path_command import plugin_path
 from nnunet_fed.cli.predict_command import predict
 from nnunet_fed.cli.report_command import report
 from nnunet_fed.cli.simulate_command import simulate
+from nnunet_fed.cli.state_commands import new_attempt, rewind
 from nnunet_fed.cli.status_command import status
 from nnunet_fed.errors import FederationError
 
@@ -79,6 +80,8 @@ def _common(
 app.command()(init)
 app.command()(coordinator)
 app.command()(status)
+app.command()(rewind)
+app.command("new-attempt")(new_attempt)
 app.command("plan_and_preprocess")(plan_and_preprocess)
 app.command("plugin-path")(plugin_path)
 app.command()(split)

@@ -25,7 +25,7 @@ def coordinator(
         Path | None, typer.Option(metavar="FILE", help="Certificates no longer accepted; read again when it changes.")
     ] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="No TLS; on a loopback address only.")] = False,
-    new_attempt: Annotated[bool, typer.Option("--new-attempt", help="Let all sites plan and train anew.")] = False,
+    new_attempt: Annotated[bool, typer.Option("--new-attempt", hidden=True)] = False,
     spool_quota: Annotated[
         float, typer.Option("--spool-quota-gb", min=0.001, help="Disk for uploads until they are reduced.")
     ] = 100.0,
@@ -50,6 +50,8 @@ def coordinator(
     from nnunet_fed.transport.coordinator.http import StatusServer
     from nnunet_fed.transport.coordinator.server import CoordinatorServer
 
+    if new_attempt:  # in a service's file it would open an attempt at every restart
+        raise ConfigurationError(f"--new-attempt is a command now: nnunet_fed new-attempt {state}")
     if http_insecure and http is None:
         raise ConfigurationError("--http-insecure goes with --http.")
     if log_json:
@@ -58,7 +60,7 @@ def coordinator(
     key_files = KeyFiles.given(keys.cert, keys.key, keys.ca)
     federation = Federation.read(study)
     tracker = FederationTracker(tensorboard) if tensorboard is not None else None
-    coordinator = Coordinator(federation, Store(state), new_attempt, int(spool_quota * 1e9), tracker)
+    coordinator = Coordinator(federation, Store(state), int(spool_quota * 1e9), tracker)
     pages = StatusServer(coordinator, http, http_insecure) if http is not None else None
     server = CoordinatorServer(coordinator, listen, insecure, key_files, revoked, pages.meter if pages else None)
     stopped = threading.Event()

@@ -14,16 +14,20 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_fed.coordinator.admission import Admission, QuarantinedError, check_content, distance
-from nnunet_fed.coordinator.deadlines import Clock
+from nnunet_fed.coordinator.deadlines import Clock, RunningClock
+from nnunet_fed.coordinator.generations import Generations
 from nnunet_fed.coordinator.history import happened
 from nnunet_fed.coordinator.log_fields import about
 from nnunet_fed.coordinator.members import Members, Purpose
 from nnunet_fed.coordinator.opening import open_study
+from nnunet_fed.coordinator.reconciliation import Reconciliation, Standing
 from nnunet_fed.coordinator.round_closer import RoundCloser
 from nnunet_fed.coordinator.status import Outlook, Tally, status_of
 from nnunet_fed.coordinator.store import Agreed, Collective, Contribution, Store
 from nnunet_fed.coordinator.tracking import FederationTracker
 from nnunet_fed.coordinator.verdict import Offer, Verdict, verdict_of
+from nnunet_fed.errors import NotFiniteError
+from nnunet_fed.exchange.communicator import Held
 from nnunet_fed.exchange.payload import open_payload
 from nnunet_fed.exchange.uploads import Spool
 from nnunet_fed.study.federation import Federation, Fold
@@ -43,7 +47,6 @@ class Coordinator:
     Args:
         study: the study as ``federation.toml`` has it now.
         store: its memory.
-        new_attempt: open a new attempt: sites plan and train from the start, what was contributed before is left aside.
         spool_quota: bytes that payloads may take until they are reduced. A site's share of it bounds its first payload
             of a name.
         tracker: is told of rounds and of what the sites report.
@@ -57,20 +60,24 @@ class Coordinator:
         self,
         study: Federation,
         store: Store,
-        new_attempt: bool = False,
         spool_quota: int = SPOOL_QUOTA,
         tracker: FederationTracker | None = None,
         clock: Clock | None = None,
     ):
-        self.study, self.attempt = open_study(study, store, new_attempt)
+        self.study, self.attempt = open_study(study, store)
         self._store = store
         self._tracker = tracker
         self._draining = False
         self._changed = threading.Condition()
         self._spool = Spool(store.spool, spool_quota)
-        self._members = Members(self.study, self.attempt, store, self._changed)
+        clock = clock or RunningClock()
+        self._generations = Generations(store)
+        self._members = Members(self.study, self.attempt, store, self._generations, self._changed)
         self._admission = Admission(self.study, store, spool_quota)
         self._round_closer = RoundCloser(self.study, store, self._spool, self._changed, tracker, clock)
+        self._reconciliation = Reconciliation(
+            self.study, store, self._generations, self._round_closer.expected_in, clock
+        )
         self._round_closer.recover()
 
     def drain(self) -> None:
@@ -99,9 +106,20 @@ class Coordinator:
         trainer: str = "",
         fresh: bool = False,
         fold: Fold | None = None,
+        can_go_back: bool = True,
     ) -> str:
         """See :meth:`nnunet_fed.coordinator.members.Members.join`."""
-        return self._members.join(site, purpose, digest, configuration, trainer, fresh, fold)
+        return self._members.join(site, purpose, digest, configuration, trainer, fresh, fold, can_go_back)
+
+    def generation(self, run: str) -> int:
+        """How often rounds of a run had been undone when it was opened."""
+        with self._changed:
+            return self._generations.number(run)
+
+    def standing(self, run: str, site: str, held: Held) -> Standing:
+        """Where the model stands that a site holds which has just joined; raises :class:`RefusedError` for none."""
+        with self._changed:
+            return self._reconciliation.standing_of_joining(run, site, held)
 
     def introduce(self, site: str, versions: dict[str, str]) -> dict[str, dict[str, str]]:
         """See :meth:`nnunet_fed.coordinator.members.Members.introduce`."""
@@ -136,12 +154,15 @@ class Coordinator:
         """What becomes of an offer. Nothing is contributed; that the site speaks is noted.
 
         Raises:
-            RefusedError: unknown run, malformed key, another verb than the other sites', a bad weight, or more bytes
-                than such a payload has.
+            RefusedError: unknown run, or one whose rounds were undone, malformed key, another verb than the other
+                sites', a bad weight, more bytes than such a payload has, or the site has to go back.
+            NotYetError: the coordinator was restored from a back-up, and the sites have not told yet where they are.
         """
         offer.check()
         with self._changed:
+            self._generations.require_newest(offer.run)
             self._members.heard(offer.run, offer.site)
+            self._reconciliation.check(offer.run, offer.site, offer.held)
             # who is in a mean is settled before it is computed: a contribution that came meanwhile would be in none
             self._changed.wait_for(lambda: not self._round_closer.is_closing(offer.run, offer.key))
             collective = self._store.collective(offer.run, offer.key)
@@ -207,7 +228,7 @@ class Coordinator:
                         self._admission.check_norm(offer, norm)
                     self._contribute(offer, payload.name, schema, seconds, norm)
                     accepted, verdict = True, "stands"
-        except QuarantinedError as error:  # nobody waits for the site, and its next offer brings it back
+        except (QuarantinedError, NotFiniteError) as error:  # nobody waits for the site until its next offer
             self._members.send_away(offer.run, offer.site, str(error))
             raise
         finally:
@@ -243,11 +264,16 @@ class Coordinator:
     # ------------------------------------------------------------------------------------------------- results
 
     def wait(self, run: str, key: str, seconds: float) -> Collective | None:
-        """The collective once it is no longer open, or as it is after so many seconds; ``None``: never heard of."""
+        """The collective once it is no longer open, or as it is after so many seconds; ``None``: never heard of.
+
+        Raises:
+            RefusedError: rounds of the run were undone.
+        """
         end = time.monotonic() + seconds
         while True:
             self._round_closer.close_if_due(run, key)
             with self._changed:
+                self._generations.require_newest(run)
                 collective = self._store.collective(run, key)
                 rest = end - time.monotonic()
                 if collective is None or collective.status != "open" or rest <= 0 or self._draining:
@@ -279,8 +305,13 @@ class Coordinator:
         self._round_closer.wait_until_saved(collective)
 
     def newest(self, run: str, name: str) -> str | None:
-        """Key of the newest closed mean called ``SCOPE/name`` whose result is kept: where a late site goes on."""
+        """Key of the newest closed mean called ``SCOPE/name`` whose result is kept: where a late site goes on.
+
+        Raises:
+            RefusedError: rounds of the run were undone.
+        """
         with self._changed:
+            self._generations.require_newest(run)
             closed = [c for c in self._store.collectives(run, "closed") if c.verb == "mean" and c.name == name]
             return closed[-1].key if closed else None
 
@@ -296,7 +327,9 @@ class Coordinator:
         """
         with self._changed:
             study = self.study.stored(protocol)
-            now = status_of(self.study, study, self.attempt, self._store, self._round_closer, self._members)
+            now = status_of(
+                self.study, study, self.attempt, self._store, self._generations, self._round_closer, self._members
+            )
             return {**now, **happened(self._store)} if record else now
 
     def tally(self) -> Tally:

@@ -8,6 +8,7 @@ import threading
 import time
 from typing import Any, Literal
 
+from nnunet_fed.coordinator.generations import Generations
 from nnunet_fed.coordinator.log_fields import about
 from nnunet_fed.coordinator.store import Store
 from nnunet_fed.errors import RefusedError
@@ -31,11 +32,15 @@ class Members:
         study: the study.
         attempt: that is open.
         store: the coordinator's memory.
+        generations: of the runs.
         changed: guards the store.
     """
 
-    def __init__(self, study: Federation, attempt: int, store: Store, changed: threading.Condition):
+    def __init__(
+        self, study: Federation, attempt: int, store: Store, generations: Generations, changed: threading.Condition
+    ):
         self._study = study
+        self._generations = generations
         self._attempt = attempt
         self._store = store
         self._changed = changed
@@ -53,6 +58,7 @@ class Members:
         trainer: str,
         fresh: bool,
         fold: Fold | None,
+        can_go_back: bool,
     ) -> str:
         """Let a site into a run, which its arguments name (rule 1 of the protocol).
 
@@ -64,13 +70,14 @@ class Members:
             trainer: name of the trainer class (training).
             fresh: the training starts without ``--c``.
             fold: of the study, that the run is for (training); ``None``: the study's present one.
+            can_go_back: the site's version of nnunet_fed knows that rounds may be undone.
 
         Returns:
             The run's id.
 
         Raises:
-            RefusedError: the site is not in the study, has plans of another study, or starts afresh a run that it has
-                contributed to.
+            RefusedError: the site is not in the study, has plans of another study, starts afresh a run that it has
+                contributed to, or does not know how to go back in a run whose rounds were undone.
         """
         self._require_member(site)
         fold = self._study.fold if fold is None else fold
@@ -86,13 +93,19 @@ class Members:
         with self._changed, self._store.transaction():
             if purpose == "planning":
                 run = self.planning_run() or run
+            described = {"purpose": purpose, "configuration": configuration, "trainer": trainer, "fold": fold}
+            self._store.add_run(run, {**described, "attempt": self._attempt})
+            run = self._generations.newest(run)
+            if not can_go_back and self._generations.number(run) > 0:
+                raise RefusedError(
+                    f"Rounds of this training were undone, which the version of nnunet_fed at site '{site}' does not "
+                    "know. Install the version that the coordinator has, and continue with --c."
+                )
             if fresh and self._store.has_contributed(run, site):
                 raise RefusedError(
                     f"Site '{site}' has already contributed to this training (attempt {self._attempt}). Continue it "
-                    "with --c, or let the coordinator open a new attempt (nnunet_fed coordinator ... --new-attempt)."
+                    "with --c, or let the coordinator open a new attempt (nnunet_fed new-attempt STATE)."
                 )
-            described = {"purpose": purpose, "configuration": configuration, "trainer": trainer, "fold": fold}
-            self._store.add_run(run, {**described, "attempt": self._attempt})
             self._store.set_standing(run, site, "active")
             self._store.add_event(run, site, "joined" if fresh or purpose == "planning" else "joined with --c")
             self.seen[site] = time.time()
@@ -148,9 +161,10 @@ class Members:
                     self._store.add_event(run, site, "came back")
 
     def send_away(self, run: str, site: str, sentence: str) -> None:
-        """Journal why a site is not waited for; it is back once it is heard of."""
+        """Journal why a site is not waited for; it is back once it is heard of. Planning waits for it nevertheless."""
         with self._changed, self._store.transaction():
-            self._store.set_standing(run, site, "absent")
+            if self._store.runs()[run]["purpose"] == "training":
+                self._store.set_standing(run, site, "absent")
             self._store.add_event(run, site, sentence)
 
     def report(self, site: str, progress: dict[str, Any]) -> bool:

@@ -10,13 +10,21 @@ from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.study.federation import Federation
 
 
-def open_study(study: Federation, store: Store, new_attempt: bool) -> tuple[Federation, int]:
+def open_attempt(store: Store) -> int:
+    """Open an attempt, the first one or another: sites plan and train from the start. Returns its number."""
+    attempt = (store.fact("attempt") or 0) + 1
+    with store.transaction():
+        store.set_fact("attempt", attempt)
+        store.add_event(None, None, f"attempt {attempt} opened")
+    return attempt
+
+
+def open_study(study: Federation, store: Store) -> tuple[Federation, int]:
     """Journal what is new of a study, and open an attempt if there is none.
 
     Args:
         study: as ``federation.toml`` has it now.
         store: the coordinator's memory.
-        new_attempt: open another attempt.
 
     Returns:
         The study, in which what it does not set is as in the version that opened it; the number of the attempt.
@@ -34,11 +42,7 @@ def open_study(study: Federation, store: Store, new_attempt: bool) -> tuple[Fede
             store.set_fact("defaults", study.defaults())
         if known != study.stored():
             store.add_study(study.stored())
-        if new_attempt or attempt is None:
-            attempt = (attempt or 0) + 1
-            store.set_fact("attempt", attempt)
-            store.add_event(None, None, f"attempt {attempt} opened")
-    return study, attempt
+    return study, open_attempt(store) if attempt is None else attempt
 
 
 def _check_same(known: Federation, study: Federation, folder: Path) -> None:

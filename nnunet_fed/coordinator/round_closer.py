@@ -14,12 +14,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from nnunet_fed.coordinator.deadlines import Clock, Deadlines, RunningClock
+from nnunet_fed.coordinator.deadlines import Clock, Deadlines
 from nnunet_fed.coordinator.log_fields import about
 from nnunet_fed.coordinator.store import Collective, Contribution, Store
 from nnunet_fed.coordinator.tracking import FederationTracker
 from nnunet_fed.errors import RefusedError
-from nnunet_fed.exchange.keys import MODEL, scope_of_round
+from nnunet_fed.exchange.keys import MODEL, last_round, scope_of_round
 from nnunet_fed.exchange.payload import digest_of_file
 from nnunet_fed.exchange.reduction import write_result
 from nnunet_fed.exchange.uploads import Spool
@@ -50,10 +50,10 @@ class RoundCloser:
         store: Store,
         spool: Spool,
         changed: threading.Condition,
-        tracker: FederationTracker | None = None,
-        clock: Clock | None = None,
+        tracker: FederationTracker | None,
+        clock: Clock,
     ):
-        self._deadlines = Deadlines(store, clock or RunningClock(), self._span)
+        self._deadlines = Deadlines(store, clock, self._span)
         self._study = study
         self._tracker = tracker
         self._store = store
@@ -246,6 +246,12 @@ class RoundCloser:
         standing = self._store.standing(run)
         return [site for site in self._taking_part(run, scope) if standing.get(site) not in ("absent", "left")]
 
+    def expected_in(self, run: str) -> list[str]:
+        """The sites of a run that have joined it and are not away."""
+        with self._changed:
+            standing = self._store.standing(run)
+            return [site for site in self._study.sites if standing.get(site) == "active"]
+
     def is_closing(self, run: str, key: str) -> bool:
         """Whether a collective is being reduced: who has contributed is settled, and nobody else can."""
         return (run, key) in self._reducing
@@ -307,8 +313,10 @@ class RoundCloser:
 
     def _prune(self, run: str) -> list[Path]:
         """Journal that old means are not kept; returns their files."""
-        means = [c for c in self._store.collectives(run, "closed") if c.verb == "mean"]
+        means, every = [c for c in self._store.collectives(run, "closed") if c.verb == "mean"], self._study.keep_every
         kept = list(dict.fromkeys(c.scope for c in means))[-self._study.keep_rounds :]
+        if every is not None:
+            kept += [c.scope for c in means if (last_round(c.key) + 1) % every == 0]
         kept += [c.scope for c in means if c.name == MODEL][-1:]  # where a late site goes on, whatever came after it
         old = [c for c in means if c.scope not in kept]
         for collective in old:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from nnunet_fed.coordinator.generations import Generations
 from nnunet_fed.coordinator.members import Members
 from nnunet_fed.coordinator.round_closer import RoundCloser
 from nnunet_fed.coordinator.store import Store
@@ -37,6 +38,7 @@ def status_of(
     told: Mapping[str, Any],
     attempt: int,
     store: Store,
+    generations: Generations,
     round_closer: RoundCloser,
     members: Members,
 ) -> dict[str, Any]:
@@ -47,6 +49,7 @@ def status_of(
         told: what the reader is told of it.
         attempt: that is open.
         store: the coordinator's memory.
+        generations: of the runs.
         round_closer: knows for whom open collectives wait.
         members: know what the sites said last.
     """
@@ -56,6 +59,7 @@ def status_of(
         "digest": study.digest_of_fold(study.fold),
         "attempt": attempt,
         "now": time.time(),
+        "undone": generations.undone(),
         "sites": {
             site: {
                 "last_seen": members.seen.get(site),

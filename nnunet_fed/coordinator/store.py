@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +222,23 @@ class Store:
         """All runs, oldest first, by id."""
         rows = self._journal.execute("SELECT id, value FROM run ORDER BY rowid")
         return {run: json.loads(value) for run, value in rows}
+
+    def continue_run(self, run: str, new: str, collectives: Sequence[Collective]) -> None:
+        """Journal another run that begins with some of a run's collectives, and with the sites that had joined it."""
+        for collective in collectives:
+            self.put_collective(replace(collective, run=new))
+            for given in self.contributions(run, collective.key).values():
+                self.add_contribution(replace(given, run=new, file=None))
+        for scope in dict.fromkeys(collective.scope for collective in collectives):
+            participants = self.participants(run, scope)
+            if participants is not None:
+                self.freeze(new, scope, participants)
+        self._journal.execute(
+            "INSERT INTO agreed (run, name, schema, size) SELECT ?, name, schema, size FROM agreed WHERE run = ?",
+            (new, run),
+        )
+        for site, state in self.standing(run).items():
+            self.set_standing(new, site, "active" if state == "left" else state)
 
     def participants(self, run: str, scope: str) -> list[str] | None:
         """Who was frozen as taking part in a scope, ``None`` as long as nobody is."""

@@ -9,7 +9,7 @@ from typing import Literal
 
 from nnunet_fed.coordinator.store import Collective, Contribution
 from nnunet_fed.errors import RefusedError
-from nnunet_fed.exchange.communicator import Verb, check_weight
+from nnunet_fed.exchange.communicator import Held, Verb, check_weight
 from nnunet_fed.exchange.keys import LONGEST_KEY, is_key, scope_of
 from nnunet_fed.exchange.uploads import Upload
 
@@ -30,6 +30,8 @@ class Offer:
     weight: float
     digest: str
     size: int
+    held: Held | None = None
+    """The newest model that the site has; ``None``: none, or it does not say (version 0.1)."""
 
     @property
     def scope(self) -> str:

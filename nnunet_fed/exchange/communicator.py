@@ -11,7 +11,7 @@ import json
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -25,6 +25,14 @@ SMALLEST_WEIGHT, LARGEST_WEIGHT = 1e-9, 1e9
 """Of a site that takes part in a mean: beyond them its arithmetic would lose, or overflow."""
 Verb = Literal["mean", "sum", "gather"]
 """Kinds of collectives."""
+
+
+class Held(NamedTuple):
+    """The newest model of the federation that a site has taken: a closed mean."""
+
+    key: str
+    digest: str
+    """Of its payload, as it came."""
 
 
 class Collectives(Protocol):

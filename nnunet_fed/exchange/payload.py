@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from nnunet_fed.errors import RefusedError
+from nnunet_fed.errors import NotFiniteError, RefusedError
 
 Array = npt.NDArray[Any]
 Tensors = Mapping[str, Array]
@@ -197,7 +197,7 @@ def blocks(array: Array) -> Iterator[Array]:
 
 
 def check_finite(tensors: Tensors) -> None:
-    """Raise :class:`RefusedError` with the name of a tensor that holds an infinity or what is no number."""
+    """Raise :class:`NotFiniteError` with the name of a tensor that holds an infinity or what is no number."""
     for name, array in tensors.items():
         if is_floating(array) and not all(np.isfinite(block).all() for block in blocks(array)):
-            raise RefusedError(f"The tensor '{name}' holds a number that is not finite: a diverged training?")
+            raise NotFiniteError(f"The tensor '{name}' holds a number that is not finite: a diverged training?")

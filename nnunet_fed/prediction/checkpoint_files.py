@@ -4,5 +4,7 @@ from __future__ import annotations
 
 FINAL_CHECKPOINT = "checkpoint_final.pth"
 """nnU-Net's own name: what this site should deploy."""
+LATEST_CHECKPOINT = "checkpoint_latest.pth"
+"""nnU-Net's own name: from what a training that was stopped goes on."""
 GLOBAL_CHECKPOINT = "checkpoint_global.pth"
 """The last global model."""

@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, Field, ValidationError, field_validator, m
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.exchange.precision import WireDtype
 from nnunet_fed.study.methods import METHODS, Method
-from nnunet_fed.study.table import NEWEST_PROTOCOL, OLDEST_PROTOCOL, Table, neutral_of
+from nnunet_fed.study.table import NEWEST_PROTOCOL, OLDEST_PROTOCOL, Neutral, Table, neutral_of
 from nnunet_fed.study.toml import explain, read_table
 
 PLANS_KEY = "federation"
@@ -56,7 +56,7 @@ class Federation(Table):
 
     OPERATIONAL = frozenset({
         "name", "sites", "plans_name", "configuration", "fold", "min_cases", "min_sites", "deadline_minutes",
-        "planning_deadline_minutes", "keep_rounds", "max_update_norm", "cross_site",
+        "planning_deadline_minutes", "keep_rounds", "keep_every", "max_update_norm", "cross_site",
     })  # fmt: skip
 
     name: str = Field(min_length=1, max_length=100)
@@ -104,6 +104,9 @@ class Federation(Table):
     """*Operational.* The same for planning, which fails at its deadline, since it is exact only with all sites."""
     keep_rounds: int = Field(default=3, ge=2)
     """*Operational.* Means of so many rounds are kept at the coordinator; the newest are never deleted."""
+    keep_every: Annotated[int | None, Field(ge=1), Neutral(None, since=3)] = None
+    """*Operational.* Besides those, the means of every so manyth round are kept for good, so that the study can go back
+    to them (``nnunet_fed rewind``); ``None``: no others."""
     max_update_norm: float | None = Field(default=None, gt=0, lt=float("inf"))
     """*Operational.* A model whose distance to the last one is above so many times the median of recent rounds' is
     refused, and the round goes on without its site; ``None``: no bound."""

@@ -30,7 +30,8 @@ class Journal:
             self.store,
             Spool(self.store.spool, 1 << 20),
             threading.Condition(),
-            clock=clock.running,
+            None,
+            clock.running,
         )
         self.store.add_run("r", {"purpose": "training"})
         for site in sites:

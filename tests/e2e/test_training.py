@@ -122,7 +122,7 @@ def test_killed_sites_go_on_bit_identically(planned: Planned, undisturbed: Train
         refusal = a.log.read_text().splitlines()[-1]
         assert refusal.startswith("Error: Site 'site_a' has already contributed")
         assert "--c" in refusal
-        assert "--new-attempt" in refusal
+        assert "new-attempt" in refusal
 
     for name, site in running.sites.items():
         assert same_bits(site.checkpoint(), undisturbed.sites[name].checkpoint())

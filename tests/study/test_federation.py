@@ -47,6 +47,7 @@ OTHER_VALUES: dict[str, tuple[Any, bool]] = {
     "deadline_minutes": (1.0, False),
     "planning_deadline_minutes": (1.0, False),
     "keep_rounds": (4, False),
+    "keep_every": (10, False),
     "max_update_norm": (10.0, False),
     "cross_site": (True, False),
 }
@@ -339,7 +340,7 @@ def test_templates_show_the_defaults() -> None:
     for name, field in Federation.model_fields.items():
         free_choice = name in (
             "rounds", "local_epochs", "plans_name", "min_sites", "overwrite_target_spacing", "gpu_memory_target_in_gb",
-            "max_update_norm",
+            "max_update_norm", "keep_every",
         )  # fmt: skip
         if not field.is_required() and not free_choice:
             assert shown[name] == field.default, name

@@ -43,13 +43,11 @@ class Desk:
         self._settings: dict[str, Any] = {}
         self.open(**study)
 
-    def open(self, new_attempt: bool = False, spool_quota: int = 1 << 24, **study: Any) -> None:
+    def open(self, spool_quota: int = 1 << 24, **study: Any) -> None:
         """Start a coordinator; after :meth:`close` one that goes on."""
         self._settings |= study
         self.study = make_study(**self._settings)
-        self.coordinator = Coordinator(
-            self.study, Store(self.folder), new_attempt, spool_quota, clock=self.clock.running
-        )
+        self.coordinator = Coordinator(self.study, Store(self.folder), spool_quota, clock=self.clock.running)
 
     def close(self) -> None:
         self.coordinator.close()

@@ -26,6 +26,7 @@ from nnunet_fed.methods.tensors import shared_tensors, to_arrays
 from nnunet_fed.study.federation import Federation
 from nnunet_fed.study.site import Site
 from nnunet_fed.trainers.parts import checkpoint, connected_trainer
+from nnunet_fed.trainers.parts.coordinator_session import Membership
 from nnunet_fed.trainers.parts.study_trainer import SKIP_VALIDATION_VARIABLE
 from nnunet_fed.trainers.parts.training_record import TrainingRecord
 
@@ -64,6 +65,7 @@ class RememberingCommunicator(LocalCommunicator):
     """With a memory of closed means, and of what was sent before: rule 2 of the protocol."""
 
     _federation: Rooms
+    held = None
 
     def mean(self, key: str, tensors: Tensors, weight: float, exact: bool = False) -> dict[str, Array]:
         before = self._federation.sent.get((key, self.site))
@@ -85,10 +87,8 @@ class RememberingCommunicator(LocalCommunicator):
 class LocalSession:
     """In the place of the communicator at a coordinator."""
 
-    attempt = 1
-
     def __init__(self, rooms: Rooms, site: str, study: Federation, folder: Path, continues: bool):
-        self.communicator, self.study = RememberingCommunicator(rooms, site), study
+        self.communicator, self.membership = RememberingCommunicator(rooms, site), Membership(study, "run", 1, 0, "")
         self.note_facts = TrainingRecord(folder / "federation.json", continues).note
 
     def describe(self, training_cases: int) -> None:
@@ -127,7 +127,7 @@ class InProcess:
         monkeypatch.setattr(LocalLogger, "plot_progress_png", lambda logger, folder: None)
         monkeypatch.setattr(Site, "from_environment", lambda: self._settings())
 
-        def join(study: Federation, *rest: Any, continues: bool, attempt: int | None) -> LocalSession:
+        def join(study: Federation, *rest: Any, continues: bool, **held: Any) -> LocalSession:
             return LocalSession(self.rooms, self._here.site, study, rest[-1], continues)
 
         monkeypatch.setattr(connected_trainer, "CoordinatorSession", join)

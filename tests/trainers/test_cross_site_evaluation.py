@@ -27,6 +27,7 @@ from nnunet_fed.trainers.nnUNetTrainerFedOAP import nnUNetTrainerFedOAP
 from nnunet_fed.trainers.nnUNetTrainerLocal import nnUNetTrainerLocal
 from nnunet_fed.trainers.parts import connected_trainer, cross_site_evaluation, further_validation, study_trainer
 from nnunet_fed.trainers.parts.checkpoint import network_weights
+from nnunet_fed.trainers.parts.coordinator_session import Membership
 from nnunet_fed.trainers.parts.study_trainer import SKIP_VALIDATION_VARIABLE
 
 FEDSM = nnUNetTrainerFedSM.nnUNetTrainerFedSM
@@ -179,7 +180,7 @@ def test_only_with_the_consent_of_the_plans(sites: InProcess, validations: Valid
     off, on = (sites.study(method={"name": "fedavg"}, cross_site=value) for value in (False, True))
     for planned, served in ((off, on), (on, off), (off, off)):
         one = sites.make(nnUNetTrainerFedAvg, planned)["a"]
-        one.operational = served
+        one._membership = Membership(served, "", 1, 0, "")
         assert not one.validates_together
     trainers = trained(sites, nnUNetTrainerFedAvg, off)
     assert ("a", "b") not in validations.done

@@ -14,7 +14,7 @@ from nnunetv2.training.logging.nnunet_logger import MetaLogger
 from nnunet_fed.errors import DisagreementError, NoContributionError
 from nnunet_fed.exchange.communicator import Array, LocalCommunicator, LocalFederation
 from nnunet_fed.trainers.parts import checkpoint
-from nnunet_fed.trainers.parts.rounds import common_start, pad_log, require_agreement
+from nnunet_fed.trainers.parts.rounds import common_start, fit_log, require_agreement
 
 # ------------------------------------------------------------------------------------------------------------ the start
 
@@ -114,7 +114,7 @@ def test_a_padded_log_goes_on_in_nnunets_logger(tmp_path: Path, trained: int, ep
     logger = MetaLogger(str(tmp_path), False)
     for epoch in range(trained):
         log_epoch(logger, epoch)
-    pad_log(logger.get_checkpoint(), epochs)
+    fit_log(logger.get_checkpoint(), epochs)
     log = logger.get_checkpoint()
     assert {len(values) for values in log.values()} == {epochs}
     before = {name: list(values) for name, values in log.items()}
@@ -135,15 +135,15 @@ def test_a_padded_log_goes_on_in_nnunets_logger(tmp_path: Path, trained: int, ep
 
 def test_repeated_entries_are_not_the_same_list() -> None:
     log: dict[str, list[Any]] = {"dice_per_class_or_region": [[0.5]]}
-    pad_log(log, 3)
+    fit_log(log, 3)
     log["dice_per_class_or_region"][2][0] = 0.9
     assert log["dice_per_class_or_region"] == [[0.5], [0.5], [0.9]]
 
 
-def test_a_log_that_is_long_enough_stays() -> None:
+def test_what_was_undone_goes_from_the_log() -> None:
     log: dict[str, list[Any]] = {"train_losses": [1.0, 2.0], "lrs": [1.0]}
-    pad_log(log, 1)
-    assert log == {"train_losses": [1.0, 2.0], "lrs": [1.0]}
+    fit_log(log, 1)
+    assert log == {"train_losses": [1.0], "lrs": [1.0]}
 
 
 # ----------------------------------------------------------------------------------------------------------- checkpoint

@@ -21,7 +21,7 @@ from serving import Served, make_study, together
 from nnunet_fed.coordinator import round_closer
 from nnunet_fed.coordinator.coordinator import Coordinator
 from nnunet_fed.coordinator.store import Store
-from nnunet_fed.errors import ConfigurationError, DeadlineError, RefusedError, UnreachableError
+from nnunet_fed.errors import ConfigurationError, DeadlineError, NotFiniteError, RefusedError, UnreachableError
 from nnunet_fed.exchange.payload import BLOCK, CHUNK, Tensors, encode, measure
 from nnunet_fed.exchange.uploads import OLDEST, InterruptedUploadError, Upload
 from nnunet_fed.files import PARTIAL
@@ -336,17 +336,23 @@ def test_a_full_disk_is_told(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("wire_dtype", ["float32", "bfloat16"])
 def test_numbers_that_are_not_finite_are_refused_with_their_tensor(serve: Serve, value: float, wire_dtype: str) -> None:
-    served = serve(make_study("a", wire_dtype=wire_dtype))
-    seat = served.seat("a")
-    before = state_of(served)
+    """At the site, which sends nothing and tells why; and at the coordinator, should a site send it nevertheless."""
+    served = serve(make_study("ab", wire_dtype=wire_dtype, min_sites=1))
+    seat, other = served.seat("a"), served.seat("b")
     bad = {"good": np.float32([1]), "bad": np.full(3 * BLOCK, 1, np.float32)}
     bad["bad"][-1] = value
-    with pytest.raises(RefusedError, match="tensor 'bad' holds a number that is not finite"):
+    with pytest.raises(NotFiniteError, match=r"Site 'a' has nothing to give to 'r/model'.*'bad' holds.*with --c"):
         seat.mean("r/model", bad, 1)
-    with pytest.raises(RefusedError, match="tensor 'value' holds"):
+    with pytest.raises(NotFiniteError, match="tensor 'value' holds"):
         seat.sum("r/s", np.array([value]))
-    assert state_of(served) == before
-    assert spooled(served) == []
+    assert seat.bytes_sent == 0
+    assert other.mean("r/model", {"w": np.float32([1])}, 1)["w"] == 1, "nobody waits for it"
+    there = spooled(served)
+    seat._require_finite = lambda key, tensors: None  # type: ignore[method-assign]
+    with pytest.raises(RefusedError, match="tensor 'bad' holds a number that is not finite"):
+        seat.mean("s/model", bad, 1)
+    assert spooled(served) == there
+    assert served.coordinator.status()["sites"]["a"]["standing"] == "absent"
 
 
 def test_the_schema_of_the_first_round_holds_for_all(serve: Serve) -> None:
@@ -461,7 +467,9 @@ def test_nonsense_is_refused_and_changes_nothing(
         else:
             kind, special = MESSAGES[method]
             names = [field.name for field in kind.DESCRIPTOR.fields if field.name not in special]
-            values = {name: data.draw(WORDS) for name in names if name != "record"}
+            values: dict[str, Any] = {name: data.draw(WORDS) for name in names if name not in ("record", "held")}
+            if "held" in names and data.draw(st.booleans()):
+                values["held"] = pb.Held(key=data.draw(WORDS), digest=data.draw(WORDS))
             values.update({name: data.draw(strategy) for name, strategy in special.items()})
             getattr(seat._stub, method)(kind(**values), timeout=20)
     except grpc.RpcError as error:

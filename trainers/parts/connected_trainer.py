@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
 
+from nnunet_fed.exchange.communicator import Held
 from nnunet_fed.study.federation import Federation
-from nnunet_fed.trainers.parts.coordinator_session import CoordinatorSession
+from nnunet_fed.trainers.parts.coordinator_session import CoordinatorSession, Membership, is_undone
 from nnunet_fed.trainers.parts.ranks import RankZeroCommunicator, from_rank_zero, patient_group
 from nnunet_fed.trainers.parts.study_trainer import StudyTrainer
 from nnunet_fed.trainers.parts.training_record import RECORD, TrainingRecord
@@ -19,17 +21,17 @@ class ConnectedTrainer(StudyTrainer):
 
     communicator: RankZeroCommunicator
     """The verbs, on every rank; set when the training starts."""
-    operational: Federation
-    """The study as the coordinator has it now: its *operational* fields count, which may change while it runs. What
-    is mathematics is in ``study``, the one in the plans."""
+    _session: CoordinatorSession | None = None
+    """On rank 0, from joining on."""
+    _membership: Membership | None = None
+    """On every rank, from joining on."""
+    _figures: Mapping[str, float] = {}
 
-    def configure_study(self) -> None:
-        """Nobody has been asked yet."""
-        super().configure_study()
-        self._session: CoordinatorSession | None = None
-        self.operational = self.study
-        self._attempt: int | None = None
-        self._figures: dict[str, float] = {}
+    @property
+    def operational(self) -> Federation:
+        """The study as the coordinator has it now: its *operational* fields count, which may change while it runs. What
+        is mathematics is in ``study``, the one in the plans."""
+        return self.study if self._membership is None else self._membership.study
 
     @property
     def is_connected(self) -> bool:
@@ -47,7 +49,7 @@ class ConnectedTrainer(StudyTrainer):
         A training that is refused has written nothing yet but its log.
         """
         loaders = super().get_dataloaders()
-        if self.current_epoch < self.study.epochs:
+        if self.current_epoch < self.study.epochs or self._was_undone():
             try:
                 self._join()
             except BaseException:
@@ -57,11 +59,19 @@ class ConnectedTrainer(StudyTrainer):
                 raise
         return loaders
 
-    def _join(self) -> None:
-        """Join the run, on rank 0, and let every rank have the study as the coordinator has it."""
+    def _was_undone(self) -> bool:
+        """Whether the federation went back since this site ended its rounds; no, if nobody can be asked."""
+        resumed = self._resumed
+        if not self._continues or resumed is None or resumed.get("run") is None:
+            return False
+        return from_rank_zero(lambda: is_undone(self.own_site, resumed["run"]))
 
-        def on_rank_zero() -> Federation:
+    def _join(self) -> None:
+        """Join the run, on rank 0, and let every rank know as what."""
+
+        def on_rank_zero() -> Membership:
             self.require_own_fold()
+            resumed = self._resumed or {}
             self._session = CoordinatorSession(
                 self.study,
                 self.own_site(),
@@ -69,12 +79,12 @@ class ConnectedTrainer(StudyTrainer):
                 type(self).__name__,
                 Path(self.output_folder),
                 continues=self._continues,
-                attempt=None if self._resumed is None else self._resumed["attempt"],
+                attempt=resumed.get("attempt"),
+                held=Held(*resumed["held"]) if resumed.get("held") else None,
             )
-            self._attempt = self._session.attempt
-            return self._session.study
+            return self._session.membership
 
-        self.operational = from_rank_zero(on_rank_zero)
+        self._membership = from_rank_zero(on_rank_zero)
 
     def _connect(self) -> None:
         """Let every rank have the verbs, once rank 0 has joined."""

@@ -3,17 +3,50 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nnunet_fed.errors import ConfigurationError
+from nnunet_fed.exchange.communicator import Held
 from nnunet_fed.exchange.outgoing_log import FILE, OutgoingLog
 from nnunet_fed.study.federation import Federation
 from nnunet_fed.study.site import Site
 from nnunet_fed.trainers.parts.training_record import RECORD, TrainingRecord
 from nnunet_fed.transport.site.client import GrpcCommunicator
+
+
+@dataclass(frozen=True)
+class Membership:
+    """As what a site has joined: the same on every rank."""
+
+    study: Federation
+    """As the coordinator has it now."""
+    run: str
+    attempt: int
+    generation: int
+    """How often rounds of the run had been undone when it was opened."""
+    standing: str
+    """Of the model that the site held (:mod:`nnunet_fed.coordinator.reconciliation`); empty: it held none."""
+
+
+def is_undone(site: Callable[[], Site], run: str) -> bool:
+    """Whether rounds of a run were undone since; no, if the coordinator does not answer, or is not known any more.
+
+    Args:
+        site: gives this site's settings.
+        run: its id.
+    """
+    try:
+        communicator = GrpcCommunicator(site())
+    except ConfigurationError:  # a training that has ended needs no site.toml
+        return False
+    try:
+        return run in communicator.undone_runs()
+    finally:
+        communicator.close()
 
 
 class CoordinatorSession:
@@ -27,6 +60,7 @@ class CoordinatorSession:
         folder: where the record and the list of all that is sent go.
         continues: the command said ``--c``.
         attempt: the attempt of the checkpoint from which the training continues; ``None``: there is no checkpoint.
+        held: the newest model of the federation in that checkpoint.
 
     Raises:
         ConfigurationError: the attempt is not the federation's.
@@ -43,10 +77,11 @@ class CoordinatorSession:
         folder: Path,
         continues: bool,
         attempt: int | None,
+        held: Held | None,
     ):
         self.communicator = GrpcCommunicator(site, outgoing=OutgoingLog(folder / FILE))
         self.study = self.communicator.join(
-            "training", study.digest_of_fold(study.fold), configuration, trainer, not continues, study.fold
+            "training", study.digest_of_fold(study.fold), configuration, trainer, not continues, study.fold, held
         )
         """The study as the coordinator has it now."""
         if attempt is not None and attempt != self.communicator.attempt:
@@ -54,7 +89,8 @@ class CoordinatorSession:
                 f"The checkpoint in {folder} belongs to attempt {attempt}, the coordinator has opened attempt "
                 f"{self.communicator.attempt}. Start this training without --c."
             )
-        self.attempt = self.communicator.attempt
+        joined = self.communicator
+        self.membership = Membership(self.study, joined.run, joined.attempt, joined.generation, joined.standing)
         self._is_over = False
         self._record = TrainingRecord(folder / RECORD, continues)
 
@@ -62,7 +98,7 @@ class CoordinatorSession:
         """Begin or continue the record."""
         self._record.describe(
             study=self.study.stored(), digest=self.study.digest_of_fold(self.study.fold), run=self.communicator.run,
-            attempt=self.attempt, site=self.communicator.site, training_cases=training_cases,
+            attempt=self.communicator.attempt, site=self.communicator.site, training_cases=training_cases,
         )  # fmt: skip
 
     @contextmanager
@@ -83,6 +119,14 @@ class CoordinatorSession:
     def note_facts(self, **facts: Any) -> None:
         """Note facts of the training in this site's record."""
         self._record.note(**facts)
+
+    def forget_model(self) -> None:
+        """This site holds no model of the federation any more: it takes the next one that comes, whatever its round."""
+        self.communicator.held = None
+
+    def rounds_undone(self, last: int) -> None:
+        """Note in the record that this site went back to the model of a round, counted from 0."""
+        self._record.undo(last)
 
     def happened(self, text: str) -> None:
         """Note an event here and, while the site takes part, at the coordinator."""

@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import shutil
-import time
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-import torch
-
-from nnunet_fed.agreement.plan_digest import plans_digest
-from nnunet_fed.errors import DeadlineError, DisagreementError, RoundClosedError
+from nnunet_fed.errors import RoundClosedError
 from nnunet_fed.exchange import keys
 from nnunet_fed.exchange.payload import Tensors
 from nnunet_fed.files import replacing
-from nnunet_fed.methods.tensors import digest_of_tensors
 from nnunet_fed.prediction.checkpoint_files import FINAL_CHECKPOINT, GLOBAL_CHECKPOINT
-from nnunet_fed.trainers.parts import checkpoint
-from nnunet_fed.trainers.parts.connected_trainer import ConnectedTrainer
+from nnunet_fed.trainers.parts.catching_up import CatchingUpTrainer
 from nnunet_fed.trainers.parts.cross_site_evaluation import evaluate_across_sites, is_complete
-from nnunet_fed.trainers.parts.rounds import common_start, pad_log, require_agreement
 from nnunet_fed.trainers.parts.study_trainer import sentences_for_users
 from nnunet_fed.trainers.parts.training_record import logged_by
 
@@ -29,7 +22,7 @@ class _TrainingOver(Exception):  # noqa: N818
     """The last round is over, though nnU-Net's loop has epochs left, because this site skipped some."""
 
 
-class FederatedTrainer(ConnectedTrainer):
+class FederatedTrainer(CatchingUpTrainer):
     """nnU-Net's trainer with an exchange at the end of every round.
 
     A method overrides :meth:`exchange` and the few hooks that it needs. One round is ``local_epochs`` epochs of
@@ -39,14 +32,9 @@ class FederatedTrainer(ConnectedTrainer):
     so that a killed training contributes the same bytes again (rule 2 of the protocol), then the state after the epoch.
     """
 
-    MODEL: ClassVar[str] = keys.MODEL
-    """Name of the mean that a late site continues from, in every scope."""
-
     def configure_study(self) -> None:
         """Take what the trainer needs from the study, at the end of construction."""
         super().configure_study()
-        self._pending: list[dict[str, Any]] | None = None
-        self._next_epoch = 0
         self.diagnostics: dict[str, float] = {}
         """The method's figures of the round, for the log and the record; set them in :meth:`exchange`."""
 
@@ -71,20 +59,6 @@ class FederatedTrainer(ConnectedTrainer):
         given = self.shared_arrays() if uploaded is None else uploaded
         self.load_shared(self.communicator.mean(keys.key_of(scope, self.MODEL), given, self.site_weight))
 
-    def prepare(self) -> None:
-        """Agree on what the method needs before the first round; called on every rank, never after ``--c``.
-
-        A site that comes late calls it too: use scopes of its own, and fetch what closed without this site.
-        """
-
-    def catch_up(self, scope: str) -> None:
-        """Take what else a site needs that now holds the model of ``scope`` but missed its exchange."""
-
-    @property
-    def optimizers(self) -> list[torch.optim.Optimizer]:
-        """All optimizers of the method."""
-        return [self.optimizer]
-
     @property
     def validates_together(self) -> bool:
         """Whether the site needs the others after the validation; otherwise it leaves when the training ends."""
@@ -106,18 +80,21 @@ class FederatedTrainer(ConnectedTrainer):
 
     def on_train_start(self) -> None:
         """Let nnU-Net start, join, then agree on initial weights or go on where the federation is."""
-        if self.current_epoch >= self.study.epochs:  # --c after the rounds: nothing left for which to need the others
-            super().on_train_start()
+        super().on_train_start()  # joins in get_dataloaders, but not for --c after the rounds, which needs nobody
+        if self._membership is None:
             self._restore_random_states()
             return
-        super().on_train_start()  # joins in get_dataloaders
         self._connect()
         if self._resumed is None:
             self._start_together()
-        else:
-            self.happened(f"continued with --c in epoch {self.current_epoch}")
+            return
+        self.happened(f"continued with --c in epoch {self.current_epoch}")
+        reason = self._reason_to_start_anew(self._membership, self._resumed)
+        if reason is None:
             self._continue()
-            self._restore_random_states()
+        else:
+            self._start_anew(reason)
+        self._restore_random_states()
 
     def on_epoch_start(self) -> None:
         """Skip the epochs of rounds that went on without this site."""
@@ -200,32 +177,6 @@ class FederatedTrainer(ConnectedTrainer):
         if self._evaluates_across_sites:
             evaluate_across_sites(self, save_probabilities, self._report)
 
-    def _start_together(self) -> None:
-        """Agree on initial weights; a site that comes late starts with the newest model."""
-        try:
-            scope, arrays = common_start(self.communicator, self.MODEL, self.shared_arrays)
-            self.load_shared(arrays)
-            digests = {
-                "plans": plans_digest(self.plans_manager.plans),
-                "initial weights": digest_of_tensors(self.shared()),
-            }
-            require_agreement(self.communicator, scope, digests)
-        except RoundClosedError:
-            self._take_newest()
-        self.prepare()
-
-    def _continue(self) -> None:
-        """Go on from a checkpoint, or from the newest model when the federation has moved on meanwhile."""
-        key = self.communicator.newest(self.MODEL)
-        own = self.current_epoch // self.study.local_epochs
-        if key is not None and keys.last_round(key) >= own + (self._pending is not None):
-            self._pending = None
-            self._take_newest()
-
-    def _restore_random_states(self) -> None:
-        if self._resumed is not None and self.local_rank == 0:  # the other ranks draw their own patches
-            checkpoint.restore_random_states(self._resumed["random"])
-
     def _exchange_round(self, number: int) -> None:
         scope = keys.scope_of_round(number)
         self._report("exchanging")
@@ -250,33 +201,17 @@ class FederatedTrainer(ConnectedTrainer):
             for optimizer in self.optimizers:
                 optimizer.state.clear()
 
-    def _take_newest(self, number: int = -1) -> None:
-        """Load the federation's newest model, of round ``number`` or later, and note the epoch from which to go on."""
-        end = time.monotonic() + 60 * self.operational.deadline_minutes
-        while (key := self.communicator.newest(self.MODEL)) is None or keys.last_round(key) < number:
-            if key is None and number < 0:
-                raise DisagreementError("The federation has no model yet from which this site could go on.")
-            if time.monotonic() > end:  # the site missed an earlier collective of the round
-                raise DeadlineError(
-                    f"The others did not finish {keys.scope_of_round(number)}, which began without this site."
-                )
-            time.sleep(1)
-        self.load_shared(self.communicator.fetch(key))
-        self.catch_up(keys.scope_of(key))
-        self._next_epoch = (keys.last_round(key) + 1) * self.study.local_epochs
-
-    def _skip_to(self, epoch: int) -> None:
-        self.happened(f"caught up from epoch {self.current_epoch} to epoch {epoch} with the federation's newest model")
-        pad_log(self.logger.get_checkpoint(), epoch)
-        self.current_epoch = epoch
-
     # ------------------------------------------------------------------------------------------- checkpoints
 
     def training_state(self) -> dict[str, Any]:
-        """Also the attempt, what was trained and is not exchanged yet, and the epoch from which to go on."""
+        """Also where it belongs, what was trained and is not exchanged yet, and the epoch from which to go on."""
+        resumed, joined, session = self._resumed or {}, self._membership, self._session
+        held = resumed.get("held") if session is None else session.communicator.held
         return {
             **super().training_state(),
-            "attempt": self._attempt if self._resumed is None else self._resumed["attempt"],
+            "attempt": resumed.get("attempt") if joined is None else joined.attempt,
+            "run": resumed.get("run") if joined is None else joined.run,
+            "held": None if held is None else tuple(held),
             "pending": self._pending,
             "next_epoch": self._next_epoch,
         }
@@ -292,8 +227,4 @@ class FederatedTrainer(ConnectedTrainer):
     def _save_pending(self, train_outputs: list[dict[str, Any]]) -> None:
         """Save the state before the exchange, as of an epoch that is not over."""
         self._pending = train_outputs
-        self.current_epoch -= 1  # nnU-Net writes the number of the next epoch
-        try:
-            self.save_checkpoint(str(Path(self.output_folder) / "checkpoint_latest.pth"))
-        finally:
-            self.current_epoch += 1
+        self._save_latest()

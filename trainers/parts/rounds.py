@@ -1,4 +1,4 @@
-"""How rounds sit in epochs: the common start, and a log that skips what a site has missed."""
+"""How rounds sit in epochs: the common start, and a log that fits where a site goes on."""
 
 from __future__ import annotations
 
@@ -53,12 +53,14 @@ def require_agreement(communicator: Collectives, scope: str, digests: dict[str, 
         )
 
 
-def pad_log(log: dict[str, list[Any]], epochs: int) -> None:
-    """Fill nnU-Net's log up to ``epochs`` entries, since it takes exactly one a list and epoch.
+def fit_log(log: dict[str, list[Any]], epochs: int) -> None:
+    """Give each list of nnU-Net's log ``epochs`` entries, since it takes exactly one an epoch.
 
-    The last value is repeated. Where there is none yet, the Dice is 0, the time is now, and a loss is not a number.
+    Later ones go. Where some are missing, the last one is repeated; where there is none yet, the Dice is 0, the time is
+    now, and a loss is not a number.
     """
     for name, values in log.items():
+        del values[epochs:]
         filler: Any = math.nan
         if name.endswith("timestamps"):
             filler = time.time()

@@ -85,11 +85,6 @@ class StudyTrainer(nnUNetTrainer):
             self.study = study_in(plans)
             self.options = self.options_of(self.study)
         super().__init__(plans, configuration, fold, dataset_json, device)
-        self.initial_lr = self.study.initial_lr
-        self.num_iterations_per_epoch = self.study.iterations_per_epoch
-        self.num_val_iterations_per_epoch = self.study.val_iterations_per_epoch
-        self.num_epochs = self.study.epochs
-        self.save_every = self.study.local_epochs
         if self.device.type == "cpu" and os.environ.get(THREADS_VARIABLE):
             torch.set_num_threads(int(os.environ[THREADS_VARIABLE]))
         self.tracker: SiteTracker | None = None
@@ -102,7 +97,16 @@ class StudyTrainer(nnUNetTrainer):
             self.configure_study()
 
     def configure_study(self) -> None:
-        """Take what the trainer needs from the study, at the end of construction; raises :class:`FederationError`."""
+        """Take what the trainer needs from the study; raises :class:`FederationError`.
+
+        It is called at the end of construction, and again before a second :meth:`initialize`, when a site starts anew
+        (:mod:`nnunet_fed.trainers.parts.starting_anew`): all that a method keeps begins in these two.
+        """
+        self.initial_lr = self.study.initial_lr
+        self.num_iterations_per_epoch = self.study.iterations_per_epoch
+        self.num_val_iterations_per_epoch = self.study.val_iterations_per_epoch
+        self.num_epochs = self.study.epochs
+        self.save_every = self.study.local_epochs
 
     @classmethod
     def options_of(cls, study: Federation) -> Any:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from nnunet_fed.exchange.keys import last_round
 from nnunet_fed.files import write_json
 
 RECORD = "federation.json"
@@ -61,6 +62,14 @@ class TrainingRecord:
         )  # fmt: skip
         self._content["bytes_sent"] = self._content.get("bytes_sent", 0) + sent
         self._content["bytes_received"] = self._content.get("bytes_received", 0) + received
+        self._write()
+
+    def undo(self, last: int) -> None:
+        """Note that the rounds after one, counted from 0, were undone."""
+        rounds = self._content["rounds"]
+        undone = [entry for entry in rounds if last_round(entry["scope"]) > last]
+        self._content["rounds"] = [entry for entry in rounds if entry not in undone]
+        self._content["undone_rounds"] = self._content.get("undone_rounds", []) + undone
         self._write()
 
     def note(self, **facts: Any) -> None:

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import grpc
 
 from nnunet_fed.certificates.deny_list import DenyList
-from nnunet_fed.errors import ConfigurationError, FederationError, NoRoomError
+from nnunet_fed.errors import ConfigurationError, FederationError, NoRoomError, NotYetError
 from nnunet_fed.exchange.payload import CHUNK
 from nnunet_fed.exchange.uploads import InterruptedUploadError
 from nnunet_fed.transport.channel.identity import IdentityInterceptor
@@ -117,7 +117,7 @@ class Refusals:
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: Any) -> None:
-        if isinstance(error, NoRoomError):
+        if isinstance(error, NoRoomError | NotYetError):
             refuse(self._context, str(error), grpc.StatusCode.RESOURCE_EXHAUSTED)
         elif isinstance(error, FederationError):
             refuse(self._context, str(error))

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import grpc
 
-from nnunet_fed.errors import RefusedError, UnreachableError
+from nnunet_fed.errors import RefusedError, UnknownCollectiveError, UnreachableError
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +24,6 @@ REFUSALS = {
     grpc.StatusCode.PERMISSION_DENIED,
     grpc.StatusCode.UNAUTHENTICATED,
     grpc.StatusCode.UNIMPLEMENTED,
-    grpc.StatusCode.NOT_FOUND,
 }
 """Answers that another try would not change."""
 
@@ -62,6 +61,7 @@ def call_with_retries(
 
     Raises:
         RefusedError: the coordinator refuses; its text says why.
+        UnknownCollectiveError: nobody has contributed to what is asked for.
         UnreachableError: no answer within the patience, or none to be expected.
     """
     end: float | None = None
@@ -73,6 +73,8 @@ def call_with_retries(
         except (grpc.RpcError, DamagedError, ValueError) as error:
             code = error.code() if isinstance(error, grpc.RpcError) else grpc.StatusCode.DATA_LOSS
             details = str(error.details()) if isinstance(error, grpc.RpcError) else "a transfer was damaged"
+            if code == grpc.StatusCode.NOT_FOUND:
+                raise UnknownCollectiveError(details) from None
             if code in REFUSALS:
                 raise RefusedError(details) from None
             reasons.append(diagnose() if code == grpc.StatusCode.UNAVAILABLE else None)

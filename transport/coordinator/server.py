@@ -16,7 +16,7 @@ from nnunet_fed.coordinator.members import Purpose
 from nnunet_fed.coordinator.store import Collective
 from nnunet_fed.coordinator.verdict import Offer
 from nnunet_fed.errors import ConfigurationError
-from nnunet_fed.exchange.communicator import Verb
+from nnunet_fed.exchange.communicator import Held, Verb
 from nnunet_fed.exchange.payload import chunks
 from nnunet_fed.strict_json import to_json
 from nnunet_fed.study.federation import Fold
@@ -130,8 +130,17 @@ class _Service(CoordinatorServicer):  # type: ignore[misc]
                 request.trainer,
                 request.fresh,
                 _fold_of(request, context),
+                can_go_back=protocol > OLDEST_PROTOCOL,
             )
-            return pb.JoinReply(run=run, attempt=self._coordinator.attempt, study=json.dumps(study), protocol=protocol)
+            held = _held_of(request)
+            return pb.JoinReply(
+                run=run,
+                attempt=self._coordinator.attempt,
+                study=json.dumps(study),
+                protocol=protocol,
+                generation=self._coordinator.generation(run),
+                standing="" if held is None else self._coordinator.standing(run, request.site, held),
+            )
 
     def Offer(self, request: pb.OfferRequest, context: grpc.ServicerContext) -> pb.OfferReply:  # noqa: N802
         with Refusals(context, "The coordinator's disk"):
@@ -229,4 +238,10 @@ def _offer_of(request: pb.OfferRequest, context: grpc.ServicerContext) -> Offer:
     if request.verb not in get_args(Verb):
         refuse(context, f"There is no verb {request.verb!r}.")
     verb = cast(Verb, request.verb)
-    return Offer(request.run, request.key, request.site, verb, request.weight, request.digest, request.size)
+    return Offer(
+        request.run, request.key, request.site, verb, request.weight, request.digest, request.size, _held_of(request)
+    )
+
+
+def _held_of(request: pb.JoinRequest | pb.OfferRequest) -> Held | None:
+    return Held(request.held.key, request.held.digest) if request.HasField("held") else None

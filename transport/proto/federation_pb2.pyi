@@ -10,8 +10,16 @@ class Empty(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class Held(_message.Message):
+    __slots__ = ("key", "digest")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    key: str
+    digest: str
+    def __init__(self, key: _Optional[str] = ..., digest: _Optional[str] = ...) -> None: ...
+
 class JoinRequest(_message.Message):
-    __slots__ = ("protocol", "site", "purpose", "digest", "configuration", "trainer", "fresh", "newest_protocol", "fold")
+    __slots__ = ("protocol", "site", "purpose", "digest", "configuration", "trainer", "fresh", "newest_protocol", "fold", "held")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     SITE_FIELD_NUMBER: _ClassVar[int]
     PURPOSE_FIELD_NUMBER: _ClassVar[int]
@@ -21,6 +29,7 @@ class JoinRequest(_message.Message):
     FRESH_FIELD_NUMBER: _ClassVar[int]
     NEWEST_PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     FOLD_FIELD_NUMBER: _ClassVar[int]
+    HELD_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     site: str
     purpose: str
@@ -30,22 +39,27 @@ class JoinRequest(_message.Message):
     fresh: bool
     newest_protocol: int
     fold: str
-    def __init__(self, protocol: _Optional[int] = ..., site: _Optional[str] = ..., purpose: _Optional[str] = ..., digest: _Optional[str] = ..., configuration: _Optional[str] = ..., trainer: _Optional[str] = ..., fresh: bool = ..., newest_protocol: _Optional[int] = ..., fold: _Optional[str] = ...) -> None: ...
+    held: Held
+    def __init__(self, protocol: _Optional[int] = ..., site: _Optional[str] = ..., purpose: _Optional[str] = ..., digest: _Optional[str] = ..., configuration: _Optional[str] = ..., trainer: _Optional[str] = ..., fresh: bool = ..., newest_protocol: _Optional[int] = ..., fold: _Optional[str] = ..., held: _Optional[_Union[Held, _Mapping]] = ...) -> None: ...
 
 class JoinReply(_message.Message):
-    __slots__ = ("run", "attempt", "study", "protocol")
+    __slots__ = ("run", "attempt", "study", "protocol", "generation", "standing")
     RUN_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     STUDY_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    STANDING_FIELD_NUMBER: _ClassVar[int]
     run: str
     attempt: int
     study: str
     protocol: int
-    def __init__(self, run: _Optional[str] = ..., attempt: _Optional[int] = ..., study: _Optional[str] = ..., protocol: _Optional[int] = ...) -> None: ...
+    generation: int
+    standing: str
+    def __init__(self, run: _Optional[str] = ..., attempt: _Optional[int] = ..., study: _Optional[str] = ..., protocol: _Optional[int] = ..., generation: _Optional[int] = ..., standing: _Optional[str] = ...) -> None: ...
 
 class OfferRequest(_message.Message):
-    __slots__ = ("run", "key", "site", "verb", "weight", "digest", "size", "position")
+    __slots__ = ("run", "key", "site", "verb", "weight", "digest", "size", "position", "held")
     RUN_FIELD_NUMBER: _ClassVar[int]
     KEY_FIELD_NUMBER: _ClassVar[int]
     SITE_FIELD_NUMBER: _ClassVar[int]
@@ -54,6 +68,7 @@ class OfferRequest(_message.Message):
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     SIZE_FIELD_NUMBER: _ClassVar[int]
     POSITION_FIELD_NUMBER: _ClassVar[int]
+    HELD_FIELD_NUMBER: _ClassVar[int]
     run: str
     key: str
     site: str
@@ -62,7 +77,8 @@ class OfferRequest(_message.Message):
     digest: str
     size: int
     position: int
-    def __init__(self, run: _Optional[str] = ..., key: _Optional[str] = ..., site: _Optional[str] = ..., verb: _Optional[str] = ..., weight: _Optional[float] = ..., digest: _Optional[str] = ..., size: _Optional[int] = ..., position: _Optional[int] = ...) -> None: ...
+    held: Held
+    def __init__(self, run: _Optional[str] = ..., key: _Optional[str] = ..., site: _Optional[str] = ..., verb: _Optional[str] = ..., weight: _Optional[float] = ..., digest: _Optional[str] = ..., size: _Optional[int] = ..., position: _Optional[int] = ..., held: _Optional[_Union[Held, _Mapping]] = ...) -> None: ...
 
 class OfferReply(_message.Message):
     __slots__ = ("verdict", "position")

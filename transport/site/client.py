@@ -13,8 +13,16 @@ from typing import Any, TypeVar
 
 import grpc
 
-from nnunet_fed.errors import DeadlineError, NoContributionError, RefusedError, RoundClosedError
-from nnunet_fed.exchange.communicator import Verb, check_weight
+from nnunet_fed.errors import (
+    DeadlineError,
+    NoContributionError,
+    NotFiniteError,
+    RefusedError,
+    RoundClosedError,
+    UnknownCollectiveError,
+)
+from nnunet_fed.exchange.communicator import Held, Verb, check_weight
+from nnunet_fed.exchange.keys import MODEL, last_round, name_of
 from nnunet_fed.exchange.outgoing_log import Outgoing, array_entry, tensors_entry, value_entry
 from nnunet_fed.exchange.payload import Array, Tensors, check_finite, decode, encode
 from nnunet_fed.exchange.precision import narrow, widen
@@ -70,6 +78,13 @@ class GrpcCommunicator:
         self.study: Federation
         self.run = ""
         self.attempt = 0
+        self.generation = 0
+        """How often rounds of the run had been undone when it was opened."""
+        self.standing = ""
+        """Where the model stands that this site held when it joined (:mod:`nnunet_fed.coordinator.reconciliation`);
+        empty: it held none."""
+        self.held: Held | None = None
+        """The newest model of the federation that this site has taken."""
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -84,8 +99,14 @@ class GrpcCommunicator:
         trainer: str = "",
         fresh: bool = False,
         fold: Fold | None = None,
+        held: Held | None = None,
     ) -> Federation:
         """Join the run; returns the study as the coordinator has it.
+
+        Args:
+            purpose, digest, configuration, trainer, fresh, fold: see
+                :meth:`nnunet_fed.coordinator.members.Members.join`.
+            held: the newest model that this site has taken, before it was started again.
 
         Raises:
             ConfigurationError: this site's certificate is another's, or this version of nnunet_fed does not know what
@@ -100,11 +121,14 @@ class GrpcCommunicator:
             "digest": digest, "configuration": configuration, "trainer": trainer, "fresh": fresh,
             "fold": "" if fold is None else str(fold),
         }  # fmt: skip
+        if held is not None:
+            facts["held"] = held._asdict()
         request = pb.JoinRequest(**facts)
         self._sends("join", **facts)
         reply = self._call(lambda: self._stub.Join(request, timeout=30))
         self.study = Federation.restore(json.loads(reply.study))
         self.run, self.attempt, self._purpose = reply.run, reply.attempt, purpose
+        self.generation, self.standing, self.held = reply.generation, reply.standing, held
         minutes = self.study.planning_deadline_minutes if purpose == "planning" else self.study.deadline_minutes
         self._patience = 60 * minutes
         return self.study
@@ -114,16 +138,30 @@ class GrpcCommunicator:
 
         Raises:
             RefusedError: also if a value is too large for the study's ``wire_dtype``.
+            NotFiniteError: a number in the tensors is not finite; the others are told that nobody need wait.
         """
         wire_dtype = "float32" if exact else self.study.wire_dtype
         sent = narrow(tensors, wire_dtype) if check_weight(weight) > 0 else {}
+        self._require_finite(key, sent)
         pieces = encode(sent) if weight > 0 else None
         result = decode(self._collective(key, "mean", weight, pieces, lambda: tensors_entry(sent)))
         check_finite(result)
         return result if wire_dtype == "float32" else widen(result)
 
+    def _require_finite(self, key: str, tensors: Tensors) -> None:
+        try:
+            check_finite(tensors)
+        except NotFiniteError as error:
+            if self._purpose == "training":
+                self.leave(f"what it has for {key} is not finite")
+            raise NotFiniteError(
+                f"Site '{self.site}' has nothing to give to '{key}'. {error} If so, continue with --c: this site then "
+                "starts anew from the federation's newest model. If it diverges again, look into its data."
+            ) from None
+
     def sum(self, key: str, array: Array) -> Array:
-        """See :meth:`nnunet_fed.exchange.communicator.Collectives.sum`."""
+        """See :meth:`nnunet_fed.exchange.communicator.Collectives.sum`. Errors also as in :meth:`mean`."""
+        self._require_finite(key, {"value": array})
         pieces = encode({"value": array})
         return decode(self._collective(key, "sum", 1.0, pieces, lambda: array_entry(array)))["value"]
 
@@ -139,7 +177,7 @@ class GrpcCommunicator:
         try:
             inbound = Inbound()
             header = self._call(lambda: self._ask(key, inbound, wait=0))
-        except RefusedError:  # nobody has contributed
+        except UnknownCollectiveError:
             return None
         result: dict[str, Any] | None = json.loads(bytes(inbound.buffer)) if header.status == "closed" else None
         return result
@@ -186,6 +224,19 @@ class GrpcCommunicator:
         status: dict[str, Any] = json.loads(reply.status)
         return status
 
+    def undone_runs(self) -> dict[str, str]:
+        """By the id of each run of which rounds were undone: that of the run in which it goes on.
+
+        Empty if the coordinator does not answer at once, or is of version 0.1.
+        """
+        try:
+            reply = self._stub.Status(pb.StatusRequest(newest_protocol=NEWEST_PROTOCOL), timeout=10)
+        except grpc.RpcError as error:
+            logger.warning("the coordinator could not be asked whether rounds were undone: %s", error.details())
+            return {}
+        undone: dict[str, str] = json.loads(reply.status).get("undone", {})
+        return undone
+
     def close(self) -> None:
         """Close the channel; the next call opens another."""
         if self._channel is not None:
@@ -214,6 +265,7 @@ class GrpcCommunicator:
         offer = pb.OfferRequest(
             run=self.run, key=key, site=self.site, verb=verb, weight=weight,
             digest=outbound.digest if pieces else "", size=outbound.size,
+            held=None if self.held is None else pb.Held(**self.held._asdict()),
         )  # fmt: skip
         contribute = partial(self._offer, offer, outbound, content)
         contribute()
@@ -236,7 +288,7 @@ class GrpcCommunicator:
                 raise RefusedError(
                     f"Site '{self.site}' has already contributed other values to '{key}': its data set or software "
                     "changed since. Undo that, or let the coordinator open a new attempt "
-                    "(nnunet_fed coordinator ... --new-attempt) and plan at all sites again."
+                    "(nnunet_fed new-attempt STATE) and plan at all sites again."
                 )
             logger.warning("'%s': this site has already contributed other values; those stand.", key)
 
@@ -255,17 +307,25 @@ class GrpcCommunicator:
                 offer.position = 0
         return verdict
 
-    def _result(self, key: str, contribute: Callable[[], None] = lambda: None) -> memoryview:
+    def _result(self, key: str, contribute: Callable[[], None] | None = None) -> memoryview:
         """Wait for a result and take it; whoever waits is told for whom and until when.
 
-        A coordinator that has lost what this site gave it (its machine stopped) has it contribute again.
+        A coordinator that has lost what this site gave it (its machine stopped, or was restored) has it contribute
+        again.
         """
         told: Sequence[str] = ()
         inbound = Inbound()
         while True:
-            header = self._call(lambda: self._ask(key, inbound, LONG_POLL), lambda: inbound.reached)
+            try:
+                header = self._call(lambda: self._ask(key, inbound, LONG_POLL), lambda: inbound.reached)
+            except UnknownCollectiveError:
+                if contribute is None:
+                    raise
+                contribute()
+                continue
             if header.status == "closed":
                 self.weights = dict(sorted(header.weights.items()))
+                self._takes(key, header.digest)
                 return inbound.buffer
             if header.status == "empty":
                 raise NoContributionError(f"No site contributed to '{key}'.")
@@ -273,12 +333,17 @@ class GrpcCommunicator:
                 raise DeadlineError(header.error)
             if header.status == "pruned":
                 raise RoundClosedError(f"The result of '{key}' is no longer kept.")
-            if header.wanted:
+            if header.wanted and contribute is not None:
                 contribute()
             if list(header.missing) != list(told):
                 told = list(header.missing)
                 until = datetime.fromtimestamp(header.closes_at).strftime("%Y-%m-%d %H:%M:%S")
                 logger.info("waiting for %s in '%s', until %s at most", ", ".join(told) or "the result", key, until)
+
+    def _takes(self, key: str, digest: str) -> None:
+        """Note which model this site has: the one of the latest round, whatever else it reads."""
+        if name_of(key) == MODEL and (self.held is None or last_round(key) >= last_round(self.held.key)):
+            self.held = Held(key, digest)
 
     def _ask(self, key: str, inbound: Inbound, wait: float) -> pb.ResultHeader:
         request = pb.ResultRequest(
