@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from nnunet_fed.errors import RoundClosedError
 from nnunet_fed.exchange.keys import key_of, last_round, scope_of_round, start_scope
 from nnunet_fed.exchange.payload import Array
 from nnunet_fed.methods.server_optimizer import difference, with_momentum
@@ -54,7 +55,10 @@ class nnUNetTrainerFedAvgM(FineTuningTrainer):  # noqa: N801
         """The last step is the one between the two newest global models, whichever this site had."""
         self._last_step = {}
         if last_round(scope) >= 0:
-            self._last_step = difference(self._round_start, self._model_before(last_round(scope)))
+            try:
+                self._last_step = difference(self._round_start, self._model_before(last_round(scope)))
+            except RoundClosedError:  # after rounds were undone, this may be the oldest that is kept
+                self.happened(f"the model before {scope} is not kept: the global model goes on without momentum")
 
     def _model_before(self, number: int) -> dict[str, Array]:
         if number > 0:

@@ -19,7 +19,7 @@ from nnunet_fed.coordinator.store import Collective, Store
 from nnunet_fed.coordinator.verdict import DIGEST
 from nnunet_fed.errors import NotYetError, RefusedError
 from nnunet_fed.exchange.communicator import Held
-from nnunet_fed.exchange.keys import LONGEST_KEY, MODEL, is_key, last_round, name_of
+from nnunet_fed.exchange.keys import LONGEST_KEY, MODEL, is_key, last_round, name_of, scope_of_round
 from nnunet_fed.study.federation import Federation
 
 logger = logging.getLogger(__name__)
@@ -117,7 +117,7 @@ class Reconciliation:
 
     def _adopt(self, run: str, held: Held) -> None:
         """Journal that the sites have gone on to a model, which is not here."""
-        now, store = time.time(), self._store
+        now, store, newest = time.time(), self._store, self._newest(run)
         text = (
             f"the sites agree on {held.key}, which this coordinator does not know: it was restored from a back-up. "
             "They go on; the rounds before are missing in this record"
@@ -136,6 +136,9 @@ class Reconciliation:
                     digest=held.digest, size=None, error=None,
                 )
             )  # fmt: skip
+            first = 0 if newest is None else last_round(newest.key) + 1
+            for number in range(first, last_round(held.key) + 1):
+                store.freeze(run, scope_of_round(number), [])  # a site that is behind finds them closed
             store.add_event(run, None, text)
         for file in files:
             file.unlink(missing_ok=True)

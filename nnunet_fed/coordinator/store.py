@@ -250,7 +250,7 @@ class Store:
     def freeze(self, run: str, scope: str, participants: list[str]) -> None:
         """Note who takes part in a scope."""
         self._journal.execute(
-            "INSERT INTO scope VALUES (?, ?, ?, ?)", (run, scope, json.dumps(participants), time.time())
+            "INSERT OR REPLACE INTO scope VALUES (?, ?, ?, ?)", (run, scope, json.dumps(participants), time.time())
         )
 
     def collective(self, run: str, key: str) -> Collective | None:

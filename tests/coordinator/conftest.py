@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 from desk import Clock, Desk
 
-from nnunet_fed.coordinator import coordinator, members, round_closer, status, store
+from nnunet_fed.coordinator import coordinator, members, reconciliation, round_closer, status, store
 from nnunet_fed.coordinator.members import Purpose
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    for module in (coordinator, members, round_closer, status, store):
+    for module in (coordinator, members, reconciliation, round_closer, status, store):
         monkeypatch.setattr(module, "time", clock)
     return clock
 

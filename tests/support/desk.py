@@ -13,7 +13,7 @@ from nnunet_fed.coordinator.coordinator import Coordinator
 from nnunet_fed.coordinator.members import Purpose
 from nnunet_fed.coordinator.store import Collective, Store
 from nnunet_fed.coordinator.verdict import Offer, Verdict
-from nnunet_fed.exchange.communicator import Verb
+from nnunet_fed.exchange.communicator import Held, Verb
 from nnunet_fed.exchange.payload import Tensors, decode, encode, measure
 
 
@@ -40,6 +40,8 @@ class Desk:
 
     def __init__(self, folder: Path, clock: Clock, **study: Any):
         self.folder, self.clock, self.run = folder, clock, ""
+        self.held: dict[str, Held] = {}
+        """What each site tells of the model that it holds."""
         self._settings: dict[str, Any] = {}
         self.open(**study)
 
@@ -60,7 +62,7 @@ class Desk:
 
     def tell(self, site: str, key: str, weight: float, verb: Verb = "mean") -> Verdict:
         """Offer without a payload."""
-        return self.coordinator.offer(Offer(self.run, key, site, verb, weight, "", 0))
+        return self.coordinator.offer(Offer(self.run, key, site, verb, weight, "", 0, self.held.get(site)))
 
     def give(self, site: str, key: str, value: float | Tensors, weight: float = 1.0, verb: Verb = "mean") -> Verdict:
         tensors = value if isinstance(value, dict) else {"w": np.float32([value])}
@@ -77,13 +79,22 @@ class Desk:
         return self.coordinator.take(offer, position, [payload if arrives is None else arrives])
 
     def offer_of(self, site: str, key: str, payload: bytes, weight: float = 1.0, verb: Verb = "mean") -> Offer:
-        return Offer(self.run, key, site, verb, weight, *measure([payload]))
+        return Offer(self.run, key, site, verb, weight, *measure([payload]), self.held.get(site))
 
     def collective(self, key: str) -> Collective:
         """As it is now: what is due is closed."""
         found = self.coordinator.wait(self.run, key, 0)
         assert found is not None
         return found
+
+    def all_give(self, key: str, values: dict[str, float]) -> Any:
+        """Let sites contribute to a mean, and take its result; returns the tensor."""
+        for site, value in values.items():
+            self.give(site, key, value)
+        result, digest = self.result(key), self.collective(key).digest
+        assert digest is not None
+        self.held.update({site: Held(key, digest) for site in values})
+        return result
 
     def result(self, key: str) -> Any:
         """The tensor of a closed mean."""

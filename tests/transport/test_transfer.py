@@ -350,7 +350,7 @@ def test_numbers_that_are_not_finite_are_refused_with_their_tensor(serve: Serve,
     there = spooled(served)
     seat._require_finite = lambda key, tensors: None  # type: ignore[method-assign]
     with pytest.raises(RefusedError, match="tensor 'bad' holds a number that is not finite"):
-        seat.mean("s/model", bad, 1)
+        seat.mean("s/raw", bad, 1)
     assert spooled(served) == there
     assert served.coordinator.status()["sites"]["a"]["standing"] == "absent"
 
