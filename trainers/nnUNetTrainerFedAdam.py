@@ -49,18 +49,18 @@ class nnUNetTrainerFedAdam(FineTuningTrainer):  # noqa: N801
         self.moments.begin(shared, [name for name in shared if name in parameters])
 
     def exchange(self, scope: str) -> None:
-        """Take the mean of the updates, do Adam's step on it, and load the model, which the first site publishes."""
+        """Take the mean of the updates, do Adam's step on it, and load the model, which one site publishes."""
         own = difference(self.shared_arrays(), self._round_start)
         update = self.communicator.mean(key_of(scope, "update"), own, self.site_weight)
-        first = self._agree_on_moments(scope)
+        sources = self._agree_on_moments(scope)
         model = self.moments.step(self._round_start, update, self.options.server_lr, last_round(scope))
-        # should the first site have gone away since the update, the others have computed the same
+        # should all of them have gone away, the others have computed the same
         with suppress(NoContributionError):
-            model = publish_computed(self.communicator, key_of(scope, self.MODEL), first, model)
+            model = publish_computed(self.communicator, key_of(scope, self.MODEL), sources, model)
         self.load_shared(model)
 
-    def _agree_on_moments(self, scope: str) -> str:
-        """Let every site of the round have the newest moments among them; returns the first that had them already.
+    def _agree_on_moments(self, scope: str) -> list[str]:
+        """Let every site of the round have the newest moments among them; returns those that had them already.
 
         Raises:
             DisagreementError: moments of the same round differ.
@@ -72,7 +72,7 @@ class nnUNetTrainerFedAdam(FineTuningTrainer):  # noqa: N801
         require_equal(digests, "The sites' moments of FedAdam differ after the same rounds")
         if len(digests) < len(told):
             self.moments.take(self._published_moments(scope, list(digests)), newest)
-        return next(iter(digests))
+        return list(digests)
 
     def _published_moments(self, scope: str, sources: list[str]) -> dict[str, Array]:
         """The moments of the first of the sources that is still there; those who have them compare."""
@@ -80,7 +80,7 @@ class nnUNetTrainerFedAdam(FineTuningTrainer):  # noqa: N801
         def from_source(numbered: tuple[int, str]) -> dict[str, Array]:
             key, source = key_of(scope, f"state-{numbered[0]}"), numbered[1]
             if self.communicator.site in sources:
-                return publish_computed(self.communicator, key, source, self.moments.tensors())
+                return publish_computed(self.communicator, key, [source], self.moments.tensors())
             return publish(self.communicator, key, source, dict)
 
         nobody = "The sites that had the moments of FedAdam have all gone away."

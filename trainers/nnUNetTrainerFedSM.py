@@ -16,7 +16,7 @@ from nnunet_fed.study.methods.fedsm_options import FedSM
 from nnunet_fed.trainers.fedsm.selector_cases import SelectorCases, configuration_of
 from nnunet_fed.trainers.fedsm.super_model import NOTHING, Findings, save_super_model, share_at_last
 from nnunet_fed.trainers.fedsm.super_validation import validate_global_and_super
-from nnunet_fed.trainers.parts.publishing import digest_of_arrays, publish_computed, require_equal
+from nnunet_fed.trainers.parts.publishing import digest_of_arrays, fetch_published, publish_computed, require_equal
 from nnunet_fed.trainers.parts.two_models import TwoModelTrainer
 
 
@@ -45,6 +45,11 @@ class nnUNetTrainerFedSM(TwoModelTrainer):  # noqa: N801
         self.selector = SelectorTraining(
             configuration_of(self), self.study.seed, self.options.selector_mode, self.options.selector_lr, self.device
         )
+
+    def _connect(self) -> None:
+        """The sites are those that the selector tells apart, whatever names have come or gone since the planning."""
+        super()._connect()
+        self.communicator.sites = self.study.sites
 
     # ------------------------------------------------------------------------------------------- two branches
 
@@ -95,12 +100,12 @@ class nnUNetTrainerFedSM(TwoModelTrainer):  # noqa: N801
         require_equal(digests, "The sites' selectors differ after the same steps")
         # a mean takes floating-point tensors; the number of steps is exact in float32 up to 16 million
         floats = {name: array.astype("float32") for name, array in state.items()}
-        publish_computed(self.communicator, key_of(scope, "state"), next(iter(digests)), floats)
+        publish_computed(self.communicator, key_of(scope, "state"), digests, floats)
 
     def catch_up(self, scope: str) -> None:
         """Take the selector as the others have it."""
         if round_of(scope) is not None:
-            published = self.communicator.fetch(key_of(scope, "state"))
+            published = fetch_published(self.communicator, key_of(scope, "state"), len(self.study.sites))
             self.selector.load_state_dict({name: torch.from_numpy(array) for name, array in published.items()})
 
     def selector_cases(self, which: str) -> SelectorCases:

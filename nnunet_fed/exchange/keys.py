@@ -21,6 +21,7 @@ CROSS_SITE = "cross-site"
 
 _KEY = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)+")
 _ROUND = re.compile(r"round-(\d+)")
+_FURTHER_SOURCE = re.compile(r"/\d+$")
 
 
 def is_key(text: str) -> bool:
@@ -39,8 +40,16 @@ def scope_of(key: str) -> str:
 
 
 def name_of(key: str) -> str:
-    """The part of a key after the first slash; means of one name have one schema."""
-    return key.partition("/")[2]
+    """The part of a key after the first slash, whichever source it is of; means of one name have one schema."""
+    return _FURTHER_SOURCE.sub("", key.partition("/")[2])
+
+
+def source_key(key: str, number: int) -> str:
+    """The key under which the so manyth source, counted from 0, gives something to all.
+
+    It is the key itself for the first one, and another for each that follows once those before it have gone away.
+    """
+    return key if number == 0 else f"{key}/{number}"
 
 
 def scope_of_round(number: int) -> str:

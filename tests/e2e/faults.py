@@ -12,17 +12,18 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from warm import Forked
 
-from nnunet_fed.simulation.simulate import to_toml
+from nnunet_fed.files import replacing
+from nnunet_fed.study.toml import to_toml
 
 SITE = """
-import hashlib, json, logging, os, sys
+import hashlib, json, logging, os, sys, time
 import numpy as np
 from nnunet_fed.transport.channel import options
 settings = json.loads(sys.argv[1])
@@ -31,6 +32,7 @@ options.CHANNEL_OPTIONS = tuple(
 )
 from nnunet_fed.errors import RoundClosedError
 from nnunet_fed.study.site import Site
+from nnunet_fed.exchange.keys import round_of
 from nnunet_fed.exchange.outgoing_log import OutgoingLog
 from nnunet_fed.transport.site.client import GrpcCommunicator
 from pathlib import Path
@@ -43,7 +45,9 @@ model, done, checkpoint = np.full(size, 0.5, np.float32), 0, settings["checkpoin
 if checkpoint and os.path.exists(checkpoint):
     with np.load(checkpoint) as saved:
         model, done = saved["model"], int(saved["done"])
-for number in range(done, settings["rounds"]):
+number = done
+while number < settings["rounds"]:
+    time.sleep(settings["pause"])
     # what a site contributes follows from the round and the model, as in a repeatable training
     rng = np.random.default_rng([number, *name.encode()])
     update = model + rng.normal(size=size).astype(np.float32)
@@ -51,17 +55,35 @@ for number in range(done, settings["rounds"]):
     try:
         seat.gather(f"{scope}/before", {"of": name})
         model = seat.mean(f"{scope}/model", {"w": update, "b": update[:3] * 2}, 1.0 + len(name))["w"]
-    except RoundClosedError:
-        model = seat.fetch(f"{scope}/model")["w"]
+    except RoundClosedError:  # on with the newest model, as in a training
+        while (newest := seat.newest("model")) is None or round_of(newest) < number:
+            time.sleep(0.1)
+        model, number = seat.fetch(newest)["w"], round_of(newest)
     print(number, hashlib.sha256(model.tobytes()).hexdigest(), flush=True)
+    number += 1
     if checkpoint:
-        np.savez(checkpoint + ".new.npz", model=model, done=number + 1)
+        np.savez(checkpoint + ".new.npz", model=model, done=number)
         os.replace(checkpoint + ".new.npz", checkpoint)
-    if settings["stop_after"] == number:
+    if settings["stop_after"] == number - 1:
         os._exit(0)
 seat.leave("done")
 seat.close()
 """
+
+CLOCK = """
+import runpy, sys, time
+from pathlib import Path
+real, shift = time.time, Path(sys.argv[1])
+def set_by_somebody():
+    # gRPC hands what it is told to its core, which looks at the machine's clock
+    for_core = sys._getframe(1).f_globals["__name__"].startswith("grpc")
+    return real() if for_core else real() + float(shift.read_text())
+time.time = set_by_somebody
+sys.argv[:2] = ["nnunet_fed"]
+runpy.run_module("nnunet_fed", run_name="__main__", alter_sys=True)
+"""
+"""A command whose wall clock somebody sets while it runs. The monotonic clock is left alone, which libfaketime 0.9.10
+cannot do to Python: ``time.sleep`` then fails."""
 
 
 class Link(threading.Thread):
@@ -148,26 +170,48 @@ class Exchange:
         study: settings of the study.
         size: of the model, in parameters.
         options: of the coordinator's command.
+        pause: seconds that a site takes to train a round.
         disk_mb: the coordinator's state directory is a disk of its own of so many MB, which only it can see and which
             goes with it; 0: it is an ordinary folder.
     """
 
     def __init__(
-        self, folder: Path, study: dict[str, Any], size: int = 100_000, options: tuple[str, ...] = (), disk_mb: int = 0
-    ):
-        from nnunet_fed.study.federation import Federation
-
-        self.folder, self.size, self._options, self._disk_mb = folder, size, options, disk_mb
+        self, folder: Path, study: dict[str, Any], size: int = 100_000, options: tuple[str, ...] = (), disk_mb: int = 0,
+        pause: float = 0.0,
+    ):  # fmt: skip
+        self.folder, self.size, self._options, self._disk_mb, self._pause = folder, size, options, disk_mb, pause
         folder.mkdir(parents=True)
-        parsed = Federation.model_validate({"name": "faults", "method": {"name": "fedavg"}, **study})
-        self.study = parsed
-        (folder / "federation.toml").write_text(to_toml(parsed.model_dump(mode="json")))
+        self.write_study({"name": "faults", "method": {"name": "fedavg"}, **study})
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.address = f"127.0.0.1:{free.getsockname()[1]}"
         self.coordinator: subprocess.Popen[bytes] | Forked | None = None
         self.sites: dict[str, Forked] = {}
         (folder / "site.py").write_text(SITE)
+        (folder / "clock.py").write_text(CLOCK)
+        self.set_clock(0)
+
+    def write_study(self, settings: dict[str, Any]) -> None:
+        """Edit ``federation.toml``, which the coordinator reads when it starts."""
+        from nnunet_fed.study.federation import Federation
+
+        self.study = Federation.model_validate(settings)
+        (self.folder / "federation.toml").write_text(to_toml(self.study.model_dump(mode="json")))
+
+    def change_sites(self, sites: Sequence[str]) -> None:
+        """Let other names stand in ``sites``, and restart the coordinator."""
+        self.write_study({**self.study.model_dump(), "sites": tuple(sites)})
+        self.restart()
+
+    def set_clock(self, shift: float) -> None:
+        """Set the coordinator's wall clock, in seconds ahead of what it is; it may be running."""
+        with replacing(self.folder / "clock") as part:
+            part.write_text(str(shift))
+
+    def restart(self) -> None:
+        """Kill the coordinator and start it again."""
+        self.kill(self.coordinator)
+        self.serve()
 
     def serve(self) -> None:
         """Start the coordinator."""
@@ -179,6 +223,7 @@ class Exchange:
             with log.open("ab") as file:
                 self.coordinator = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT)
         else:
+            words[:3] = [str(self.folder / "clock.py"), str(self.folder / "clock")]
             self.coordinator = Forked(words, os.environ, log)
 
     def start(
@@ -195,7 +240,8 @@ class Exchange:
         settings = {
             "name": name, "address": address or self.address, "digest": self.study.digest, "size": self.size,
             "rounds": self.study.rounds, "outgoing": str(self.outgoing(name)), "stop_after": stop_after,
-            "keepalive": shortened, "checkpoint": str(self.folder / f"{name}.npz") if checkpoint else None,
+            "pause": self._pause, "keepalive": shortened,
+            "checkpoint": str(self.folder / f"{name}.npz") if checkpoint else None,
         }  # fmt: skip
         if not checkpoint:
             self.results(name).unlink(missing_ok=True)
@@ -245,10 +291,11 @@ class Exchange:
 
 @contextmanager
 def exchange(
-    folder: Path, sites: str = "ab", size: int = 100_000, options: tuple[str, ...] = (), disk_mb: int = 0, **study: Any
-) -> Iterator[Exchange]:
-    """A served exchange of sites of one letter each."""
-    running = Exchange(folder, {"rounds": 3, "sites": tuple(sites), **study}, size, options, disk_mb)
+    folder: Path, sites: Sequence[str] = "ab", size: int = 100_000, options: tuple[str, ...] = (), disk_mb: int = 0,
+    pause: float = 0.0, **study: Any,
+) -> Iterator[Exchange]:  # fmt: skip
+    """A served exchange; a text names sites of one letter each."""
+    running = Exchange(folder, {"rounds": 3, "sites": tuple(sites), **study}, size, options, disk_mb, pause)
     try:
         running.serve()
         yield running
@@ -275,4 +322,5 @@ REPETITIONS = int(os.environ.get("FAULT_REPETITIONS", "2"))
 """Of what happens at random instants; by hand, half as many of whole trainings:
 
 FAULT_REPETITIONS=20 python -m pytest tests/e2e/test_faults.py tests/e2e/test_training.py -k "random or site_killed"
+FAULT_REPETITIONS=20 python -m pytest tests/e2e/test_campaign.py
 """

@@ -25,6 +25,7 @@ from nnunet_fed.exchange.keys import (
     round_of,
     scope_of,
     scope_of_round,
+    source_key,
     start_scope,
 )
 
@@ -46,12 +47,19 @@ def test_keys_are_what_version_0_1_wrote() -> None:
     assert key_of(VALIDATION, "dice") == "validation/dice"
 
 
-@given(PARTS, PARTS, st.lists(PARTS, max_size=2))
+@given(PARTS, PARTS, st.lists(PARTS.filter(lambda part: not part.isdecimal()), max_size=2))
 def test_scope_and_name_are_read_from_a_key(scope: str, name: str, more: list[str]) -> None:
     key = key_of(scope, "/".join([name, *more]))
     assert is_key(key)
     assert (scope_of(key), name_of(key)) == (scope, "/".join([name, *more]))
     assert scope_of(scope) == scope
+
+
+def test_what_further_sources_give_has_the_name_and_the_scope_of_the_first_one() -> None:
+    keys = [source_key("round-0003/model", number) for number in range(3)]
+    assert keys == ["round-0003/model", "round-0003/model/1", "round-0003/model/2"]
+    assert {name_of(key) for key in keys} == {MODEL}
+    assert {round_of(key) for key in keys} == {3}
 
 
 @given(st.integers(0, 100_000))

@@ -65,7 +65,7 @@ def computed(values: dict[str, float]) -> dict[str, str]:
 
     def run(seat: LocalCommunicator) -> str:
         try:
-            published = publish_computed(seat, "round-0003/state", "a", state(values[seat.site]))
+            published = publish_computed(seat, "round-0003/state", ["a"], state(values[seat.site]))
         except DisagreementError as error:
             return str(error)
         assert published["w"].tobytes() == state(values["a"])["w"].tobytes()
@@ -90,7 +90,7 @@ def test_no_wire_rounds_what_is_compared(serve: Serve) -> None:
     served = serve(make_study("ab", wire_dtype="float16"))
     own = {"w": np.random.default_rng(0).normal(size=100).astype(np.float32)}
     seats = [served.seat(name) for name in "ab"]
-    for arrays in together(*(partial(publish_computed, seat, "round-0000/state", "a", own) for seat in seats)):
+    for arrays in together(*(partial(publish_computed, seat, "round-0000/state", ["a"], own) for seat in seats)):
         assert arrays["w"].tobytes() == own["w"].tobytes()  # type: ignore[index]
 
 

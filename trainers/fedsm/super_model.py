@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nnunet_fed.errors import NoContributionError
 from nnunet_fed.exchange.keys import key_of
 from nnunet_fed.methods.familiarity import Familiarity, fit_familiarity
 from nnunet_fed.methods.selector import case_log_probabilities
@@ -37,12 +38,15 @@ class Findings:
     """This site."""
     selector: SelectorValidation
     familiarity: Familiarity | None
+    shared: tuple[str, ...] | None
+    """The other sites that have shared their personalized models; ``None``: all of them, as in version 0.1."""
 
     def plain(self) -> dict[str, Any]:
         """For a checkpoint, which is read where nnunet_fed is not installed, too."""
         return {
             "selector_validation": {**asdict(self.selector), "site": self.site},
             "familiarity": None if self.familiarity is None else asdict(self.familiarity),
+            "shared": self.shared,
         }
 
     @classmethod
@@ -52,10 +56,11 @@ class Findings:
             return None
         validation, familiar = dict(values["selector_validation"]), values["familiarity"]
         site = validation.pop("site")
-        return cls(site, SelectorValidation(**validation), None if familiar is None else Familiarity(**familiar))
+        familiarity = None if familiar is None else Familiarity(**familiar)
+        return cls(site, SelectorValidation(**validation), familiarity, values.get("shared"))
 
 
-NOTHING = {"selector_validation": None, "familiarity": None}
+NOTHING = {"selector_validation": None, "familiarity": None, "shared": None}
 """In the place of :meth:`Findings.plain` while there are none."""
 
 
@@ -71,21 +76,29 @@ def share_at_last(trainer: nnUNetTrainerFedSM, scope: str) -> Findings:
     familiarity = None
     if options.familiarity_gate:
         familiarity = fit_familiarity(communicator, scope, training, validation)
-    if options.share_personal:
-        _share_personal(trainer, scope)
-    return Findings(communicator.site, found, familiarity)
+    shared = _share_personal(trainer, scope) if options.share_personal else ()
+    return Findings(communicator.site, found, familiarity, shared)
 
 
-def _share_personal(trainer: nnUNetTrainerFedSM, scope: str) -> None:
+def _share_personal(trainer: nnUNetTrainerFedSM, scope: str) -> tuple[str, ...]:
+    """Hand the personalized models round; returns the other sites that have given theirs."""
     communicator, folder, own = trainer.communicator, Path(trainer.output_folder), trainer.bare(trainer.network)
-    network = copy.deepcopy(own)
+    network, shared = copy.deepcopy(own), []
     for site in communicator.sites:
         key = key_of(scope, f"personal-of-{site}")
-        received = publish(communicator, key, site, partial(to_arrays, shared_tensors(own)))
-        if site != communicator.site and trainer.local_rank == 0 and not trainer.disable_checkpointing:
+        try:
+            received = publish(communicator, key, site, partial(to_arrays, shared_tensors(own)))
+        except NoContributionError:
+            trainer.happened(f"the personalized model of {site} was not shared: that site was away")
+            continue
+        if site == communicator.site:
+            continue
+        shared.append(site)
+        if trainer.local_rank == 0 and not trainer.disable_checkpointing:
             load_arrays(shared_tensors(network), received)
             path = folder / personal_checkpoint(site)
             write_checkpoint(path, folder / "checkpoint_latest.pth", network.state_dict())
+    return tuple(shared)
 
 
 def save_super_model(trainer: nnUNetTrainerFedSM, folder: Path) -> None:
@@ -108,7 +121,9 @@ def write_bundle(trainer: nnUNetTrainerFedSM, validation_dice: Mapping[str, Vali
         )
         return
     options, selector = trainer.options, found.selector
-    others = [name for name in trainer.study.sites if name != found.site] if options.share_personal else []
+    others = found.shared
+    if others is None:
+        others = tuple(name for name in trainer.study.sites if name != found.site and options.share_personal)
     write_fold(
         Path(trainer.output_folder_base), trainer.fold, site=found.site, gamma=options.gamma,
         selector=trainer.selector.configuration, validation=selector, shared=others,

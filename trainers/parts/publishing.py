@@ -7,7 +7,9 @@ from typing import TypeVar
 
 from nnunet_fed.errors import DisagreementError, NoContributionError
 from nnunet_fed.exchange.communicator import Collectives
+from nnunet_fed.exchange.keys import source_key
 from nnunet_fed.exchange.payload import Array, Tensors, encode, measure
+from nnunet_fed.trainers.parts.ranks import TrainingCommunicator
 
 T = TypeVar("T")
 S = TypeVar("S")
@@ -40,13 +42,15 @@ def publish(
     return communicator.mean(key, tensors() if mine else {}, float(mine), exact)
 
 
-def publish_computed(communicator: Collectives, key: str, source: str, computed: Tensors) -> dict[str, Array]:
+def publish_computed(
+    communicator: Collectives, key: str, sources: Iterable[str], computed: Tensors
+) -> dict[str, Array]:
     """A state that every site has computed alike, published for sites that were away (rule 5 of the protocol).
 
     Args:
         communicator: this site's.
         key: of the mean.
-        source: the site that publishes; the same at every site.
+        sources: the sites that can publish, the same at every site; the first that is still there does.
         computed: the state, as this site has computed it.
 
     Returns:
@@ -54,15 +58,36 @@ def publish_computed(communicator: Collectives, key: str, source: str, computed:
 
     Raises:
         DisagreementError: it is something else.
-        NoContributionError: the source has gone away.
+        NoContributionError: all sources have gone away.
     """
-    published = publish(communicator, key, source, lambda: computed)
-    if digest_of_arrays(published) != digest_of_arrays(computed):
-        raise DisagreementError(
-            f"Site '{source}' has published a state as '{key}' that is not the one which site '{communicator.site}' "
-            f"has computed itself, though both began with the same numbers. {SAME_VERSIONS} Then continue with --c."
-        )
-    return published
+
+    def from_source(numbered: tuple[int, str]) -> dict[str, Array]:
+        number, source = numbered
+        published = publish(communicator, source_key(key, number), source, lambda: computed)
+        if digest_of_arrays(published) != digest_of_arrays(computed):
+            raise DisagreementError(
+                f"Site '{source}' has published a state as '{key}' that is not the one which site "
+                f"'{communicator.site}' has computed itself, though both began with the same numbers. {SAME_VERSIONS} "
+                "Then continue with --c."
+            )
+        return published
+
+    return from_next_source(
+        enumerate(sources), from_source, f"The sites that could publish '{key}' have all gone away."
+    )
+
+
+def fetch_published(communicator: TrainingCommunicator, key: str, sources: int) -> dict[str, Array]:
+    """What :func:`publish_computed` has published under a key, whichever of so many sources it was.
+
+    Raises:
+        NoContributionError: all sources had gone away.
+    """
+
+    def from_source(number: int) -> dict[str, Array]:
+        return communicator.fetch(source_key(key, number))
+
+    return from_next_source(range(sources), from_source, f"No site has published '{key}'.")
 
 
 def from_next_source(sources: Iterable[S], ask: Callable[[S], T], nobody: str) -> T:
