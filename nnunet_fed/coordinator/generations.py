@@ -14,7 +14,7 @@ from typing import NamedTuple
 from nnunet_fed.coordinator.log_fields import about
 from nnunet_fed.coordinator.store import Collective, Store
 from nnunet_fed.errors import ConfigurationError, RefusedError
-from nnunet_fed.exchange.keys import MODEL, key_of, last_round, round_of
+from nnunet_fed.exchange.keys import MODEL, last_round, round_of
 from nnunet_fed.exchange.payload import digest_of_file
 from nnunet_fed.files import make_durable, same_file
 
@@ -113,11 +113,11 @@ class Model(NamedTuple):
     scope: str
 
 
-def kept_models(store: Store) -> dict[str, list[str]]:
-    """The scopes whose models are kept, oldest first, by the id of each training run of the newest attempt."""
+def kept_models(store: Store) -> dict[str, list[Collective]]:
+    """The means whose models are kept, oldest first, by the id of each training run of the newest attempt."""
     attempt = store.fact("attempt")
     runs = [run for run, of in store.runs().items() if of["purpose"] == "training" and of["attempt"] == attempt]
-    return {run: [c.scope for c in store.collectives(run, "closed") if _is_model(c)] for run in runs}
+    return {run: [c for c in store.collectives(run, "closed") if _is_model(c)] for run in runs}
 
 
 def _is_model(collective: Collective) -> bool:
@@ -149,16 +149,16 @@ def rewind(store: Store, wanted: str, run: str | None = None) -> Model:
     chosen = candidates[0] if run is None else run
     if chosen not in kept:
         raise ConfigurationError(f"There is no run '{chosen}'; the trainings are: {', '.join(kept)}.")
-    scope = next((one for one in kept[chosen] if wanted in (one, str(round_of(one)))), None)
-    if scope is None:
+    model = next((one for one in kept[chosen] if wanted in (one.scope, str(round_of(one.key)))), None)
+    if model is None:
+        there = ", ".join(one.scope for one in kept[chosen]) or "no scope"
         raise ConfigurationError(
-            f"The model of '{wanted}' is not kept; those of {', '.join(kept[chosen]) or 'no scope'} are. 'keep_rounds' "
-            "and 'keep_every' in federation.toml say how many are kept."
+            f"The model of '{wanted}' is not kept; those of {there} are. 'keep_rounds' and 'keep_every' in "
+            "federation.toml say how many are kept."
         )
-    key = key_of(scope, MODEL)
-    model = store.collective(chosen, key)
-    if model is None or digest_of_file(store.result_path(chosen, key)) != model.digest:
+    if digest_of_file(store.result_path(chosen, model.key)) != model.digest:
         raise ConfigurationError(
-            f"The file of the model of {scope} is damaged or missing: go back to another one, or restore a back-up."
+            f"The file of the model of {model.scope} is damaged or missing: go back to another one, or restore a "
+            "back-up."
         )
-    return Model(generations.open(chosen, scope, "rounds were undone by 'nnunet_fed rewind'"), scope)
+    return Model(generations.open(chosen, model.scope, "rounds were undone by 'nnunet_fed rewind'"), model.scope)
