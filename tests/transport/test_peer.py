@@ -266,7 +266,6 @@ def test_everything_that_leaves_is_listed_before(peers: Peers) -> None:
         ({"busy": True}, "busy"),
         ({"leaving": True}, "leaving"),
         ({"received": {"a": 1}}, "replay"),
-        ({"version": Version("b", {"a": 1, "b": 4}, 3)}, "stale"),
         ({"version": Version("b", {}, 50), "max_epoch_distance": 9}, "stale"),
         ({"run": "f" * 64}, "incompatible"),
         ({"schema": "f" * 64}, "incompatible"),

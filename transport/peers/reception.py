@@ -71,7 +71,7 @@ class Reception:
             verdict = "early"  # it would take the place of the one that this training takes next
         elif state is not None and not state.busy and self._has_room(letter):
             known = self._mailbox.received()
-            verdict = judge(letter.version, state.version, known, state.max_epoch_distance)
+            verdict = judge(letter.version, known, state.version.epoch, state.max_epoch_distance)
         position = self._spool.position(_upload(letter)) if verdict == "accept" else 0
         return pb.PeerReply(verdict=verdict, reason=reason, position=position)
 
