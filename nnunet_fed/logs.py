@@ -15,6 +15,26 @@ FLUSH_SECONDS = 10
 """What is lost of TensorBoard's scalars at most if the process is killed."""
 
 
+def printable(text: str) -> str:
+    """A text in one line: what would move a terminal's cursor, begin a line or turn the text round is written out.
+
+    What other sites and the network say ends in logs and on terminals.
+    """
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+class PlainLines(logging.Formatter):
+    """Lines for people; each record's message is one, whoever's words it holds."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(message)s")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+        """See :class:`logging.Formatter`."""
+        record.message = printable(record.message)
+        return super().formatMessage(record)
+
+
 class JsonLines(logging.Formatter):
     """``at`` (UTC), ``level``, ``logger``, ``message``, what :data:`FIELDS` it has, and ``error`` (a traceback)."""
 

@@ -34,6 +34,9 @@ _CANDIDATES: tuple[Candidate, ...] = get_args(Candidate)
 LEAST_LIKELIHOOD = 1 / 16
 """A peer that never answers is still tried now and then (5.5)."""
 
+FURTHEST = 10_000
+"""Versions by which a site's own counter may grow at a time because another says so."""
+
 NO_FAILURES: Mapping[str, int] = MappingProxyType({})
 
 
@@ -172,11 +175,11 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Version:
-    """Which state of a site's model this is, and what it knows of the others' (5.5)."""
+    """Which state of a site's model this is, and whose models it has learnt from (5.5)."""
 
     site: str
     vector: Mapping[str, int]
-    """The newest counter of each site that has influenced the weights, the site's own included."""
+    """The newest counter of each site whose model has influenced the weights, and the site's own."""
     epoch: int
     """Of the site's training; for the receiver's judgement only."""
 
@@ -190,32 +193,33 @@ class Version:
         return Version(self.site, {**self.vector, self.site: self.counter + 1}, epoch)
 
     def influenced_by(self, other: Version) -> Version:
-        """The version once a mutual phase with another model ends: of each counter the larger.
+        """The version once a mutual phase with another model ends.
 
-        A site that went on from an old checkpoint so learns from any peer how far it had counted.
+        Each site speaks for its own counter only: what the other model says of third sites is left aside, or a forged
+        number would make all that they send old. What it says of this site's own counter, which a site that went on
+        from an old checkpoint so learns, counts as far as :data:`FURTHEST`.
         """
-        sites = sorted(self.vector.keys() | other.vector.keys())
-        larger = {site: max(self.vector.get(site, 0), other.vector.get(site, 0)) for site in sites}
-        return Version(self.site, larger, self.epoch)
+        told = min(other.vector.get(self.site, 0), self.counter + FURTHEST)
+        of_other = max(self.vector.get(other.site, 0), other.counter)
+        vector = {**self.vector, other.site: of_other, self.site: max(self.counter, told)}
+        return Version(self.site, dict(sorted(vector.items())), self.epoch)
 
 
-def judge(offer: Version, own: Version, received: Mapping[str, int], max_epoch_distance: int | None = None) -> Verdict:
+def judge(offer: Version, received: Mapping[str, int], epoch: int, max_epoch_distance: int | None = None) -> Verdict:
     """Whether a peer's model is wanted.
 
-    ``replay``: this version of that site, or a newer one, has come already. ``stale``: it knows nothing that the
-    receiver's model does not, or the two trained for epochs that are too far apart.
+    ``replay``: this version of that site, or a newer one, has come already. ``stale``: the two trained for epochs that
+    are too far apart.
 
     Args:
         offer: version of the model that is offered.
-        own: version of the receiver's model.
         received: counter of the newest model that came from each peer.
+        epoch: of the receiver's training.
         max_epoch_distance: ``None``: any.
     """
     if offer.counter <= received.get(offer.site, 0):
         return "replay"
-    if all(counter <= own.vector.get(site, 0) for site, counter in offer.vector.items()):
-        return "stale"
-    if max_epoch_distance is not None and abs(offer.epoch - own.epoch) > max_epoch_distance:
+    if max_epoch_distance is not None and abs(offer.epoch - epoch) > max_epoch_distance:
         return "stale"
     return "accept"
 

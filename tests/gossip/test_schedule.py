@@ -236,23 +236,18 @@ def version(site: str, epoch: int = 0, **vector: int) -> Version:
 
 
 def test_26_a_version_that_came_already_is_a_replay() -> None:
-    own = version("a", a=9)
     offer = version("b", b=3, c=5)
-    assert judge(offer, own, {}) == "accept"
-    assert judge(offer, own, {"b": 2}) == "accept"
-    assert judge(offer, own, {"b": 3}) == "replay"
-    assert judge(offer, own, {"b": 4, "c": 1}) == "replay"
-    assert judge(version("b"), own, {}) == "replay", "nothing was published yet"
+    assert judge(offer, {}, 0) == "accept"
+    assert judge(offer, {"b": 2}, 0) == "accept"
+    assert judge(offer, {"b": 3}, 0) == "replay"
+    assert judge(offer, {"b": 4, "c": 1}, 0) == "replay"
+    assert judge(version("b"), {}, 0) == "replay", "nothing was published yet"
 
 
-def test_26_a_model_that_brings_nothing_new_or_is_of_another_time_is_stale() -> None:
-    own = version("a", epoch=100, a=9, b=3, c=5)
-    assert judge(version("b", epoch=100, b=3, c=5), own, {}) == "stale", "it came by way of c"
-    assert judge(version("a", epoch=100, a=8), own, {}) == "stale", "its own model"
-    assert judge(version("b", epoch=100, b=3, c=6), own, {}) == "accept"
+def test_26_a_model_of_another_time_is_stale() -> None:
     for epoch, expected in ((50, "accept"), (49, "stale"), (150, "accept"), (151, "stale")):
-        assert judge(version("b", epoch=epoch, b=4), own, {}, max_epoch_distance=50) == expected
-        assert judge(version("b", epoch=epoch, b=4), own, {}) == "accept"
+        assert judge(version("b", epoch=epoch, b=4), {}, 100, max_epoch_distance=50) == expected
+        assert judge(version("b", epoch=epoch, b=4), {}, 100) == "accept"
 
 
 VECTORS = st.dictionaries(st.sampled_from("abcd"), st.integers(0, 100))
@@ -265,27 +260,23 @@ def test_29_vectors_only_grow_in_whatever_order_models_come(
     own, first, second = version("a", **one), version("b", **other), version("c", **third)
     both = own.influenced_by(first).influenced_by(second)
     assert both == own.influenced_by(second).influenced_by(first)
-    assert both == both.influenced_by(first).influenced_by(own)
+    assert both == both.influenced_by(first)
     assert both.site == "a"
-    assert all(both.vector[site] >= counter for each in (one, other, third) for site, counter in each.items())
-    assert judge(first, both, {}) in ("stale", "replay")
+    assert all(both.vector[site] >= counter for site, counter in one.items())
+    assert (both.vector["b"], both.vector["c"]) >= (first.counter, second.counter)
     following = both.published(7)
     assert (following.counter, following.epoch) == (both.counter + 1, 7)
-    assert judge(following, first, {"a": both.counter}) == "accept"
+    assert judge(following, {"a": both.counter}, 7) == "accept"
     assert {**following.vector, "a": 0} == {**both.vector, "a": 0}
 
 
-@pytest.mark.parametrize("sites", [BRATS, PANSEG])
-def test_29_a_ring_has_told_everybody_of_everybody_after_all_but_one_round(sites: dict[str, int]) -> None:
-    own = {site: version(site).published(0) for site in sites}
-    for number in range(len(sites) - 1):
-        assert any(len(each.vector) < len(sites) for each in own.values())
-        before = dict(own)
-        for sender, receiver in Schedule("ring", 0).pushes(number, sites).items():
-            assert judge(before[sender], own[receiver], {sender: before[sender].counter - 1}) == "accept"
-            own[receiver] = own[receiver].influenced_by(before[sender])
-        own = {site: each.published(number) for site, each in own.items()}
-    assert all(each.vector.get(site, 0) > 0 for each in own.values() for site in sites)
+def test_a_forged_vector_says_nothing_of_others() -> None:
+    """It made all that a third site sent old, for good and at every site that it reached by way of others."""
+    forged = version("m", m=1, c=2**53, a=2**53)
+    own = version("a", a=3).influenced_by(forged)
+    assert own.vector.get("c", 0) == 0
+    assert judge(version("c", c=1), {"m": 1}, own.epoch) == "accept"
+    assert own.published(0).counter < 2**53, "a counter beyond this is refused by every peer"
 
 
 def test_a_restored_site_learns_how_far_it_had_counted() -> None:

@@ -21,6 +21,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from hostile import Held
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from recording_proxy import RecordingProxy
@@ -266,7 +267,6 @@ def test_everything_that_leaves_is_listed_before(peers: Peers) -> None:
         ({"busy": True}, "busy"),
         ({"leaving": True}, "leaving"),
         ({"received": {"a": 1}}, "replay"),
-        ({"version": Version("b", {"a": 1, "b": 4}, 3)}, "stale"),
         ({"version": Version("b", {}, 50), "max_epoch_distance": 9}, "stale"),
         ({"run": "f" * 64}, "incompatible"),
         ({"schema": "f" * 64}, "incompatible"),
@@ -519,7 +519,7 @@ def test_a_pace_is_kept_in_the_long_run_and_idle_time_is_not_saved_up(monkeypatc
 def test_a_transfer_that_stalls_is_given_up(
     peers: Peers, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(stalled_transfers.given_up_if_stalled.__wrapped__, "__defaults__", (0.3,))
+    monkeypatch.setattr(stalled_transfers.given_up_if_stalled.__wrapped__, "__defaults__", (0.3, lambda: False))
     peers.start("b")
     released = threading.Event()
 
@@ -594,6 +594,78 @@ def test_peers_are_who_their_certificates_say(secured: Peers) -> None:
     secured.authority.revoke("a")
     assert "has been revoked" in code_of(lambda: stub.Offer(letter_to("a", counter=9)))[1]
     assert secured.mailboxes["b"].deliveries().keys() == {"a"}
+
+
+@pytest.mark.parametrize("mode", ["push", "pull"])
+def test_nothing_goes_to_a_revoked_peer_or_comes_from_it(
+    secured: Peers, mode: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Only callers were looked up: a site that had been revoked was still called, and sent the model."""
+    assert secured.authority is not None
+    secured.authority.revoke("b")
+    secured.start("a", mode=mode)
+    secured.start("b")
+    secured.post("b", 1)
+    secured.post("a", 1, "b")
+    until(lambda: secured.is_served("a"))
+    assert "The certificate of site 'b' (serial number" in caplog.text
+    assert secured.mailboxes["b"].deliveries() == secured.mailboxes["a"].deliveries() == {}
+    sent = secured.folder / "a" / "outgoing.jsonl"
+    assert not sent.exists() or "offer" not in sent.read_text()
+
+
+@pytest.mark.parametrize("mode", ["push", "pull"])
+def test_a_peer_that_is_revoked_while_a_model_is_under_way(
+    secured: Peers, mode: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert secured.authority is not None
+    tensors = {"w": np.zeros(2_000_000, np.float32)}
+    schema, size = described(tensors)
+    for site in "ab":
+        secured.publish(site, schema=schema, size=size)
+    slow = secured.settings("a", peer_megabytes_per_second=1.0)
+    monkeypatch.setattr(secured, "settings", lambda site, **_: slow if site == "a" else Peers.settings(secured, site))
+    secured.start("a", mode=mode)
+    secured.start("b")
+    secured.post("b", 1, tensors=tensors)
+    secured.post("a", 1, "b", tensors=tensors)
+    until(lambda: secured.files("b" if mode == "push" else "a"))
+    secured.authority.revoke("b")
+    (entry,) = until(lambda: [e for e in secured.mailboxes["a"].history() if e["event"] == "missed"])
+    assert entry["bytes"] < size
+    assert secured.mailboxes["b"].deliveries() == secured.mailboxes["a"].deliveries() == {}
+
+
+def test_what_is_shown_at_a_peers_address_must_be_the_peers_certificate(
+    secured: Peers, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG", "nnunet_fed")
+    secured.start("c", listen=secured.addresses["b"])
+    secured.start("a")
+    secured.post("a", 1, "b")
+    until(lambda: secured.is_served("a"))
+    assert "the address of site 'b', 'c' shows its certificate" in caplog.text
+    assert secured.mailboxes["c"].deliveries() == {}
+
+
+def test_silent_calls_keep_no_peer_out(secured: Peers) -> None:
+    """Twenty calls whose request never came filled every slot, also with a certificate that had been revoked."""
+    assert secured.authority is not None
+    secured.start("a", "b")
+    stranger = secured.authority.folder / "sites" / "d"
+    secured.authority.revoke("d")
+    own = secured.settings("a").model_copy(
+        update={"certificate": stranger / "certificate.pem", "key": stranger / "key.pem"}
+    )
+    held = Held()
+    with open_channel(own, "b") as one, open_channel(secured.settings("c"), "b") as other:
+        for channel in (one, other):
+            for _ in range(50):
+                held.begin(channel, "/nnunet_fed.v1.Peer/Push")
+        until(lambda: sum(call.done() for call in held.calls) >= 92)
+        secured.post("a", 1, "b")
+        until(secured.mailboxes["b"].deliveries)
+        held.let_go()
 
 
 def test_a_certificate_that_no_peer_would_accept_is_told_at_the_start(secured: Peers) -> None:

@@ -152,8 +152,8 @@ class GossipSession:
         if self.options.keep == "merge" and letter.initial != self.standing.initial:
             return False
         same = (letter.run, letter.schema) == (self._state.run, self._state.schema)
-        own, distance = self.standing.version, self._state.max_epoch_distance
-        return same and judge(letter.version, own, self.standing.received, distance) == "accept"
+        epoch, distance = self.standing.version.epoch, self._state.max_epoch_distance
+        return same and judge(letter.version, self.standing.received, epoch, distance) == "accept"
 
     def _taken(self) -> list[tuple[Letter, Path]]:
         taken = self.mailbox.taken()

@@ -1,26 +1,27 @@
-"""What every gRPC server of ours has: an address, callers who show who they are, and refusals that can be read."""
+"""What every gRPC server of ours has: an address, and callers who show who they are."""
 
 from __future__ import annotations
 
-import errno
 import logging
-import sqlite3
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
 
 import grpc
 
 from nnunet_fed.certificates.deny_list import DenyList
-from nnunet_fed.errors import ConfigurationError, FederationError, NoRoomError, NotYetError
+from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.exchange.payload import CHUNK
-from nnunet_fed.exchange.uploads import InterruptedUploadError
-from nnunet_fed.transport.channel.identity import IdentityInterceptor
+from nnunet_fed.transport.channel.calls import SHARE, Calls
+from nnunet_fed.transport.channel.identity import Identity
 from nnunet_fed.transport.channel.options import require_loopback, server_options
 from nnunet_fed.transport.channel.tls import KeyFiles, Keys, server_credentials
 
 logger = logging.getLogger(__name__)
+
+NEW_CALLS, WAITING_CALLS = 16, 512
+"""Calls that may be looked at at a time for whose they are, which takes a fraction of a millisecond, and wait for it."""
 
 
 class AddressError(ConfigurationError):
@@ -63,16 +64,16 @@ class Listener:
         port_text = address.rpartition(":")[2]
         if not port_text.isdecimal() or int(port_text) > 65535:  # gRPC would take the number modulo 65536
             raise ConfigurationError(f"'{address}' is no HOST:PORT, for example 127.0.0.1:7464.")
-        # a site holds at most one waiting call, one upload or download, and short ones
-        calls = 4 * len(sites) + 8
-        workers = ThreadPoolExecutor(calls, thread_name_prefix="rpc")
+        allow_connections()
+        # the sites', those of who only reads, and those of whom nobody has looked at yet
+        threads = SHARE * (len(sites) + 2) + NEW_CALLS
+        workers = ThreadPoolExecutor(threads, thread_name_prefix="rpc")
         denied = DenyList(revoked) if revoked is not None else None
-        guards: list[grpc.ServerInterceptor] = [] if meter is None else [meter]  # the outermost, which sees refusals
-        if keys is not None:
-            guards.append(IdentityInterceptor(sites, stranger, denied))
+        self._calls = Calls(None if keys is None else Identity(sites, stranger, denied))
+        guards = [self._calls] if meter is None else [meter, self._calls]  # the outermost, which sees refusals
         credentials = None if keys is None else server_credentials(keys, check)
         self._server = grpc.server(
-            workers, options=server_options(window), interceptors=guards, maximum_concurrent_rpcs=calls
+            workers, options=server_options(window), interceptors=guards, maximum_concurrent_rpcs=threads + WAITING_CALLS
         )
         register(self._server)
         try:
@@ -92,6 +93,7 @@ class Listener:
 
     def start(self) -> None:
         """Start to answer."""
+        self._calls.start()
         self._server.start()
         logger.info("listening on %s", self.address)
 
@@ -100,44 +102,15 @@ class Listener:
         stopped = self._server.stop(grace)
         meanwhile()
         stopped.wait()
+        self._calls.stop()
 
 
-class Refusals:
-    """Turn errors into gRPC's; their text is for the reader at the caller's.
-
-    Args:
-        context: of the call.
-        disk: what may be full, as a sentence begins.
-    """
-
-    def __init__(self, context: grpc.ServicerContext, disk: str):
-        self._context = context
-        self._disk = disk
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: Any) -> None:
-        if isinstance(error, NoRoomError | NotYetError):
-            refuse(self._context, str(error), grpc.StatusCode.RESOURCE_EXHAUSTED)
-        elif isinstance(error, FederationError):
-            refuse(self._context, str(error))
-        elif isinstance(error, InterruptedUploadError):
-            refuse(self._context, "This upload goes on elsewhere.", grpc.StatusCode.ABORTED)
-        elif _is_full(error):
-            text = f"{self._disk} is full ({error}). Free some of it there; the sites go on by themselves."
-            refuse(self._context, text, grpc.StatusCode.RESOURCE_EXHAUSTED)
-
-
-def _is_full(error: BaseException | None) -> bool:
-    if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return isinstance(error, sqlite3.OperationalError) and "full" in str(error)
-
-
-def refuse(
-    context: grpc.ServicerContext, text: str, code: grpc.StatusCode = grpc.StatusCode.FAILED_PRECONDITION
-) -> NoReturn:
-    """End a call with a sentence for the caller, which is logged here."""
-    logger.warning("refused: %s", text)
-    context.abort(code, text)
-    raise AssertionError("abort does not return")
+def allow_connections() -> None:
+    """Let this process have as many connections open as the system allows; on Windows there is no such limit."""
+    try:
+        import resource
+    except ImportError:
+        return
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):  # of macOS, where "any number" is refused
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

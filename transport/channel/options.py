@@ -23,6 +23,9 @@ STREAMS = 16
 """Calls that one connection may have under way."""
 UNDER_WAY = 2 * CHUNK
 """Bytes of the messages that a coordinator has under way with all sites together, as far as their size decides it."""
+HANDSHAKE_SECONDS, IDLE_SECONDS = 10, 600
+"""A connection must have shown a certificate within so many seconds; one without calls for so long is closed, and its
+owner makes another with its next call. So nobody can collect them."""
 SMALLEST_MESSAGE = 1 << 16
 """Bytes: smaller ones cost more time than they spare memory."""
 
@@ -72,6 +75,10 @@ def server_options(window: int) -> tuple[tuple[str, int], ...]:
             "http2.min_ping_interval_without_data_ms": 5_000,
             "http2.bdp_probe": 0,
             "http2.lookahead_bytes": window,
+            # a few bytes may become gigabytes, before anybody has seen whose they are: no algorithm but "none"
+            "compression_enabled_algorithms_bitset": 1,
+            "server_handshake_timeout_ms": 1000 * HANDSHAKE_SECONDS,
+            "max_connection_idle_ms": 1000 * IDLE_SECONDS,
         },
         so_reuseport=0,  # or a second coordinator on the same port would start without a word
     )

@@ -125,10 +125,15 @@ def check_name(site: Site) -> None:
         raise ConfigurationError(f"The certificate {files.certificate} is not for calling others (clientAuth).")
 
 
-def open_channel(site: Site, peer: str | None = None) -> grpc.Channel:
+def open_channel(site: Site, peer: str | None = None, accepted: bytes | None = None) -> grpc.Channel:
     """A channel to the coordinator or the peer of this name, through a proxy if there is one.
 
     The process keeps the memory of messages from then on (:mod:`nnunet_fed.transport.channel.allocator`).
+
+    Args:
+        site: who calls.
+        peer: who is called; ``None``: the coordinator.
+        accepted: the certificates, or those of the authorities, that are accepted; ``None``: the site's ``ca``.
 
     Raises:
         ConfigurationError: a file for TLS is missing or wrong.
@@ -139,7 +144,7 @@ def open_channel(site: Site, peer: str | None = None) -> grpc.Channel:
     if site.insecure:
         return grpc.insecure_channel(address, options=options)
     keys = KeyFiles.of(site).read()
-    credentials = grpc.ssl_channel_credentials(keys.ca, keys.key, keys.certificate)
+    credentials = grpc.ssl_channel_credentials(accepted or keys.ca, keys.key, keys.certificate)
     name = [("grpc.ssl_target_name_override", site.server_name)] if site.server_name and peer is None else []
     return grpc.secure_channel(address, credentials, options=[*options, *name])
 

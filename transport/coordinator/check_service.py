@@ -14,6 +14,7 @@ from nnunet_fed.errors import FederationError
 from nnunet_fed.study.table import NEWEST_PROTOCOL
 from nnunet_fed.transport.channel.noise import noise
 from nnunet_fed.transport.channel.options import spoken_protocol
+from nnunet_fed.transport.channel.refusals import refuse
 from nnunet_fed.transport.proto import check_pb2 as pb
 from nnunet_fed.transport.proto.check_pb2_grpc import CheckServicer, add_CheckServicer_to_server
 
@@ -32,7 +33,7 @@ class CheckService(CheckServicer):  # type: ignore[misc]
         try:
             versions = self._coordinator.introduce(request.site, dict(request.versions))
         except FederationError as error:
-            context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+            refuse(context, str(error))
         return pb.IntroduceReply(
             protocol=spoken_protocol(request.protocol, request.newest_protocol) or NEWEST_PROTOCOL,
             version=__version__,
@@ -57,7 +58,7 @@ class CheckService(CheckServicer):  # type: ignore[misc]
 
 def _check_size(size: int, context: grpc.ServicerContext) -> None:
     if size > MOST_NOISE:
-        context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"A check takes {MOST_NOISE} bytes at most.")
+        refuse(context, f"A check takes {MOST_NOISE} bytes at most.", grpc.StatusCode.INVALID_ARGUMENT)
 
 
 def serve_checks(coordinator: Coordinator, server: grpc.Server) -> None:

@@ -21,8 +21,9 @@ from nnunet_fed.exchange.payload import chunks
 from nnunet_fed.strict_json import to_json
 from nnunet_fed.study.federation import Fold
 from nnunet_fed.study.table import NEWEST_PROTOCOL, OLDEST_PROTOCOL
-from nnunet_fed.transport.channel.listener import Listener, Refusals, refuse
+from nnunet_fed.transport.channel.listener import Listener
 from nnunet_fed.transport.channel.options import message_bytes, spoken_protocol
+from nnunet_fed.transport.channel.refusals import Refusals, refuse
 from nnunet_fed.transport.channel.tls import KeyFiles, Keys
 from nnunet_fed.transport.channel.transfer import data_of
 from nnunet_fed.transport.channel.zero_copy_streams import serve

@@ -22,9 +22,10 @@ from nnunet_fed.exchange.outgoing_log import FILE, OutgoingLog, tensors_entry
 from nnunet_fed.exchange.payload import chunks, decode
 from nnunet_fed.gossip.mailbox import Mailbox
 from nnunet_fed.study.site import Site
-from nnunet_fed.transport.channel.listener import AddressError, Listener, Refusals, refuse
+from nnunet_fed.transport.channel.listener import AddressError, Listener
 from nnunet_fed.transport.channel.options import PEER_PROTOCOL, require_loopback
 from nnunet_fed.transport.channel.rate_limit import RateLimit
+from nnunet_fed.transport.channel.refusals import Refusals, refuse
 from nnunet_fed.transport.channel.retry import DamagedError
 from nnunet_fed.transport.channel.tls import KeyFiles, Keys, check_name
 from nnunet_fed.transport.channel.zero_copy_streams import serve_peer

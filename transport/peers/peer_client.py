@@ -18,20 +18,21 @@ from typing import Literal
 
 import grpc
 
-from nnunet_fed.errors import ConfigurationError, FederationError, RefusedError
+from nnunet_fed.errors import FederationError, RefusedError, UnreachableError
 from nnunet_fed.exchange.outgoing_log import Outgoing, tensors_entry
 from nnunet_fed.exchange.payload import decode
 from nnunet_fed.exchange.uploads import InterruptedUploadError
 from nnunet_fed.gossip.mailbox import Letter, Mailbox
+from nnunet_fed.logs import printable
 from nnunet_fed.study.site import Site
 from nnunet_fed.transport.channel.options import PEER_PROTOCOL
 from nnunet_fed.transport.channel.rate_limit import RateLimit
 from nnunet_fed.transport.channel.retry import DamagedError
-from nnunet_fed.transport.channel.tls import open_channel
 from nnunet_fed.transport.channel.transfer import Outbound, seconds_allowed
 from nnunet_fed.transport.channel.zero_copy_streams import PeerStub
 from nnunet_fed.transport.peers.contacts import Contacts
 from nnunet_fed.transport.peers.model_message import message_of
+from nnunet_fed.transport.peers.peer_channel import PeerChannels
 from nnunet_fed.transport.peers.reception import Reception
 from nnunet_fed.transport.peers.stalled_transfers import given_up_if_stalled
 from nnunet_fed.transport.proto import federation_pb2 as pb
@@ -39,6 +40,8 @@ from nnunet_fed.transport.proto import federation_pb2 as pb
 logger = logging.getLogger(__name__)
 
 Mode = Literal["push", "pull"]
+Exchange = Callable[[PeerStub, Callable[[], bool]], pb.PeerReply]
+"""Talks to a peer, for as long as the function does not say that its certificate has been revoked."""
 Outcome = Literal["done", "next", "again", "later"]
 """Of an attempt: over; the next one's turn; go on where it broke; the peer has not decided, or was not reached."""
 
@@ -79,6 +82,7 @@ class PeerClient:
         limit: RateLimit, mode: Mode, max_tries: int, stopped: threading.Event,
     ):  # fmt: skip
         self._site = site
+        self._channels = PeerChannels(site)
         self._mailbox = mailbox
         self._reception = reception
         self._contacts = contacts
@@ -122,11 +126,11 @@ class PeerClient:
         if state is not None:
             info.run, info.training_cases, info.leaving = state.run, state.training_cases, state.leaving
         facts = {field.name: getattr(info, field.name) for field in info.DESCRIPTOR.fields}
-        self._sends(peer, "info", **facts)
         try:
-            with open_channel(self._site, peer) as channel:
+            with self._channels.to(peer) as (channel, _):
+                self._sends(peer, "info", **facts)
                 answer = PeerStub(channel).Info(info, timeout=seconds)
-        except (grpc.RpcError, ConfigurationError) as error:
+        except (grpc.RpcError, FederationError) as error:
             logger.debug("site '%s' does not answer (%s)", peer, error)
             return False
         if state is not None and answer.site == peer and answer.run == state.run:
@@ -145,7 +149,7 @@ class PeerClient:
             logger.error("the payload of %s in the outbox is damaged: it is not sent", letter.name)
             return "next"
 
-        def exchange(stub: PeerStub) -> pb.PeerReply:
+        def exchange(stub: PeerStub, revoked: Callable[[], bool]) -> pb.PeerReply:
             facts = {**_facts(letter), "bytes": letter.size, "digest": letter.digest}
             self._sends(peer, "offer", **facts)
             asked = stub.Offer.future(model, timeout=OFFER_SECONDS)
@@ -164,7 +168,7 @@ class PeerClient:
 
             messages = chain([pb.ModelChunk(model=model)], paced())
             call = stub.Push.future(messages, timeout=seconds_allowed(letter.size))
-            with given_up_if_stalled(call.cancel, lambda: outbound.reached, self._stopped):
+            with given_up_if_stalled(call.cancel, lambda: outbound.reached, self._stopped, revoked=revoked):
                 reply = call.result()
             return reply
 
@@ -184,7 +188,7 @@ class PeerClient:
             request.digest, request.position = broken.digest, self._reception.position(broken)
             begun = {"digest": request.digest, "from_byte": request.position}
 
-        def exchange(stub: PeerStub) -> pb.PeerReply:
+        def exchange(stub: PeerStub, revoked: Callable[[], bool]) -> pb.PeerReply:
             nonlocal fetched
             self._sends(peer, "ask", run=letter.run, schema=letter.schema, counter=request.counter, **begun)
             replies = stub.Pull(request, timeout=seconds_allowed(letter.size))
@@ -209,14 +213,14 @@ class PeerClient:
                     yield message
 
             self._broken[peer] = model
-            taken = self._reception.take(model, counted(), replies.cancel)
+            taken = self._reception.take(model, counted(), replies.cancel, revoked)
             del self._broken[peer]
             return taken
 
         return self._exchange(peer, letter, exchange, lambda: fetched, started, None)
 
     def _exchange(
-        self, peer: str, letter: Letter, exchange: Callable[[PeerStub], pb.PeerReply], moved: Callable[[], int],
+        self, peer: str, letter: Letter, exchange: Exchange, moved: Callable[[], int],
         started: float, success: str | None,
     ) -> Outcome:  # fmt: skip
         """One attempt, whose success is recorded under this name; ``None``: what came is the reception's to note."""
@@ -230,11 +234,10 @@ class PeerClient:
             )
 
         try:
-            with open_channel(self._site, peer) as channel:
-                reply = exchange(PeerStub(channel))
-        except (grpc.RpcError, grpc.FutureCancelledError) as error:
-            code = error.code() if isinstance(error, grpc.RpcError) else grpc.StatusCode.CANCELLED
-            reason = str(error.details()) if isinstance(error, grpc.RpcError) else "it stalled, or was stopped"
+            with self._channels.to(peer) as (channel, revoked):
+                reply = exchange(PeerStub(channel), revoked)
+        except (grpc.RpcError, grpc.FutureCancelledError, UnreachableError) as error:
+            code, reason = _reason(error)
             logger.warning("no exchange with site '%s': %s", peer, reason)
             if code in ANSWERS:
                 self._contacts.reached(peer)
@@ -267,6 +270,15 @@ class PeerClient:
 
     def _sends(self, peer: str, what: str, **facts: object) -> None:
         self._outgoing({"to": f"{peer} at {self._site.peers[peer]}", "what": what, **facts})
+
+
+def _reason(error: Exception) -> tuple[grpc.StatusCode, str]:
+    """Status and sentence of an exchange that failed."""
+    if isinstance(error, grpc.RpcError):
+        return error.code(), printable(str(error.details()))
+    if isinstance(error, UnreachableError):
+        return grpc.StatusCode.UNAVAILABLE, str(error)
+    return grpc.StatusCode.CANCELLED, "it stalled or was stopped, or its certificate has been revoked"
 
 
 def _facts(letter: Letter) -> dict[str, object]:

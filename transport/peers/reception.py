@@ -71,7 +71,7 @@ class Reception:
             verdict = "early"  # it would take the place of the one that this training takes next
         elif state is not None and not state.busy and self._has_room(letter):
             known = self._mailbox.received()
-            verdict = judge(letter.version, state.version, known, state.max_epoch_distance)
+            verdict = judge(letter.version, known, state.version.epoch, state.max_epoch_distance)
         position = self._spool.position(_upload(letter)) if verdict == "accept" else 0
         return pb.PeerReply(verdict=verdict, reason=reason, position=position)
 
@@ -85,14 +85,16 @@ class Reception:
         self._note_event("refused", letter_of(model), verdict=reply.verdict, **why)
 
     def take(
-        self, model: pb.Model, messages: Iterable[pb.ModelChunk | memoryview], cancel: Callable[[], object]
-    ) -> pb.PeerReply:
+        self, model: pb.Model, messages: Iterable[pb.ModelChunk | memoryview], cancel: Callable[[], object],
+        revoked: Callable[[], bool] = lambda: False,
+    ) -> pb.PeerReply:  # fmt: skip
         """Take the bytes of a model from its position on, and put it into the inbox.
 
         Args:
             model: for which :meth:`reply` has just said ``accept``.
             messages: whose data follow.
             cancel: ends the call.
+            revoked: whether it shall be ended.
 
         Raises:
             RefusedError: the content is not what was agreed upon, or has numbers that are not finite.
@@ -111,7 +113,7 @@ class Reception:
                 return pb.PeerReply(verdict="busy")
             self._spool.quota = letter.size * len(self._site.peers)  # all payloads of a run have one size
             try:
-                with given_up_if_stalled(cancel, lambda: arrived, self._stopped):
+                with given_up_if_stalled(cancel, lambda: arrived, self._stopped, revoked=revoked):
                     payload = self._spool.take(_upload(letter), model.position, data_of(messages), count)
                 if payload is None:
                     raise DamagedError

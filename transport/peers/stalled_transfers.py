@@ -14,9 +14,10 @@ GLANCE_SECONDS = 0.2
 
 @contextmanager
 def given_up_if_stalled(
-    cancel: Callable[[], object], reached: Callable[[], int], stopped: threading.Event, seconds: float = STALL_SECONDS
-) -> Iterator[None]:
-    """Cancel what goes on within if nothing has moved for so many seconds, or once ``stopped`` is set."""
+    cancel: Callable[[], object], reached: Callable[[], int], stopped: threading.Event, seconds: float = STALL_SECONDS,
+    revoked: Callable[[], bool] = lambda: False,
+) -> Iterator[None]:  # fmt: skip
+    """Cancel what goes on within if nothing has moved for so many seconds, or once ``stopped`` or ``revoked`` says."""
     done = threading.Event()
 
     def watch() -> None:
@@ -24,7 +25,7 @@ def given_up_if_stalled(
         while not done.wait(GLANCE_SECONDS):
             if (now := reached()) != last:
                 last, since = now, time.monotonic()
-            if stopped.is_set() or time.monotonic() - since > seconds:
+            if stopped.is_set() or revoked() or time.monotonic() - since > seconds:
                 cancel()
                 return
 
