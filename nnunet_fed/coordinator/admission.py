@@ -125,8 +125,8 @@ class Admission:
             QuarantinedError: its norm (:func:`distance`) is above ``max_update_norm`` times their median.
         """
         run = offer.run
-        means = [c.key for c in self._store.collectives(run) if c.verb == "mean" and c.name == MODEL and c.closed]
-        recent, factor = self._store.norms(run, means[-RECENT:]), self._study.max_update_norm
+        means = [c.key for c in self._store.newest_means(run, MODEL, RECENT)]
+        recent, factor = self._store.norms(run, means), self._study.max_update_norm
         if recent and factor is not None and norm > factor * (median := statistics.median(recent)):
             raise QuarantinedError(
                 f"The update of site '{offer.site}' for '{offer.key}' is quarantined: its norm {norm:.4g} is above "

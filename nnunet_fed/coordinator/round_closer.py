@@ -76,7 +76,7 @@ class RoundCloser:
         self._noting.join()
         self._keeper.shutdown()
         with self._changed:
-            self._deadlines.note(self._open(), exactly=True)
+            self._deadlines.note(self._store.open_collectives(), exactly=True)
 
     def left(self, collective: Collective) -> float:
         """Seconds until an open collective closes without those that are missing; the time in which no coordinator ran
@@ -89,26 +89,25 @@ class RoundCloser:
         while not self._stopped.wait(NOTE_SECONDS):
             try:
                 with self._changed:
-                    self._deadlines.note(self._open())
+                    self._deadlines.note(self._store.open_collectives())
             except sqlite3.ProgrammingError:  # the store was closed without this
                 return
             except sqlite3.Error:  # a full disk, say: the next note tells the same
                 logger.exception("how long the rounds have waited could not be journalled")
-
-    def _open(self, *further: str) -> list[Collective]:
-        """The open collectives of all runs, and those of further statuses."""
-        statuses = ("open", *further)
-        return [c for run in self._store.runs() for status in statuses for c in self._store.collectives(run, status)]
 
     def _span(self, collective: Collective) -> float:
         planning = self._is_planning(collective.run)
         return 60 * (self._study.planning_deadline_minutes if planning else self._study.deadline_minutes)
 
     def missing(self, collective: Collective) -> list[str]:
-        """The sites that an open collective waits for."""
+        """The sites that an open collective waits for; absent ones only if it needs them for its quorum."""
         with self._changed:
             given = self._store.contributions(collective.run, collective.key)
-            return [site for site in self._expected(collective.run, collective.scope) if site not in given]
+            able = [site for site in self._able(collective.run, collective.scope) if site not in given]
+            standing = self._store.standing(collective.run)
+            expected = [site for site in able if standing.get(site) != "absent"]
+            enough = len(given) + len(expected) >= self._quorum(collective.run, collective.scope)
+            return expected if enough else able
 
     def close_if_due(self, run: str, key: str) -> None:
         """Close a collective when all have contributed or its deadline has passed, and reduce it outside the lock."""
@@ -118,14 +117,12 @@ class RoundCloser:
                 return
             given = self._store.contributions(run, key)
             missing = self.missing(collective)
-            planning = self._is_planning(run)
-            there = self._taking_part(run, collective.scope)
-            quorum = len(there) if planning else min(self._study.quorum, len(there))
-            overdue = self._deadlines.left(collective) <= 0
-            if (missing or len(given) < quorum) and not overdue:
+            quorum = self._quorum(run, collective.scope)
+            within_reach = len(given) + len(missing) >= quorum
+            if missing and within_reach and self._deadlines.left(collective) > 0:
                 return
-            if len(given) < quorum or (planning and missing):
-                self._fail(collective, missing or [site for site in self._study.sites if site not in given], quorum)
+            if len(given) < quorum or (missing and self._is_planning(run)):
+                self._fail(collective, list(given), missing, quorum, within_reach)
                 return
             self._reducing.add((run, key))
         started = time.monotonic()
@@ -183,7 +180,7 @@ class RoundCloser:
         (:meth:`wait_until_saved`): the collective is open again, and the sites contribute what was lost once more.
         """
         self._withdraw_removed()
-        for waiting in self._open():
+        for waiting in self._store.open_collectives():
             self._deadlines.left(waiting)  # from now on it waits again
         for run, key in dict.fromkeys(self._store.spooled().values()):
             collective = self._store.collective(run, key)
@@ -206,7 +203,7 @@ class RoundCloser:
 
     def _withdraw_removed(self) -> None:
         """What a site that is no longer in the study gave to open collectives is in no mean; what has closed stands."""
-        for collective in self._open("failed"):
+        for collective in self._store.open_collectives("failed"):
             given = self._store.contributions(collective.run, collective.key)
             removed = [c for site, c in given.items() if site not in self._study.sites]
             if removed:
@@ -230,7 +227,7 @@ class RoundCloser:
                 self._store.put_collective(collective)
 
     def _is_planning(self, run: str) -> bool:
-        return bool(self._store.runs()[run]["purpose"] == "planning")
+        return bool(self._store.run(run)["purpose"] == "planning")
 
     def _taking_part(self, run: str, scope: str) -> list[str]:
         """The sites of a scope (rule 3 of the protocol): those that are frozen in it; else, once the first round of a
@@ -242,9 +239,21 @@ class RoundCloser:
         there = set(participants)
         return [site for site in self._study.sites if site in there]
 
-    def _expected(self, run: str, scope: str) -> list[str]:
+    def _quorum(self, run: str, scope: str) -> int:
+        there = len(self._taking_part(run, scope))
+        return there if self._is_planning(run) else min(self._study.quorum, there)
+
+    def _able(self, run: str, scope: str) -> list[str]:
+        """Who may still contribute in a scope: who has neither left nor missed the collective before in it. Such a site
+        takes the round's model once there is one, so that nobody waits for it, even if it is heard of meanwhile."""
         standing = self._store.standing(run)
-        return [site for site in self._taking_part(run, scope) if standing.get(site) not in ("absent", "left")]
+        over = [c for c in self._store.collectives_of_scope(run, scope) if c.closed is not None]
+        took_part = self._store.contributions(run, over[-1].key) if over else None
+        return [
+            site
+            for site in self._taking_part(run, scope)
+            if standing.get(site) != "left" and (took_part is None or site in took_part)
+        ]
 
     def expected_in(self, run: str) -> list[str]:
         """The sites of a run that have joined it and are not away."""
@@ -256,13 +265,27 @@ class RoundCloser:
         """Whether a collective is being reduced: who has contributed is settled, and nobody else can."""
         return (run, key) in self._reducing
 
-    def _fail(self, collective: Collective, missing: list[str], quorum: int) -> None:
-        self._give_up(
-            collective,
-            f"'{collective.key}' reached its deadline without {', '.join(missing)}; it needs {quorum} of "
-            f"{len(self._study.sites)} sites. Start the missing sites, then start the others again"
-            + (" (the same command)." if self._is_planning(collective.run) else " with --c."),
-        )
+    def _fail(
+        self, collective: Collective, given: list[str], missing: list[str], quorum: int, within_reach: bool
+    ) -> None:
+        run, key, sites = collective.run, collective.key, self._study.sites
+        needs = f"it needs {quorum} of {len(sites)} sites"
+        if within_reach:
+            sentence = f"'{key}' reached its deadline without {', '.join(missing)}; {needs}."
+        else:
+            standing, able = self._store.standing(run), [*given, *missing]
+            lost = ", ".join(
+                f"{site} has left" if standing.get(site) == "left" else f"{site} missed what came before in this round"
+                for site in self._taking_part(run, collective.scope)
+                if site not in able
+            )
+            sentence = (
+                f"'{key}' cannot be closed any more: {needs}, and only {', '.join(able)} can contribute ({lost}). "
+                "Nobody waits. If these sites do not come back, lower min_sites in federation.toml and restart the "
+                "coordinator."
+            )
+        again = " (the same command)." if self._is_planning(run) else " with --c."
+        self._give_up(collective, f"{sentence} Start the missing sites, then start the others again{again}")
 
     def _give_up(self, collective: Collective, sentence: str) -> None:
         """A collective has failed; the next offer lets it go on."""

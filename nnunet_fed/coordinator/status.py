@@ -70,12 +70,16 @@ def status_of(
         },
         "open": [
             {
-                "run": run,
+                "run": c.run,
                 "key": c.key,
                 "missing": round_closer.missing(c),
                 "closes_at": time.time() + round_closer.left(c),
             }
-            for run in store.runs()
-            for c in store.collectives(run, "open")
+            for c in store.open_collectives()
+        ],
+        "failed": [
+            {"run": c.run, "key": c.key, "error": c.error}
+            for run in store.runs_of(attempt)
+            for c in store.collectives(run, "failed")
         ],
     }

@@ -46,6 +46,18 @@ CREATE TABLE standing (run TEXT, site TEXT, state TEXT NOT NULL, at REAL NOT NUL
 CREATE TABLE event (at REAL NOT NULL, run TEXT, site TEXT, text TEXT NOT NULL);
 """
 
+_NAME = "substr(key, instr(key, '/') + 1)"  # as name_of
+ADDED = f"""
+CREATE INDEX IF NOT EXISTS collective_by_status ON collective (status, run);
+CREATE INDEX IF NOT EXISTS collective_by_name ON collective ({_NAME}, run);
+CREATE INDEX IF NOT EXISTS contribution_with_file ON contribution (run, key) WHERE file IS NOT NULL;
+CREATE TABLE IF NOT EXISTS ballot (run TEXT, key TEXT, site TEXT, verb TEXT NOT NULL, schema TEXT,
+    PRIMARY KEY (run, key, site));
+CREATE TABLE IF NOT EXISTS turned_down (run TEXT, key TEXT, site TEXT, text TEXT NOT NULL,
+    PRIMARY KEY (run, key, site));
+"""
+"""What came to a format without changing it: its older readers do without."""
+
 
 @dataclass
 class Collective:
@@ -94,9 +106,19 @@ class Contribution:
     """L2 norm of its difference to the last model (:mod:`nnunet_fed.coordinator.admission`); ``None``: not computed."""
 
 
+@dataclass(frozen=True)
+class Ballot:
+    """Of which kind a contribution is: the sites of one collective have to agree on it."""
+
+    verb: str
+    schema: str | None
+    """As JSON; ``None``: there are no tensors."""
+
+
 @dataclass
 class Agreed:
-    """What the first mean of a name in a run has laid down for all later ones: schema as JSON, bytes of a payload."""
+    """What the first mean of a name that closed in a run has laid down for all later ones: schema as JSON, bytes of a
+    payload."""
 
     schema: str
     size: int
@@ -148,6 +170,10 @@ class Store:
                 f"The state directory {folder} has format {found}, this version of nnunet_fed reads format {FORMAT}. "
                 "Use the version that wrote it, or another --state."
             )
+        if migrate:
+            with self.transaction():
+                for statement in ADDED.split(";"):
+                    self._journal.execute(statement)
 
     def _set_format(self) -> None:
         self.set_fact("format", FORMAT)
@@ -223,6 +249,18 @@ class Store:
         rows = self._journal.execute("SELECT id, value FROM run ORDER BY rowid")
         return {run: json.loads(value) for run, value in rows}
 
+    def run(self, run: str) -> dict[str, Any]:
+        """One run; raises :class:`KeyError` if it is not there."""
+        row = self._journal.execute("SELECT value FROM run WHERE id = ?", (run,)).fetchone()
+        if row is None:
+            raise KeyError(run)
+        described: dict[str, Any] = json.loads(row[0])
+        return described
+
+    def runs_of(self, attempt: int) -> list[str]:
+        """The runs of one attempt, oldest first."""
+        return [run for run, described in self.runs().items() if described.get("attempt") == attempt]
+
     def continue_run(self, run: str, new: str, collectives: Sequence[Collective]) -> None:
         """Journal another run that begins with some of a run's collectives, and with the sites that had joined it."""
         for collective in collectives:
@@ -258,19 +296,38 @@ class Store:
         row = self._journal.execute("SELECT * FROM collective WHERE run = ? AND key = ?", (run, key)).fetchone()
         return None if row is None else Collective(*row)
 
-    def collectives(self, run: str, status: str = "%") -> list[Collective]:
+    def collectives(self, run: str, status: str | None = None) -> list[Collective]:
         """The collectives of a run, oldest first; all of them, or those of one status."""
-        rows = self._journal.execute(
-            "SELECT * FROM collective WHERE run = ? AND status LIKE ? ORDER BY rowid", (run, status)
-        )
+        if status is None:
+            return self._collectives("run = ? ORDER BY rowid", run)
+        return self._collectives("status = ? AND run = ? ORDER BY rowid", status, run)
+
+    def open_collectives(self, *further: str) -> list[Collective]:
+        """Those of all runs that are open, or of a further status, oldest first."""
+        statuses = ("open", *further)
+        return self._collectives(f"status IN ({','.join('?' * len(statuses))}) ORDER BY rowid", *statuses)
+
+    def collectives_of_scope(self, run: str, scope: str) -> list[Collective]:
+        """The collectives of one scope, oldest first."""
+        end = scope + chr(ord("/") + 1)
+        return self._collectives("run = ? AND key > ? AND key < ? ORDER BY rowid", run, f"{scope}/", end)
+
+    def newest_means(self, run: str, name: str, most: int) -> list[Collective]:
+        """The last means of a name that have closed, newest first; whether their results are kept or not."""
+        where = f"{_NAME} = ? AND run = ? AND verb = 'mean' AND closed IS NOT NULL ORDER BY rowid DESC LIMIT ?"
+        return self._collectives(where, name, run, most)
+
+    def _collectives(self, where: str, *values: object) -> list[Collective]:
+        rows = self._journal.execute(f"SELECT * FROM collective WHERE {where}", values)
         return [Collective(*row) for row in rows]
 
     def count_rounds(self) -> dict[str, int]:
         """How many rounds have closed, by run: each ends with the mean of its models."""
         means = self._journal.execute(
-            "SELECT run, key FROM collective WHERE verb = 'mean' AND status IN ('closed', 'pruned')"
+            f"SELECT run, key FROM collective WHERE {_NAME} = ? AND verb = 'mean' AND status IN ('closed', 'pruned')",
+            (MODEL,),
         )
-        return dict(Counter(run for run, key in means if name_of(key) == MODEL and round_of(key) is not None))
+        return dict(Counter(run for run, key in means if round_of(key) is not None))
 
     def put_collective(self, collective: Collective) -> None:
         """Write a collective's present state; it keeps its number, the journal's, by which collectives are ordered."""
@@ -298,10 +355,38 @@ class Store:
 
     def withdraw(self, contribution: Contribution) -> None:
         """Journal that a contribution is no longer there."""
+        for table in ("contribution", "ballot"):
+            self._journal.execute(
+                f"DELETE FROM {table} WHERE run = ? AND key = ? AND site = ?",
+                (contribution.run, contribution.key, contribution.site),
+            )
+
+    def cast(self, run: str, key: str, site: str, ballot: Ballot) -> None:
+        """Note of which kind a contribution is."""
         self._journal.execute(
-            "DELETE FROM contribution WHERE run = ? AND key = ? AND site = ?",
-            (contribution.run, contribution.key, contribution.site),
+            "INSERT OR REPLACE INTO ballot VALUES (?, ?, ?, ?, ?)", (run, key, site, ballot.verb, ballot.schema)
         )
+
+    def ballots(self, collective: Collective) -> dict[str, Ballot]:
+        """Of which kind each contribution is, by site; what was contributed before this was noted is as the first."""
+        rows = self._journal.execute(
+            "SELECT site, verb, schema FROM ballot WHERE run = ? AND key = ?", (collective.run, collective.key)
+        )
+        cast = {site: Ballot(verb, schema) for site, verb, schema in rows}
+        given = self.contributions(collective.run, collective.key)
+        first = {site: Ballot(collective.verb, collective.schema if c.file else None) for site, c in given.items()}
+        return {site: cast.get(site, ballot) for site, ballot in first.items()}
+
+    def turn_down(self, run: str, key: str, site: str, text: str) -> None:
+        """Note why a contribution is in no result, for its site."""
+        self._journal.execute("INSERT OR REPLACE INTO turned_down VALUES (?, ?, ?, ?)", (run, key, site, text))
+
+    def turned_down(self, run: str, key: str, site: str) -> str | None:
+        """Why a site's contribution is not in a result; ``None``: none of its was turned down."""
+        row = self._journal.execute(
+            "SELECT text FROM turned_down WHERE run = ? AND key = ? AND site = ?", (run, key, site)
+        ).fetchone()
+        return None if row is None else str(row[0])
 
     def has_contributed(self, run: str, site: str) -> bool:
         """Whether a site has given anything to a run."""
@@ -314,8 +399,8 @@ class Store:
 
     def latest_standing(self) -> dict[str, str]:
         """That of the newest run."""
-        runs = self.runs()
-        return self.standing(next(reversed(runs))) if runs else {}
+        row = self._journal.execute("SELECT id FROM run ORDER BY rowid DESC LIMIT 1").fetchone()
+        return {} if row is None else self.standing(row[0])
 
     def set_standing(self, run: str, site: str, state: str) -> None:
         """Note a site's standing in a run."""
@@ -351,13 +436,14 @@ class Store:
 
     def spooled(self) -> dict[str, tuple[str, str]]:
         """Run and key by the name of each payload file that is still needed."""
-        rows = self._journal.execute("SELECT file, run, key FROM contribution WHERE file IS NOT NULL")
+        rows = self._journal.execute("SELECT file, run, key FROM contribution WHERE file IS NOT NULL ORDER BY rowid")
         return {file: (run, key) for file, run, key in rows}
 
     def release(self, run: str, key: str) -> list[Path]:
         """Note that a collective's payload files are not needed any more, and return them."""
         files = [self.spool / given.file for given in self.contributions(run, key).values() if given.file is not None]
         self._journal.execute("UPDATE contribution SET file = NULL WHERE run = ? AND key = ?", (run, key))
+        self._journal.execute("DELETE FROM ballot WHERE run = ? AND key = ?", (run, key))
         return files
 
     def result_path(self, run: str, key: str) -> Path:

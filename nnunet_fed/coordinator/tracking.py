@@ -44,7 +44,7 @@ class FederationTracker:
         place, run = round_of(collective.key), collective.run
         if place is None or collective.name != MODEL or collective.closed is None:
             return
-        of_round = [c for c in store.collectives(run) if c.scope == collective.scope]
+        of_round = store.collectives_of_scope(run, collective.scope)
         given = {c.key: store.contributions(run, c.key) for c in of_round}
         models = given[collective.key]
         scalars = {

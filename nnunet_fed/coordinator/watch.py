@@ -35,7 +35,7 @@ def watch(poll: Callable[[], Status], running: Callable[[], bool], console: Cons
             for status in _looks(poll, running):
                 live.update(status_table(status), refresh=True)
     else:
-        known: dict[str, tuple[Any, Any]] = {}
+        known: dict[str, Any] = {}
         for status in _looks(poll, running):
             _log_changes(status, known)
 
@@ -64,6 +64,12 @@ def status_table(status: Status) -> Table:
     return table
 
 
+def _failed(status: Status) -> list[dict[str, str]]:
+    """What nobody waits for any more; a coordinator of version 0.1 does not tell."""
+    found: list[dict[str, str]] = status.get("failed", [])
+    return found
+
+
 def _looks(poll: Callable[[], Status], running: Callable[[], bool]) -> Iterator[Status]:
     while running():
         yield poll()
@@ -71,8 +77,13 @@ def _looks(poll: Callable[[], Status], running: Callable[[], bool]) -> Iterator[
     yield poll()
 
 
-def _log_changes(status: Status, known: dict[str, tuple[Any, Any]]) -> None:
-    """Log what changed since the last look; ``known`` keeps phase and round of each site."""
+def _log_changes(status: Status, known: dict[str, Any]) -> None:
+    """Log what changed since the last look; ``known`` keeps phase and round of each site, and what has failed."""
+    failed = [failed["error"] for failed in _failed(status)]
+    for error in failed:
+        if error not in known.get("", ()):
+            logger.error(error)
+    known[""] = failed
     for name, site in status["sites"].items():
         progress = site["progress"] or {}
         now = progress.get("phase"), progress.get("round")
@@ -99,6 +110,7 @@ def _waits(status: Status) -> str:
             if missing
             else f"{collective['key']} is complete and being computed"
         )
+    lines.extend(failed["error"] for failed in _failed(status))
     return "\n".join(lines)
 
 

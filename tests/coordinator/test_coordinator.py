@@ -595,7 +595,7 @@ def test_what_has_closed_is_not_remembered(desk: Make) -> None:
     for number in range(3):
         round_of_all(at, number, number)
     closer = at.coordinator._round_closer
-    closer._deadlines.note(closer._open())
+    closer._deadlines.note(closer._store.open_collectives())
     assert closer._deadlines._since == {}
 
 

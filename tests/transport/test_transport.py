@@ -95,6 +95,27 @@ def test_a_round_closes_at_its_deadline_and_the_late_site_learns_what_it_missed(
     assert texts[1:] == ["absent from round-0000/model", "came back"]
 
 
+def test_a_site_whose_wait_has_no_hope_is_told_at_once(serve: Serve) -> None:
+    served = serve(make_study("abc", min_sites=2))
+    a, b, c = (served.seat(site) for site in "abc")
+
+    def leave_one_after_another() -> None:
+        while not served.coordinator.status()["open"]:
+            time.sleep(0.05)
+        b.leave("maintenance")
+        c.leave("maintenance")
+
+    def wait_in_vain() -> None:
+        with pytest.raises(DeadlineError, match="cannot be closed any more: it needs 2 of 3 sites, and only a can"):
+            a.mean("round-0000/model", {"w": np.float32([1])}, 1)
+
+    started = time.monotonic()
+    together(wait_in_vain, leave_one_after_another)
+    assert time.monotonic() - started < 10, "and not at the deadline, in 12 hours"
+    (failed,) = served.coordinator.status()["failed"]
+    assert failed["key"] == "round-0000/model"
+
+
 def test_an_absent_site_is_not_waited_for_twice(serve: Serve) -> None:
     served = serve(make_study("abc", min_sites=2, deadline_minutes=1 / 60))
     a, b = served.seat("a"), served.seat("b")

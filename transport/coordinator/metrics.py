@@ -131,6 +131,10 @@ class CoordinatorCollector(Collector):
 
         waiting = status["open"]
         yield GaugeMetricFamily("nnunet_fed_open_collectives", "Collectives that have begun.", len(waiting))
+        yield GaugeMetricFamily(
+            "nnunet_fed_failed_collectives", "Collectives that have failed, and that nobody has begun anew.",
+            len(status["failed"]),
+        )  # fmt: skip
         closes = GaugeMetricFamily(
             "nnunet_fed_collective_closes_timestamp_seconds", "Deadline of an open collective.", labels=["run", "key"]
         )
