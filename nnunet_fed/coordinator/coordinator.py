@@ -139,10 +139,10 @@ class Coordinator:
         """Journal something that happened at a site, for the record and for whoever reads the log."""
         self._members.note(run, site, text)
 
-    def leave(self, run: str, site: str, reason: str) -> None:
-        """A site takes its leave in order; no later round waits for it."""
+    def leave(self, run: str, site: str, reason: str, returns: bool = False) -> None:
+        """A site takes its leave in order; no later round waits for it. One that returns is absent until it does."""
         with self._changed:
-            self._members.leave(run, site, reason)
+            self._members.leave(run, site, reason, returns)
             keys = [collective.key for collective in self._store.collectives(run, "open")]
         self._spool.forget_site(run, site)
         for key in keys:

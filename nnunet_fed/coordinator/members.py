@@ -194,12 +194,13 @@ class Members:
             self._store.add_event(run, site, text[:LONGEST_TEXT])
         logger.info("site %s: %s", site, text[:LONGEST_TEXT], extra=about(run, site=site))
 
-    def leave(self, run: str, site: str, reason: str) -> None:
-        """Journal that a site takes its leave; raises :class:`RefusedError` if it has not joined the run."""
+    def leave(self, run: str, site: str, reason: str, returns: bool) -> None:
+        """Journal that a site takes its leave, for good or for now; raises :class:`RefusedError` if it has not joined
+        the run."""
         with self._changed, self._store.transaction():
             self._require_joined(run, site)
-            self._store.set_standing(run, site, "left")
-            self._store.add_event(run, site, f"left: {reason[:LONGEST_TEXT]}")
+            self._store.set_standing(run, site, "absent" if returns else "left")
+            self._store.add_event(run, site, f"left{' for now' if returns else ''}: {reason[:LONGEST_TEXT]}")
 
     def _require_joined(self, run: str, site: str) -> None:
         if site not in self._store.standing(run):

@@ -216,7 +216,7 @@ class _Service(CoordinatorServicer):  # type: ignore[misc]
 
     def Leave(self, request: pb.LeaveRequest, context: grpc.ServicerContext) -> pb.Empty:  # noqa: N802
         with Refusals(context, "The coordinator's disk"):
-            self._coordinator.leave(request.run, request.site, request.reason)
+            self._coordinator.leave(request.run, request.site, request.reason, request.returns)
             return pb.Empty()
 
     def Status(self, request: pb.StatusRequest, context: grpc.ServicerContext) -> pb.StatusReply:  # noqa: N802

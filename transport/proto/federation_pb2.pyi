@@ -176,14 +176,16 @@ class ReportRequest(_message.Message):
     def __init__(self, run: _Optional[str] = ..., site: _Optional[str] = ..., progress: _Optional[str] = ..., note: _Optional[str] = ...) -> None: ...
 
 class LeaveRequest(_message.Message):
-    __slots__ = ("run", "site", "reason")
+    __slots__ = ("run", "site", "reason", "returns")
     RUN_FIELD_NUMBER: _ClassVar[int]
     SITE_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    RETURNS_FIELD_NUMBER: _ClassVar[int]
     run: str
     site: str
     reason: str
-    def __init__(self, run: _Optional[str] = ..., site: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
+    returns: bool
+    def __init__(self, run: _Optional[str] = ..., site: _Optional[str] = ..., reason: _Optional[str] = ..., returns: bool = ...) -> None: ...
 
 class StatusRequest(_message.Message):
     __slots__ = ("record", "newest_protocol")

@@ -153,7 +153,7 @@ class GrpcCommunicator:
             check_finite(tensors)
         except NotFiniteError as error:
             if self._purpose == "training":
-                self.leave(f"what it has for {key} is not finite")
+                self.leave(f"what it has for {key} is not finite", returns=True)
             raise NotFiniteError(
                 f"Site '{self.site}' has nothing to give to '{key}'. {error} If so, continue with --c: this site then "
                 "starts anew from the federation's newest model. If it diverges again, look into its data."
@@ -206,10 +206,16 @@ class GrpcCommunicator:
         self._sends("note", run=self.run, text=text)
         self._once(lambda: self._stub.Report(pb.ReportRequest(run=self.run, site=self.site, note=text), timeout=10))
 
-    def leave(self, reason: str) -> None:
-        """Take leave in order: no later round waits for this site. A coordinator that does not answer is not told."""
-        self._sends("leave", run=self.run, reason=reason)
-        self._once(lambda: self._stub.Leave(pb.LeaveRequest(run=self.run, site=self.site, reason=reason), timeout=10))
+    def leave(self, reason: str, returns: bool = False) -> None:
+        """Take leave in order: no later round waits for this site. A coordinator that does not answer is not told.
+
+        Args:
+            reason: for the record.
+            returns: this site will come back; who needs it for the quorum waits.
+        """
+        self._sends("leave", run=self.run, reason=reason, returns=returns)
+        request = pb.LeaveRequest(run=self.run, site=self.site, reason=reason, returns=returns)
+        self._once(lambda: self._stub.Leave(request, timeout=10))
 
     def _once(self, call: Callable[[], object]) -> None:
         try:
