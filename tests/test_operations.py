@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import configparser
 import re
 import shlex
@@ -74,6 +75,17 @@ def test_the_metrics(serve: Callable[..., Served]) -> None:
     assert told <= names
     ours = {family.name for family in pages.registry.collect()}
     assert {name.removesuffix("_total") for name in told} == ours, "all of them are told of"
+
+
+def test_every_case_of_what_happens_when_is_backed_by_a_test() -> None:
+    table = OPERATIONS.read_text().partition("## What happens when")[2].partition("\n## ")[0]
+    _, _, *rows = [line for line in table.splitlines() if line.startswith("|")]
+    assert len(rows) > 30
+    for row in rows:
+        found = re.fullmatch(r"\| (.+?) \| (.+?) \| (.+?) <!-- ([a-z0-9_/]+\.py)::(test_\w+) --> \|", row)
+        assert found, row
+        tree = ast.parse((Path(__file__).parent / found[4]).read_text(encoding="utf-8"))
+        assert found[5] in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, row
 
 
 def test_a_copy_of_the_state_serves_on(serve: Callable[..., Served], tmp_path: Path) -> None:

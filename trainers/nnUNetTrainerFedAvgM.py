@@ -63,7 +63,7 @@ class nnUNetTrainerFedAvgM(FineTuningTrainer):  # noqa: N801
     def _model_before(self, number: int) -> dict[str, Array]:
         if number > 0:
             return self.communicator.fetch(key_of(scope_of_round(number - 1), self.MODEL))
-        starts = [key_of(start_scope(source), self.MODEL) for source in range(len(self.communicator.sites))]
+        starts = [key_of(start_scope(source), self.MODEL) for source in range(len(self.study.sites))]
         return from_next_source(starts, self.communicator.fetch, NO_START)
 
     def method_state(self) -> dict[str, Any]:

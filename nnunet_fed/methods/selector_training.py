@@ -30,12 +30,18 @@ def label_of(communicator: Collectives, configuration: SelectorConfiguration) ->
     """This site's class: its place among all sites of the study, sorted by name, whoever came first.
 
     Raises:
-        ConfigurationError: the selector has another number of classes than the study has sites.
+        ConfigurationError: the selector has another number of classes than the study has sites, or this site is none of
+            them.
     """
     if configuration.classes != len(communicator.sites):
         raise ConfigurationError(
             f"The selector tells {configuration.classes} sites apart, but the study has {len(communicator.sites)}: "
             f"{', '.join(communicator.sites)}. Train it with the study's sites."
+        )
+    if communicator.site not in communicator.sites:
+        raise ConfigurationError(
+            f"The selector tells the sites {', '.join(communicator.sites)} apart, with which the study was planned; "
+            f"site '{communicator.site}' came later, or has another name now. Open a new attempt, in which all plan."
         )
     return communicator.sites.index(communicator.site)
 

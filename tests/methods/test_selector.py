@@ -292,6 +292,13 @@ def test_t20_a_selector_for_another_number_of_sites_is_refused() -> None:
         LocalFederation("ab").run(lambda seat: SelectorTraining(SMALL, 0).train(seat, "r", [], 1.0))
 
 
+def test_a_site_that_came_later_has_no_class() -> None:
+    seat = LocalFederation("abc").communicator("a")
+    seat.site = "z"
+    with pytest.raises(ConfigurationError, match=r"the sites a, b, c apart.*site 'z' came later, or has another name"):
+        SelectorTraining(SMALL, 0).train(seat, "r", [], 1.0)
+
+
 def unsynchronized(seat: LocalCommunicator, cases: list[SelectorCase], rounds: int) -> SelectorTraining:
     """The control: as the reference mode, but every site keeps moments of its own."""
     training, label = SelectorTraining(SMALL, 0), label_of(seat, SMALL)

@@ -166,6 +166,27 @@ def test_a_late_site_has_the_last_step_from_two_closed_models(sites: InProcess) 
             assert late._last_step == {}
 
 
+def test_the_start_is_found_whatever_names_have_gone_since(sites: InProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first site had gone away before it gave its weights, and its name was taken out of the study afterwards."""
+    trained = sites.train(nnUNetTrainerFedAvgM, sites.study(method=FEDAVGM, rounds=2))["a"]
+    rooms = sites.rooms
+    late = sites.make(nnUNetTrainerFedAvgM, trained.study)["b"]
+    late.initialize()
+    rooms.means["start-1/model"] = rooms.means.pop("start/model")
+
+    def fetch(seat: RememberingCommunicator, key: str) -> dict[str, Array]:
+        if key not in rooms.means:
+            raise NoContributionError(key)
+        return rooms.means[key]
+
+    monkeypatch.setattr(RememberingCommunicator, "fetch", fetch)
+    late.communicator = RememberingCommunicator(rooms, "b")
+    late.communicator.sites = ("b",)
+    late.load_shared(rooms.means["round-0000/model"])
+    late.catch_up("round-0000")
+    assert same_arrays(late._last_step, difference(rooms.means["round-0000/model"], rooms.means["start-1/model"]))
+
+
 def agree(numbers: dict[str, int], absent: str = "", **changes: Any) -> dict[str, Any]:
     """Sites whose moments are after the given rounds agree on the newest; returns them with what they said."""
 

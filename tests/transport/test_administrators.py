@@ -16,6 +16,7 @@ import pytest
 from serving import Serve, Served, make_study, together
 
 from nnunet_fed.coordinator import coordinator, members, round_closer, status, store
+from nnunet_fed.coordinator.verdict import Offer
 from nnunet_fed.errors import DeadlineError, DisagreementError, RefusedError, RoundClosedError
 from nnunet_fed.exchange.payload import Tensors, encode, measure
 from nnunet_fed.trainers.parts.publishing import publish_computed
@@ -164,6 +165,19 @@ def test_a_name_that_was_removed_is_in_no_mean(serve: Serve) -> None:
     with pytest.raises(RefusedError, match="Site 'c' is not in the study"):
         served.seat("c")
     assert mean(R2, {a: 1, b: 2}) == [1.5, 1.5]
+
+
+def test_nothing_is_left_of_what_a_removed_site_was_sending(serve: Serve) -> None:
+    served = serve(make_study("abc"))
+    c = served.seat("c")
+    payload = b"".join(encode({"w": np.zeros(1000, np.float32)}))
+    offer = Offer(c.run, R0, "c", "mean", 1.0, *measure([payload]))
+    assert served.coordinator.take(offer, 0, [payload[:500]]) is None, "the connection broke"
+    spool = served.coordinator._store.spool
+    assert served.coordinator.position(offer) == 500
+    assert list(spool.iterdir())
+    restarted(serve, served, "ab")
+    assert not list(spool.iterdir())
 
 
 def test_a_site_with_another_name_counts_once(serve: Serve) -> None:
