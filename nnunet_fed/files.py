@@ -12,12 +12,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.strict_json import to_json
 
 PARTIAL = ".part"
 """Ending of a file or folder that is still being written."""
 WINDOWS = os.name == "nt"
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+LOCK_POLL_SECONDS = 0.01
 PATIENCE = 2.0
 """Seconds for which a file that another process has open is tried again on Windows, which refuses to replace it."""
 
@@ -106,6 +110,29 @@ def make_durable(path: Path) -> None:
     """Have a file or folder and its name on disk."""
     flush(path)
     flush(path.parent)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Let no other thread or process be in such a block of the same file meanwhile. The lock dies with its holder.
+
+    Raises:
+        ConfigurationError: the file system has no locks.
+    """
+    lock = FileLock(path, thread_local=False, poll_interval=LOCK_POLL_SECONDS, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno not in NO_LOCKS:
+            raise
+        raise ConfigurationError(
+            f"{path.parent} is on a file system without locks ({error}): two processes could spoil what the other "
+            "writes. Use a folder on a local disk, or have the network share mounted with locks."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def same_file(source: Path, target: Path) -> None:

@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from nnunet_fed.errors import FederationError
 
 GRACE_SECONDS = 5.0
-"""Between SIGTERM and SIGKILL."""
+"""Between the request to end and the end."""
+DETACHED: dict[str, Any] = (
+    {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if sys.platform == "win32" else {"start_new_session": True}
+)
+
+
+def _existing(*names: str) -> list[signal.Signals]:
+    """The signals of these names that this system has."""
+    return [signal.Signals[name] for name in names if hasattr(signal, name)]
+
+
+END_SIGNALS = _existing("SIGTERM", "SIGINT", "SIGBREAK")
+"""With which a process is asked to end. SIGBREAK is Windows's."""
 LINES_SHOWN = 15
 SENTENCE = "Error: "
 """With what our commands and trainers begin their last words."""
@@ -32,14 +47,17 @@ class Step:
 
 
 class Process:
-    """A running command. It leads a session of its own, so that its children can be stopped with it."""
+    """A running command. It leads a session of its own (on Windows, a group), so that it can be stopped by itself.
+
+    Its children are stopped with it; on Windows, those that it stops.
+    """
 
     def __init__(self, step: Step):
         self.step = step
         with step.log.open("wb") as log:
             self._process = subprocess.Popen(
                 step.command, env=step.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-                start_new_session=True,
+                **DETACHED,
             )  # fmt: skip
 
     @property
@@ -62,14 +80,27 @@ class Process:
         return f"{state}. The end of its log:\n" + ("\n".join(lines[-LINES_SHOWN:]) or "(empty)")
 
     def kill(self) -> None:
-        """SIGKILL to it and its children."""
-        self.signal(signal.SIGKILL)
+        """End it and its children at once."""
+        if sys.platform == "win32":
+            self._process.kill()
+        else:
+            self._signal(signal.SIGKILL)
         self._process.wait()
 
-    def signal(self, number: int) -> bool:
-        """Send a signal to it and its children; false if none of them is left."""
-        self._process.poll()  # a dead process that nobody has asked for would count as living
+    def ask_to_end(self) -> bool:
+        """Send SIGTERM (on Windows, Ctrl-Break) to it and its children; false if none of them is left."""
+        return self._signal(signal.CTRL_BREAK_EVENT if sys.platform == "win32" else signal.SIGTERM)
+
+    def is_left(self) -> bool:
+        """Whether it or one of its children runs."""
+        return self.exit_status() is None if sys.platform == "win32" else self._signal(0)
+
+    def _signal(self, number: int) -> bool:
+        running = self._process.poll() is None  # a dead process that nobody has asked for would count as living
         try:
+            if sys.platform == "win32":
+                self._process.send_signal(number)
+                return running
             os.killpg(self._process.pid, number)
         except (ProcessLookupError, PermissionError):  # the latter is what macOS says of dead ones
             return False
@@ -77,16 +108,35 @@ class Process:
 
 
 def stop(processes: Iterable[Process]) -> None:
-    """End processes and their children: SIGTERM, and SIGKILL for those that are still there after a while."""
-    left = [process for process in processes if process.signal(signal.SIGTERM)]
+    """End processes and their children: they are asked to, and killed if they are still there after a while."""
+    left = [process for process in processes if process.ask_to_end()]
     end = time.monotonic() + GRACE_SECONDS
     try:
         while left and time.monotonic() < end:
             time.sleep(0.05)
-            left = [process for process in left if process.signal(0)]
+            left = [process for process in left if process.is_left()]
     finally:  # also when a second Ctrl-C ends the wait
         for process in left:
             process.kill()
+
+
+class Parent:
+    """The process that started this one.
+
+    Args:
+        number: its process id.
+    """
+
+    def __init__(self, number: int):
+        self._number = number
+        # on Windows a process keeps the number of a parent that has ended; a handle of that parent tells of its end
+        self._handle = ctypes.windll.kernel32.OpenProcess(0x100000, False, number) if sys.platform == "win32" else None
+
+    def lives(self) -> bool:
+        """Whether it has not ended."""
+        if sys.platform == "win32":
+            return ctypes.windll.kernel32.WaitForSingleObject(self._handle, 0) == 0x102  # WAIT_TIMEOUT
+        return os.getppid() == self._number
 
 
 class Worker:
@@ -139,7 +189,8 @@ def raise_first(failed: Sequence[Worker]) -> None:
 @contextmanager
 def signals_interrupt() -> Iterator[None]:
     """SIGTERM and a closed terminal raise :class:`KeyboardInterrupt`: they do not reach processes in other sessions."""
-    numbers = [signal.SIGTERM, signal.SIGHUP] if threading.current_thread() is threading.main_thread() else []
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    numbers = _existing("SIGTERM", "SIGHUP") if in_main_thread else []
     # what is ignored stays so: under nohup, a closed terminal does not matter
     before = {number: signal.getsignal(number) for number in numbers}
     changed = [number for number, handler in before.items() if handler is not signal.SIG_IGN]

@@ -17,6 +17,7 @@ from nnunet_fed.evaluation.lesions import SMALL_LESIONS, small_lesion_thresholds
 from nnunet_fed.exchange.communicator import Collectives
 from nnunet_fed.exchange.keys import PLANNING, PLANS, key_of
 from nnunet_fed.files import move, write_json
+from nnunet_fed.planners.answered import FILE, AnsweredCollectives
 from nnunet_fed.planners.dataset import PLAN_AGAIN, RawDataset, check_agreement, describe
 from nnunet_fed.planners.explanation import Row, explain
 from nnunet_fed.planners.extraction import extract
@@ -130,6 +131,7 @@ def agree(
     check_agreement(descriptions, study.method)
     total_cases = sum(description["training cases"] for description in descriptions.values())
 
+    communicator = AnsweredCollectives(communicator, dataset.preprocessed / FILE)
     report("extracting")
     own_channels = study.method.own_channels
     local = extract(dataset.id, len(dataset.cases) if own_channels else total_cases, processes)

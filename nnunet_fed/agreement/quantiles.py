@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nnunet_fed.errors import FederationError
+from nnunet_fed.errors import DisagreementError, FederationError
 from nnunet_fed.exchange.communicator import Collectives
 from nnunet_fed.exchange.keys import key_of
 from nnunet_fed.exchange.payload import Array
@@ -71,6 +71,7 @@ def quantiles(communicator: Collectives, key: str, samples: Sequence[Array], pro
 
     Raises:
         FederationError: a value is not finite, or a channel has no values at any site.
+        DisagreementError: what the coordinator says is no sum in which this site's values are.
     """
     _check_finite(communicator, key, samples)
     promoted = any(channel.dtype != np.float32 for channel in samples)
@@ -81,6 +82,7 @@ def quantiles(communicator: Collectives, key: str, samples: Sequence[Array], pro
     )
     count = np.array(counts, dtype=np.int64)
     _check_some(key, count)
+    _check_possible(key, np.array(sizes, np.int64), count)
 
     # numpy's definition of 'linear': a virtual index into the sorted values, between two of which it interpolates
     virtual = (count[:, None] - 1) * np.asarray(probabilities, dtype=np.float64)
@@ -89,7 +91,7 @@ def quantiles(communicator: Collectives, key: str, samples: Sequence[Array], pro
 
     kind = np.float64 if any_wide else np.float32
     keys = [_sorted_keys(channel.astype(kind, copy=False)) for channel in samples]
-    found = _values(_order_statistics(communicator, key, keys, np.concatenate([before, after], axis=1)))
+    found = _values(_order_statistics(communicator, key, keys, count, np.concatenate([before, after], axis=1)))
     neighbours = np.stack(np.split(found.astype(np.float64 if any_promoted else np.float32), 2, axis=1), axis=-1)
     # of two values, numpy's quantile for the fraction is numpy's own interpolation between them
     values = [
@@ -162,21 +164,38 @@ def _sign_bit(dtype: np.dtype[Any]) -> Any:
     return dtype.type(1 << (8 * dtype.itemsize - 1))
 
 
-def _order_statistics(communicator: Collectives, key: str, keys: Sequence[Array], ranks: Integers) -> Array:
+def _check_possible(key: str, own: Integers, pooled: Integers, total: int | None = None) -> None:
+    """See that a sum over the sites can be one: no less than this site's part and, if it is known, of this total."""
+    if np.any(pooled < own) or (total is not None and np.sum(pooled) != total):
+        raise DisagreementError(
+            f"The coordinator's sum for '{key}' cannot be: it does not go with this site's own counts, or with the sums "
+            "before it. Nothing more is told. Ask the study's operator what runs there."
+        )
+
+
+def _order_statistics(
+    communicator: Collectives, key: str, keys: Sequence[Array], count: Integers, ranks: Integers
+) -> Array:
     """The keys of given ranks among all sites' keys.
 
     Args:
         communicator: this site's.
         key: prefix of the keys of the sums.
         keys: this site's keys, one sorted array a channel, all of one unsigned type.
+        count: number of keys at all sites, of shape (channels,).
         ranks: of shape (channels, ranks), from 0 to the channel's pooled count less 1; the same at every site.
 
     Returns:
         Keys of the shape of ``ranks``.
+
+    Raises:
+        DisagreementError: a sum does not go with this site's counts, or with the sums before it. A coordinator could
+            otherwise lead the search to wherever this site has a value, step by step.
     """
     unsigned = keys[0].dtype.type
     ranks = ranks.copy()  # from here on: rank among the keys that share the prefix
     prefixes = np.zeros(ranks.shape, dtype=unsigned)
+    totals = {(channel, unsigned(0)): int(number) for channel, number in enumerate(count)}
     unknown = 8 * keys[0].itemsize
     while unknown:
         bits = min(BITS_PER_ROUND, unknown)
@@ -186,12 +205,15 @@ def _order_statistics(communicator: Collectives, key: str, keys: Sequence[Array]
         wanted = [(channel, prefix) for channel, row in enumerate(prefixes) for prefix in np.unique(row)]
         local = [_histogram(keys[channel], prefix | bins) for channel, prefix in wanted]
         pooled = communicator.sum(key_of(key, f"bits-{unknown}"), np.array(local, dtype=np.int64))
-        for (channel, prefix), histogram in zip(wanted, pooled, strict=True):
+        parts, totals_before, totals = zip(wanted, local, pooled, strict=True), totals, {}
+        for (channel, prefix), own, histogram in parts:
+            _check_possible(key, own, histogram, totals_before[channel, prefix])
             below = np.concatenate([[0], np.cumsum(histogram)])
             here = prefixes[channel] == prefix
             chosen = np.searchsorted(below, ranks[channel, here], side="right") - 1
             ranks[channel, here] -= below[chosen]
             prefixes[channel, here] |= bins[chosen]
+            totals |= {(channel, prefix | bins[bin]): int(histogram[bin]) for bin in np.unique(chosen)}
     return prefixes
 
 

@@ -25,6 +25,10 @@ PublicKey = ec.EllipticCurvePublicKey | rsa.RSAPublicKey
 """The kinds that every TLS library can use."""
 SMALLEST_RSA_KEY = 2048
 """Bits."""
+UNUSABLE = (
+    "a key that is not accepted: make one on the elliptic curve P-256, or an RSA key of "
+    f"{SMALLEST_RSA_KEY} bits or more"
+)
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,9 @@ class Certificate:
     """Its owner may reach others."""
     public_key: bytes
     """DER."""
+    weakness: str
+    """What is wrong with the key, as a sentence's end; empty: it is of a kind and length that is accepted. Authorities
+    may have keys of other kinds, on which the same length of RSA is asked for."""
 
     @classmethod
     def of(cls, certificate: x509.Certificate) -> Certificate:
@@ -57,6 +64,7 @@ class Certificate:
         constraints = extensions.get(x509.BasicConstraints.oid)
         usage = extensions.get(x509.ExtendedKeyUsage.oid)
         uses = set(usage) if isinstance(usage, x509.ExtendedKeyUsage) else {ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE}
+        is_authority = isinstance(constraints, x509.BasicConstraints) and constraints.ca
         anything = ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE in uses
         return cls(
             name=str(names[0].value) if len(names) == 1 else "",
@@ -64,16 +72,22 @@ class Certificate:
             begins=certificate.not_valid_before_utc,
             ends=certificate.not_valid_after_utc,
             hosts=_hosts(extensions.get(x509.SubjectAlternativeName.oid)),
-            is_authority=isinstance(constraints, x509.BasicConstraints) and constraints.ca,
+            is_authority=is_authority,
             serves=anything or ExtendedKeyUsageOID.SERVER_AUTH in uses,
             calls=anything or ExtendedKeyUsageOID.CLIENT_AUTH in uses,
             public_key=to_der(certificate.public_key()),
+            weakness=_weakness(certificate.public_key(), is_authority),
         )
 
     @property
     def days_left(self) -> float:
         """Days until it expires; negative once it has."""
         return (self.ends - datetime.now(timezone.utc)).total_seconds() / 86400
+
+    def check_key(self, place: object) -> None:
+        """Raise :class:`ConfigurationError` unless its key is strong enough; ``place`` says where it stands."""
+        if self.weakness:
+            raise ConfigurationError(f"{place} has {self.weakness}.")
 
     def check_dates(self, place: object) -> None:
         """Raise :class:`ConfigurationError` unless it is valid now; ``place`` says where it stands."""
@@ -135,18 +149,23 @@ def read_private_key(pem: bytes, place: object) -> PrivateKey:
 
 def as_usable(key: PublicKeyTypes, place: object) -> PublicKey:
     """The key, if gRPC's TLS can use it and it is strong enough; else raises :class:`ConfigurationError`."""
-    if isinstance(key, ec.EllipticCurvePublicKey) and isinstance(key.curve, ec.SECP256R1 | ec.SECP384R1):
-        return key
-    if isinstance(key, rsa.RSAPublicKey) and key.key_size >= SMALLEST_RSA_KEY:
+    if isinstance(key, ec.EllipticCurvePublicKey | rsa.RSAPublicKey) and not _weakness(key):
         return key
     raise _unusable(place)
 
 
+def _weakness(key: PublicKeyTypes, of_authority: bool = False) -> str:
+    if isinstance(key, rsa.RSAPublicKey):
+        accepted = key.key_size >= SMALLEST_RSA_KEY
+    elif isinstance(key, ec.EllipticCurvePublicKey):
+        accepted = of_authority or isinstance(key.curve, ec.SECP256R1 | ec.SECP384R1)
+    else:
+        accepted = of_authority
+    return "" if accepted else UNUSABLE
+
+
 def _unusable(place: object) -> ConfigurationError:
-    return ConfigurationError(
-        f"{place} has a key that is not accepted: make one on the elliptic curve P-256, or an RSA key of "
-        f"{SMALLEST_RSA_KEY} bits or more."
-    )
+    return ConfigurationError(f"{place} has {UNUSABLE}.")
 
 
 def to_der(key: PublicKeyTypes) -> bytes:

@@ -11,6 +11,7 @@ import typer
 
 from nnunet_fed.cli.shared_options import KeyOptions, grouped
 from nnunet_fed.errors import ConfigurationError
+from nnunet_fed.processes import END_SIGNALS
 from nnunet_fed.study.federation import Federation
 
 
@@ -64,7 +65,7 @@ def coordinator(
     pages = StatusServer(coordinator, http, http_insecure) if http is not None else None
     server = CoordinatorServer(coordinator, listen, insecure, key_files, revoked, pages.meter if pages else None)
     stopped = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in END_SIGNALS:
         signal.signal(number, lambda *_: stopped.set())
     server.start()
     if pages is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from enum import Enum
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from nnunet_fed.processes import END_SIGNALS, Parent
 from nnunet_fed.study.site import Site
 
 
@@ -35,6 +35,7 @@ def peer(
 
     site = Site.from_environment() if site_file is None else Site.read(site_file)
     process = PeerProcess(site, Mailbox(folder), "push" if mode == Exchange.push else "pull", max_tries)
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in END_SIGNALS:
         signal.signal(number, lambda *_: process.stop())
-    process.run(lambda: parent is None or os.getppid() == parent)
+    starter = None if parent is None else Parent(parent)
+    process.run(lambda: starter is None or starter.lives())

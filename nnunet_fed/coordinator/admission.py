@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,8 +20,13 @@ from nnunet_fed.exchange.keys import MODEL, name_of
 from nnunet_fed.exchange.payload import Array, blocks, check_finite, is_floating, layout_of, open_payload, schema_of
 from nnunet_fed.study.federation import Federation
 
-LARGEST_VALUE = 1 << 26
-"""Bytes of a sum's or a gathered value's payload. Those of a mean are bounded by the first one of their name."""
+LARGEST = {"sum": 1 << 26, "gather": 1 << 23}
+"""Bytes of a payload, by verb. Those of a mean are bounded by the first one of their name."""
+MOST_ELEMENTS, DEEPEST = 1 << 19, 32
+"""Of a gathered value: numbers, texts, lists and tables in it, of which each may take 200 bytes once it is decoded, and
+how deep they lie. The geometry of 40 000 cases has as many."""
+_DECODING = threading.Lock()
+"""One gathered value is decoded at a time."""
 RECENT = 5
 """Rounds over whose update norms the median is taken."""
 
@@ -31,10 +38,8 @@ def check_content(verb: Verb, path: Path) -> str | None:
         RefusedError: no payload of this verb, or a number in it that is not finite.
     """
     if verb == "gather":
-        try:
-            json.loads(path.read_bytes(), parse_constant=_refuse_constant)
-        except (ValueError, RecursionError):
-            raise RefusedError("A gathered value is no JSON.") from None
+        with _DECODING:
+            _check_gathered(path.read_bytes())
         return None
     tensors = open_payload(path)
     if verb == "sum" and list(tensors) != ["value"]:
@@ -43,6 +48,24 @@ def check_content(verb: Verb, path: Path) -> str | None:
         raise RefusedError("A mean takes floating-point tensors only.")
     check_finite(tensors)
     return json.dumps(schema_of(layout_of(tensors)), sort_keys=True)
+
+
+def _check_gathered(text: bytes) -> None:
+    if sum(map(text.count, (b",", b":", b"[", b"{"))) > MOST_ELEMENTS:
+        raise RefusedError(f"A gathered value has more than {MOST_ELEMENTS} elements.")
+    try:
+        value = json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError):
+        raise RefusedError("A gathered value is no JSON.") from None
+    layer = [value]
+    for _ in range(DEEPEST):
+        layer = [inner for outer in layer for inner in _within(outer)]
+    if layer:
+        raise RefusedError(f"A gathered value lies more than {DEEPEST} lists and tables deep.")
+
+
+def _within(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def _refuse_constant(constant: str) -> None:
@@ -81,9 +104,9 @@ class Admission:
         """Bound a payload before it is sent; raises :class:`RefusedError`."""
         key, site, size = offer.key, offer.site, offer.size
         if offer.verb != "mean":
-            if size > LARGEST_VALUE:
+            if size > LARGEST[offer.verb]:
                 raise RefusedError(
-                    f"A {offer.verb} takes {LARGEST_VALUE} bytes at most, not {size} ('{key}', site '{site}')."
+                    f"A {offer.verb} takes {LARGEST[offer.verb]} bytes at most, not {size} ('{key}', site '{site}')."
                 )
         elif (agreed := self._store.agreed(offer.run, name_of(key))) is not None:
             if size > agreed.size:

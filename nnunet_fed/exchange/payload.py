@@ -36,8 +36,8 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 CHUNK = 1 << 20
 """Largest message on the wire, in bytes."""
-LONGEST_HEADER = 1 << 24
-"""Bytes; a stock network's header has 10 kB."""
+LONGEST_HEADER = 1 << 20
+"""Bytes, which may take fifty times as many once they are decoded; a stock network's header has 10 kB."""
 BLOCK = 1 << 17
 """Elements worked on at a time: few enough that they stay in the processor's cache, and so many that threads do not
 wait for each other."""

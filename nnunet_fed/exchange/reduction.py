@@ -164,10 +164,11 @@ def exact_sum(arrays: Sequence[Array]) -> Array:
         if not np.isfinite(summed).all():
             raise RefusedError("The sum of the sites' arrays is not finite.")
         return summed
-    total = arrays[0].astype(object)
-    for array in arrays[1:]:
-        total = total + array.astype(object)
-    try:
-        return np.asarray(total, dtype=object).astype(np.int64)
-    except OverflowError:
-        raise RefusedError("A sum of whole numbers does not fit into 64 bits.") from None
+    flat, total = [array.reshape(-1) for array in arrays], np.empty(arrays[0].shape, np.int64)
+    for start, stop in _blocks(total.size):  # as Python's own numbers, of which each takes 40 bytes
+        summed = sum((array[start:stop].astype(object) for array in flat[1:]), flat[0][start:stop].astype(object))
+        try:
+            total.reshape(-1)[start:stop] = summed.astype(np.int64)
+        except OverflowError:
+            raise RefusedError("A sum of whole numbers does not fit into 64 bits.") from None
+    return total

@@ -35,12 +35,11 @@ Folders: ``outbox``, ``inbox`` and ``used`` hold letters, each a folder ``SITE@C
 
 from __future__ import annotations
 
-import fcntl
 import json
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -48,7 +47,7 @@ from typing import Any
 
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.exchange.payload import Tensors, encode, header_of, layout_of, measure, schema_of
-from nnunet_fed.files import flush, move, write_json
+from nnunet_fed.files import flush, locked, move, write_json
 from nnunet_fed.gossip.schedule import Version
 from nnunet_fed.strict_json import to_json
 from nnunet_fed.study.federation import digest_of
@@ -117,6 +116,9 @@ class Mailbox:
 
     Args:
         folder: where they are, or will be made.
+
+    Raises:
+        ConfigurationError: the folder's file system has no locks.
     """
 
     def __init__(self, folder: Path):
@@ -126,6 +128,8 @@ class Mailbox:
         )
         for path in (self._outbox, self._inbox, self._used, self.arriving):
             path.mkdir(parents=True, exist_ok=True)
+        with self._locked():  # where there are no locks, this is the time to say so
+            pass
 
     # ------------------------------------------------------------------------------------------------ for the training
 
@@ -310,12 +314,9 @@ class Mailbox:
         with self._locked():  # a peer process that its training has outlived may write, too
             write_json(self.folder / name, value, indent=None)
 
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
+    def _locked(self) -> AbstractContextManager[None]:
         """Let no other thread or process move letters meanwhile."""
-        with (self.folder / "lock").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
+        return locked(self.folder / "lock")
 
     def _newest(self) -> dict[str, Path]:
         """Of the inbox, by site; each has one, but for a process that died in between."""

@@ -7,6 +7,7 @@ Source: the memory of a step is nnU-Net's own reckoning, by which its planner ch
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,7 +94,10 @@ def check_memory(known: Footprint | None, device: str) -> Finding:
         free, total = map(float, torch.cuda.mem_get_info())
         place = torch.cuda.get_device_name()
     else:
-        free, total = host_memory()
+        memory = host_memory()
+        if memory is None:
+            return Finding("memory", Outcome.skipped, "this system does not tell how much it has")
+        free, total = memory
         place = "this machine"
     has = f"{place} has {free / GB:.1f} GB free of {total / GB:.1f} GB"
     if known is None:
@@ -107,8 +111,13 @@ def check_memory(known: Footprint | None, device: str) -> Finding:
     return Finding("memory", Outcome.ok, text)
 
 
-def host_memory() -> tuple[float, float]:
-    """Available and installed memory of this machine, in bytes; where the former is not told, the latter twice."""
+def host_memory() -> tuple[float, float] | None:
+    """Available and installed memory of this machine, in bytes; where the former is not told, the latter twice.
+
+    ``None``: Windows tells neither in this way.
+    """
+    if sys.platform == "win32":
+        return None
     total = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from nnunet_fed.agreement.quantiles import Moments, Quantiles, moments, quantiles
-from nnunet_fed.errors import FederationError
+from nnunet_fed.errors import DisagreementError, FederationError
 from nnunet_fed.exchange.communicator import LocalFederation
 
 PERCENTAGES = np.array((0.0, 0.5, 50.0, 99.5, 100.0))
@@ -164,3 +164,49 @@ def test_no_values_at_any_site(function: Any) -> None:
 def test_value_that_is_not_finite(function: Any) -> None:
     with pytest.raises(FederationError, match=r"site-0.*not finite"):
         function([[np.array([1, np.nan], np.float32)]])
+
+
+# ------------------------------------------------------------------------------------------------ a coordinator that lies
+
+
+class Liar:
+    """A seat whose coordinator leads the search for a median to the site's largest value."""
+
+    site, sites = "a", ("a", "b", "c")
+
+    def __init__(self, values: Array, others: int):
+        self._largest, self._others = values.max(), others
+        self.asked: list[Array] = []
+
+    def sum(self, key: str, array: Array) -> Array:
+        self.asked.append(array)
+        if key.endswith("counts"):
+            return array + np.array([0, 0, self._others])
+        lie = np.array(array)
+        for row in lie:  # whatever was said before, the others' values lie around this site's largest one
+            row[np.flatnonzero(row)[-1]] += 10 * self._others
+        return lie
+
+
+@pytest.mark.parametrize("others", [0, 10, 1000])
+def test_a_lie_that_does_not_add_up_ends_the_search(others: int) -> None:
+    """It gave away the exact maximum of the site, asked for a median."""
+    values = np.random.default_rng(0).normal(size=101).astype(np.float32)
+    liar = Liar(values, others)
+    if others == 0:  # which is no lie
+        assert quantiles(liar, "planning/x", [values], [0.5]).values[0, 0] == np.median(values)
+        return
+    with pytest.raises(DisagreementError, match="sum for 'planning/x' cannot be"):
+        quantiles(liar, "planning/x", [values], [0.5])
+    assert len(liar.asked) == 2, "the counts and the first, coarse, histogram: intervals of a factor of 4"
+
+
+def test_a_sum_below_the_sites_own_part_is_refused() -> None:
+    class Below(Liar):
+        def sum(self, key: str, array: Array) -> Array:
+            super().sum(key, array)
+            return array if key.endswith("counts") else np.roll(array, 1, axis=1)
+
+    values = np.arange(10, dtype=np.float32)
+    with pytest.raises(DisagreementError, match="does not go with this site's own counts"):
+        quantiles(Below(values, 0), "planning/x", [values], [0.5])

@@ -13,24 +13,30 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
 import numpy as np
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.x509.oid import NameOID
 from google.protobuf.message import Message
 from serving import Served, make_study
 from typer.testing import CliRunner
 
 from nnunet_fed.certificates import authority as authority_module
 from nnunet_fed.certificates.authority import Authority
-from nnunet_fed.certificates.x509 import Certificate
+from nnunet_fed.certificates.x509 import Certificate, read_certificates
 from nnunet_fed.cli.app import app
 from nnunet_fed.errors import ConfigurationError, RefusedError, UnreachableError
 from nnunet_fed.files import PARTIAL
 from nnunet_fed.study.site import Site
+from nnunet_fed.transport.channel.identity import Identity
 from nnunet_fed.transport.channel.tls import KeyFiles, diagnose
 from nnunet_fed.transport.coordinator import server as server_module
 from nnunet_fed.transport.coordinator.server import CoordinatorServer
@@ -290,6 +296,43 @@ def test_a_certificate_that_expires_while_its_site_is_connected(
             a.status()
         patch.undo()
         a.status()
+
+
+def with_rsa(study: Authority, folder: Path, bits: int) -> Path:
+    """A certificate for site a with an RSA key, as another tool would make it."""
+    key = rsa.generate_private_key(65537, bits)
+    signing = serialization.load_pem_private_key((study.folder / "ca.key").read_bytes(), None)
+    authority = x509.load_pem_x509_certificate((study.folder / "ca.pem").read_bytes())
+    now = datetime.now(timezone.utc)
+    builder = x509.CertificateBuilder().subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "a")]))
+    builder = builder.issuer_name(authority.subject).public_key(key.public_key()).serial_number(4711)
+    builder = builder.not_valid_before(now - timedelta(days=1)).not_valid_after(now + timedelta(days=99))
+    shutil.copytree(study.folder / "sites" / "a", folder)
+    certificate = builder.sign(signing, hashes.SHA256())  # type: ignore[arg-type]
+    (folder / "certificate.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    pem = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    (folder / "key.pem").write_bytes(pem)
+    return folder
+
+
+def test_a_short_key_is_refused_wherever_it_is_met(served: Served, made: Study, tmp_path: Path) -> None:
+    """A site's own key was looked at, and the keys of those who call were not."""
+    good, short = (with_rsa(made.authority, tmp_path / str(bits), bits) for bits in (2048, 1024))
+    served.seat("a", files=good).status()
+    with pytest.raises(ConfigurationError, match="key that is not accepted"):
+        served.seat("a", files=short)
+    with unchanged(served, made), stub(served, short) as caller:
+        code, text = outcome(caller, "Status", "")
+        if code != grpc.StatusCode.UNAVAILABLE:  # gRPC's own TLS may refuse it, too
+            assert (code, "RSA key of 2048 bits or more" in text) == (grpc.StatusCode.UNAUTHENTICATED, True)
+    parsed = read_certificates((short / "certificate.pem").read_bytes(), "it")[0]
+    context = SimpleNamespace(auth_context=lambda: {"x509_pem_cert": [(short / "certificate.pem").read_bytes()]})
+    context.peer, context.abort = lambda: "ipv4:127.0.0.1:9", lambda code, text: pytest.fail(f"{code}: {text}")
+    with pytest.raises(pytest.fail.Exception, match="UNAUTHENTICATED.*2048 bits or more"):
+        Identity(["a"], "").admit("/x/y", context)
+    assert parsed.weakness
 
 
 # ------------------------------------------------------------------------------------------------------ the coordinator

@@ -55,6 +55,8 @@ class Identity:
         if caller.days_left <= 0:
             text = f"{whose(caller)} expired on {caller.ends:%Y-%m-%d %H:%M} UTC. Renew it (docs/security.md)."
             refuse(context, text, grpc.StatusCode.UNAUTHENTICATED)
+        if caller.weakness:
+            refuse(context, f"{whose(caller)} has {caller.weakness}.", grpc.StatusCode.UNAUTHENTICATED)
         try:
             revoked = self.is_revoked(caller)
         except ConfigurationError as error:  # nothing is lost: whoever calls tries again

@@ -93,7 +93,11 @@ class KeyFiles:
                 "that were made together."
             )
         owner.check_dates(self.certificate)
-        if not any(authority.is_authority for authority in read_certificates(ca, self.ca)):
+        owner.check_key(self.certificate)
+        authorities = [found for found in read_certificates(ca, self.ca) if found.is_authority]
+        for authority in authorities:
+            authority.check_key(self.ca)
+        if not authorities:
             raise ConfigurationError(f"{self.ca} holds no authority's certificate: name the study's ca.pem.")
         if owner.days_left < RENEWAL_DAYS:
             logger.warning(

@@ -49,6 +49,7 @@ class PeerChannels:
 
         shown = self._shown(peer)
         certificate = read_certificates(shown, f"What site '{peer}' shows")[0]
+        certificate.check_key(f"The certificate of site '{peer}'")
         if certificate.name != peer:
             raise RefusedError(
                 f"At {self._site.peers[peer]}, the address of site '{peer}', '{certificate.name}' shows its "

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from nnunet_fed.errors import RefusedError
 from nnunet_fed.exchange.payload import check_finite, open_payload
@@ -118,10 +119,7 @@ class Reception:
                 if payload is None:
                     raise DamagedError
                 try:
-                    tensors = open_payload(payload)
-                    if described(tensors)[0] != letter.schema:
-                        raise RefusedError(f"The tensors of site '{model.site}' are not those that it has described.")
-                    check_finite(tensors)
+                    _check(payload, letter)
                     self._mailbox.deliver(letter, payload)
                 finally:
                     payload.unlink(missing_ok=True)
@@ -165,6 +163,14 @@ class Reception:
         site, counter = letter.version.site, letter.version.counter
         nothing = {"bytes": 0, "seconds": 0.0}
         self._mailbox.note_event(event=event, peer=site, site=site, counter=counter, **{**nothing, **facts})
+
+
+def _check(payload: Path, letter: Letter) -> None:
+    """See that a payload is what was described; it is closed afterwards, without which Windows moves no file."""
+    tensors = open_payload(payload)
+    if described(tensors)[0] != letter.schema:
+        raise RefusedError(f"The tensors of site '{letter.version.site}' are not those that it has described.")
+    check_finite(tensors)
 
 
 def _upload(letter: Letter) -> Upload:
