@@ -14,9 +14,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+from nnunet_fed.coordinator.admission import differs
+from nnunet_fed.coordinator.ballots import agrees, elected
 from nnunet_fed.coordinator.deadlines import Clock, Deadlines, RunningClock
 from nnunet_fed.coordinator.log_fields import about
-from nnunet_fed.coordinator.store import Collective, Contribution, Store
+from nnunet_fed.coordinator.store import Agreed, Ballot, Collective, Contribution, Store
 from nnunet_fed.coordinator.tracking import FederationTracker
 from nnunet_fed.errors import RefusedError
 from nnunet_fed.exchange.keys import MODEL, scope_of_round
@@ -124,6 +126,9 @@ class RoundCloser:
             if len(given) < quorum or (missing and self._is_planning(run)):
                 self._fail(collective, list(given), missing, quorum, within_reach)
                 return
+            given, winner = self._agreeing(collective, given, quorum)
+            if len(given) < quorum:
+                return
             self._reducing.add((run, key))
         started = time.monotonic()
         try:
@@ -138,6 +143,7 @@ class RoundCloser:
                     self.reductions += 1
                     self.reduction_seconds += time.monotonic() - started
                     self._store.put_collective(collective)
+                    self._agree(collective, given, winner)
                     if self._store.participants(run, collective.scope) is None:
                         self._store.freeze(run, collective.scope, list(given))
                     for site in missing:
@@ -151,6 +157,43 @@ class RoundCloser:
                 self._reducing.discard((run, key))
                 self._changed.notify_all()
         logger.info("%s closed over %s", key, ", ".join(given), extra=about(run, key))
+
+    def _agreeing(
+        self, collective: Collective, given: dict[str, Contribution], quorum: int
+    ) -> tuple[dict[str, Contribution], Ballot]:
+        """The contributions that are of the kind that most sites have, and that kind. The others are turned down, and
+        the collective fails if too few remain."""
+        cast = self._store.ballots(collective)
+        winner = elected(cast)
+        odd = [contribution for site, contribution in given.items() if not agrees(cast[site], winner)]
+        if not odd:
+            return given, winner
+        run, key, sites = collective.run, collective.key, [contribution.site for contribution in odd]
+        kept = {site: contribution for site, contribution in given.items() if site not in sites}
+        kinds = {cast[site].verb for site in sites} - {winner.verb}
+        sentence = (
+            f"'{key}' is a {winner.verb} at most sites, not a {' or a '.join(sorted(kinds))} as at {', '.join(sites)}."
+            if kinds
+            else differs(key, *sites)
+        )
+        collective.verb = winner.verb
+        self._withdraw(collective, odd, f"turned down: {sentence}")
+        self._delete(odd)
+        if len(kept) < quorum:
+            self._give_up(collective, f"'{key}' cannot be closed. {sentence}")
+            return kept, winner
+        with self._store.transaction():
+            self._store.put_collective(collective)
+            for site in sites:  # it is told, and ends: nobody waits for it until it is heard of
+                self._store.turn_down(run, key, site, sentence)
+                self._store.set_standing(run, site, "absent")
+        return kept, winner
+
+    def _agree(self, collective: Collective, given: dict[str, Contribution], winner: Ballot) -> None:
+        """The first mean of a name that closes lays down the schema of the later ones."""
+        run, name = collective.run, collective.name
+        if winner.verb == "mean" and winner.schema is not None and self._store.agreed(run, name) is None:
+            self._store.agree(run, name, Agreed(winner.schema, max(given.size for given in given.values())))
 
     def reopen(self, collective: Collective) -> None:
         """Let a collective that failed at its deadline go on, with the whole time again."""
@@ -209,9 +252,7 @@ class RoundCloser:
             if removed:
                 text = f"is not in the study any more: what it gave to {collective.key} is withdrawn"
                 self._withdraw(collective, removed, text)
-                for contribution in removed:
-                    if contribution.file is not None:
-                        (self._store.spool / contribution.file).unlink(missing_ok=True)
+                self._delete(removed)
         for run in self._store.runs():
             for site in self._store.standing(run).keys() - set(self._study.sites):
                 self._spool.forget_site(run, site)
@@ -225,6 +266,11 @@ class RoundCloser:
             if collective.status == "closed":
                 collective.status, collective.closed, collective.digest, collective.size = "open", None, None, None
                 self._store.put_collective(collective)
+
+    def _delete(self, contributions: Iterable[Contribution]) -> None:
+        for contribution in contributions:
+            if contribution.file is not None:
+                (self._store.spool / contribution.file).unlink(missing_ok=True)
 
     def _is_planning(self, run: str) -> bool:
         return bool(self._store.run(run)["purpose"] == "planning")
