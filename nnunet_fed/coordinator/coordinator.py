@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ class Coordinator:
         self._admission = Admission(self.study, store, share)
         self._scope_order = ScopeOrder(self.study, self.attempt, store)
         self._round_closer = RoundCloser(self.study, store, self._spool, self._changed, tracker, clock)
-        self._round_closer.recover()
+        self._round_closer.recover(self.attempt)
 
     def drain(self) -> None:
         """Let nobody wait any longer; a call that waits is answered with what is known."""
@@ -294,8 +295,14 @@ class Coordinator:
         self._round_closer.wait_until_saved(collective)
 
     def newest(self, run: str, name: str) -> str | None:
-        """Key of the newest closed mean called ``SCOPE/name`` whose result is kept: where a late site goes on."""
+        """Key of the newest closed mean called ``SCOPE/name`` whose result is kept: where a late site goes on.
+
+        Raises:
+            RefusedError: the run is of an attempt that was given up.
+        """
         with self._changed:
+            with suppress(KeyError):  # a run that nobody has joined
+                self._scope_order.check_attempt(run)
             closed = [c for c in self._store.collectives(run, "closed") if c.verb == "mean" and c.name == name]
             return closed[-1].key if closed else None
 

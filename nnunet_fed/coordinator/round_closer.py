@@ -18,10 +18,12 @@ from nnunet_fed.coordinator.admission import differs
 from nnunet_fed.coordinator.ballots import agrees, elected
 from nnunet_fed.coordinator.deadlines import Clock, Deadlines, RunningClock
 from nnunet_fed.coordinator.log_fields import about
+from nnunet_fed.coordinator.scope_order import given_up
 from nnunet_fed.coordinator.store import Agreed, Ballot, Collective, Contribution, Store
 from nnunet_fed.coordinator.tracking import FederationTracker
 from nnunet_fed.errors import RefusedError
-from nnunet_fed.exchange.keys import MODEL, scope_of_round
+from nnunet_fed.exchange.cross_site_matrix import DICE
+from nnunet_fed.exchange.keys import MODEL, last_round, round_of, scope_of_round
 from nnunet_fed.exchange.payload import digest_of_file
 from nnunet_fed.exchange.reduction import write_result
 from nnunet_fed.exchange.uploads import Spool
@@ -64,6 +66,10 @@ class RoundCloser:
         self._reducing: set[tuple[str, str]] = set()
         self._keeper = ThreadPoolExecutor(1, thread_name_prefix="keeper")
         self._saving: dict[tuple[str, str], Future[None]] = {}
+        self._unsettled: dict[tuple[str, str], Collective] = {}
+        """What could not be cleared; it is tried again and again."""
+        self._waste: list[Path] = []
+        """Files that the journal does not know any more."""
         self._stopped = threading.Event()
         self._noting = threading.Thread(target=self._note_waiting, daemon=True, name="deadlines")
         self._noting.start()
@@ -87,15 +93,22 @@ class RoundCloser:
             return self._deadlines.left(collective)
 
     def _note_waiting(self) -> None:
-        """Until the end journal how long what is open has waited: a coordinator that is killed goes on from there."""
+        """Until the end journal how long what is open has waited: a coordinator that is killed goes on from there. And
+        try again to clear what could not be cleared."""
+        told = False
         while not self._stopped.wait(NOTE_SECONDS):
             try:
                 with self._changed:
                     self._deadlines.note(self._store.open_collectives())
+                told = False
             except sqlite3.ProgrammingError:  # the store was closed without this
                 return
             except sqlite3.Error:  # a full disk, say: the next note tells the same
-                logger.exception("how long the rounds have waited could not be journalled")
+                if not told:
+                    logger.exception("how long the rounds have waited could not be journalled")
+                told = True
+            for collective in list(self._unsettled.values()):
+                self._keeper.submit(self._settle, collective, partial(self._save, collective))
 
     def _span(self, collective: Collective) -> float:
         planning = self._is_planning(collective.run)
@@ -130,7 +143,7 @@ class RoundCloser:
             if len(given) < quorum:
                 return
             self._reducing.add((run, key))
-        started = time.monotonic()
+        started, left_behind = time.monotonic(), list[Path]()
         try:
             try:
                 self._reduce(collective, given)
@@ -146,11 +159,13 @@ class RoundCloser:
                     self._agree(collective, given, winner)
                     if self._store.participants(run, collective.scope) is None:
                         self._store.freeze(run, collective.scope, list(given))
+                        left_behind = self._leave_behind(run, collective.scope)
                     for site in missing:
                         self._store.set_standing(run, site, "absent")
                         self._store.add_event(run, site, f"absent from {collective.key}")
                     if self._tracker is not None:
                         self._tracker.closed(self._store, collective)
+                self._waste += left_behind
                 self._keep(collective)  # under the same lock: who sees it closed has to find what to wait for
         finally:
             with self._changed:
@@ -195,6 +210,19 @@ class RoundCloser:
         if winner.verb == "mean" and winner.schema is not None and self._store.agreed(run, name) is None:
             self._store.agree(run, name, Agreed(winner.schema, max(given.size for given in given.values())))
 
+    def _leave_behind(self, run: str, scope: str) -> list[Path]:
+        """Nobody goes on with what is open of an earlier round, or of the preparation, once a round has begun; returns
+        the files that were given to it."""
+        files: list[Path] = []
+        number = round_of(scope)
+        for status in ("open", "failed") if number is not None else ():
+            for collective in self._store.collectives(run, status):
+                if collective.scope != scope and last_round(collective.scope) < number:
+                    collective.status, collective.error = "pruned", f"'{scope}' has begun without it."
+                    self._store.put_collective(collective)
+                    files += self._store.release(run, collective.key)
+        return files
+
     def reopen(self, collective: Collective) -> None:
         """Let a collective that failed at its deadline go on, with the whole time again."""
         with self._changed, self._store.transaction():
@@ -215,19 +243,25 @@ class RoundCloser:
         if saving is not None:
             saving.result()
 
-    def recover(self) -> None:
-        """After a restart: look what has reached the disk, and clear what is not needed.
+    def recover(self, attempt: int) -> None:
+        """After a restart: look what has reached the disk, and clear what is not needed, such as all that was given to
+        another attempt than the open one.
 
         A process that was killed leaves everything behind, a machine that stopped may not. A result that is not whole
         is made anew of the contributions. If these are not whole either, no site has the result
         (:meth:`wait_until_saved`): the collective is open again, and the sites contribute what was lost once more.
         """
         self._withdraw_removed()
+        self._clear_attempts_but(attempt)
         for waiting in self._store.open_collectives():
             self._deadlines.left(waiting)  # from now on it waits again
         for run, key in dict.fromkeys(self._store.spooled().values()):
             collective = self._store.collective(run, key)
             if collective is None:
+                continue
+            if collective.status in ("empty", "pruned"):  # when it was to be cleared, the disk was full
+                with self._store.transaction():
+                    self._store.release(run, key)
                 continue
             closed = collective.status == "closed"
             if closed and digest_of_file(self._store.result_path(run, key)) == collective.digest:
@@ -243,6 +277,24 @@ class RoundCloser:
                 self._reduce(collective, given)
                 self._settle(collective, partial(self._save, collective))
         self._spool.sweep(set(self._store.spooled()))
+
+    def _clear_attempts_but(self, attempt: int) -> None:
+        """Of an attempt that was given up the record stays, and what it has of the sites' models at each other."""
+        for run, described in self._store.runs().items():
+            if described.get("attempt", attempt) == attempt:
+                continue
+            results = [c for c in self._store.collectives(run, "closed") if c.key != DICE]
+            with self._store.transaction():
+                for collective in [*results, *self._store.collectives(run, "open")]:
+                    if collective.status == "open":
+                        collective.status, collective.error = "failed", given_up(described["attempt"], attempt)
+                    else:
+                        collective.status = "pruned"
+                    self._store.put_collective(collective)
+                self._store.release_run(run)
+            for collective in results:
+                self._store.result_path(run, collective.key).unlink(missing_ok=True)
+            self._spool.forget_run(run)
 
     def _withdraw_removed(self) -> None:
         """What a site that is no longer in the study gave to open collectives is in no mean; what has closed stands."""
@@ -357,29 +409,55 @@ class RoundCloser:
         return saving
 
     def _save(self, collective: Collective) -> None:
-        if collective.status == "closed":
+        if collective.status != "closed":
+            return
+        try:
             make_durable(self._store.result_path(collective.run, collective.key))
+        except FileNotFoundError:  # later rounds have closed before this came to it, and it is not kept
+            with self._changed:
+                now = self._store.collective(collective.run, collective.key)
+            if now is None or now.status == "closed":
+                raise
 
     def _settle(self, collective: Collective, save: Callable[[], None]) -> None:
         """Once a result is on disk for good, delete what it was made of, and old results."""
+        place = (collective.run, collective.key)
         try:
             save()
-            with self._changed, self._store.transaction():
-                files = self._store.release(collective.run, collective.key)
-                files += self._prune(collective.run)
-                self._saving.pop((collective.run, collective.key), None)
-            for file in files:
-                file.unlink(missing_ok=True)
-            self._spool.forget_collective(collective.run, collective.key)
-        except Exception:  # whatever it is, a restart does this again
-            logger.exception("%s: what it leaves could not be cleared", collective.key)
+            with self._changed:
+                with self._store.transaction():
+                    files = self._store.release(*place)
+                    files += self._prune(collective.run)
+                self._waste += files  # not before the journal has it
+                self._saving.pop(place, None)
+            while self._waste:
+                file = self._waste.pop()
+                try:
+                    file.unlink(missing_ok=True)
+                except OSError:
+                    self._waste.append(file)
+                    raise
+            self._spool.forget_collective(*place)
+        except Exception:  # whatever it is, it is tried again
+            if place not in self._unsettled:
+                logger.exception("%s: what it leaves cannot be cleared now", collective.key)
+            self._unsettled[place] = collective
+        else:
+            if self._unsettled.pop(place, None) is not None:
+                logger.info("%s: what it left is cleared", collective.key)
 
     def _prune(self, run: str) -> list[Path]:
-        """Journal that old means are not kept; returns their files."""
-        means = [c for c in self._store.collectives(run, "closed") if c.verb == "mean"]
+        """Journal that old results are not kept; returns their files. Sums and values that were gathered are few but in
+        rounds: a late site may want them."""
+        closed = self._store.collectives(run, "closed")
+        means = [c for c in closed if c.verb == "mean"]
         kept = list(dict.fromkeys(c.scope for c in means))[-self._study.keep_rounds :]
         kept += [c.scope for c in means if c.name == MODEL][-1:]  # where a late site goes on, whatever came after it
+        recent = list(dict.fromkeys(c.scope for c in closed))[-self._study.keep_rounds :]
         old = [c for c in means if c.scope not in kept]
+        old += [
+            c for c in closed if c.verb != "mean" and round_of(c.scope) is not None and c.scope not in {*kept, *recent}
+        ]
         for collective in old:
             collective.status = "pruned"
             self._store.put_collective(collective)

@@ -19,6 +19,11 @@ FURTHER_SCOPES = 64
 """Scopes beside rounds that a trainer from outside the package may begin in a run."""
 
 
+def given_up(attempt: int, now_open: int) -> str:
+    """The sentence that says that nothing goes on in an attempt."""
+    return f"Attempt {attempt} was given up, and attempt {now_open} is open. Start this training without --c."
+
+
 class ScopeOrder:
     """The order of scopes in the runs of a study. Called under the store's lock.
 
@@ -39,9 +44,7 @@ class ScopeOrder:
         """Raise :class:`RefusedError` for a run of an attempt that was given up."""
         attempt = self._store.run(run).get("attempt", self._attempt)
         if attempt != self._attempt:
-            raise RefusedError(
-                f"Attempt {attempt} was given up, and attempt {self._attempt} is open. Start this training without --c."
-            )
+            raise RefusedError(given_up(attempt, self._attempt))
 
     def check(self, offer: Offer) -> None:
         """See that an offer's collective may begin, or has begun.

@@ -310,7 +310,8 @@ class Store:
     def count_rounds(self) -> dict[str, int]:
         """How many rounds have closed, by run: each ends with the mean of its models."""
         means = self._journal.execute(
-            f"SELECT run, key FROM collective WHERE {_NAME} = ? AND verb = 'mean' AND status IN ('closed', 'pruned')",
+            f"SELECT run, key FROM collective WHERE {_NAME} = ? AND verb = 'mean'"
+            " AND status IN ('closed', 'pruned') AND error IS NULL",
             (MODEL,),
         )
         return dict(Counter(run for run, key in means if round_of(key) is not None))
@@ -432,6 +433,12 @@ class Store:
         self._journal.execute("UPDATE contribution SET file = NULL WHERE run = ? AND key = ?", (run, key))
         self._journal.execute("DELETE FROM ballot WHERE run = ? AND key = ?", (run, key))
         return files
+
+    def release_run(self, run: str) -> None:
+        """Note that none of a run's payload files is needed any more."""
+        self._journal.execute("UPDATE contribution SET file = NULL WHERE run = ? AND file IS NOT NULL", (run,))
+        for table in ("ballot", "turned_down"):
+            self._journal.execute(f"DELETE FROM {table} WHERE run = ?", (run,))
 
     def result_path(self, run: str, key: str) -> Path:
         """Where the result of a collective stands."""

@@ -273,6 +273,10 @@ class Spool:
         """A site leaves a run."""
         self._forget(f"{_short(run)}.*.{_short(site)}.*{PARTIAL}")
 
+    def forget_run(self, run: str) -> None:
+        """A run is over."""
+        self._forget(f"{_short(run)}.*{PARTIAL}")
+
     def _forget(self, pattern: str) -> None:
         with self._lock:
             for path in self.folder.glob(pattern):
