@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from nnunet_fed.coordinator.store import Store
+from nnunet_fed.coordinator.ballots import can_win, elected
+from nnunet_fed.coordinator.store import Ballot, Collective, Store
 from nnunet_fed.coordinator.verdict import Offer
 from nnunet_fed.errors import RefusedError
 from nnunet_fed.exchange.communicator import Verb
@@ -82,6 +83,15 @@ def distance(one: Mapping[str, Array], other: Mapping[str, Array]) -> float:
     return math.sqrt(squared)
 
 
+def differs(key: str, *sites: str) -> str:
+    """The sentence that says that the tensors of some sites are not those of the others."""
+    quoted = ", ".join(f"'{site}'" for site in sites)
+    return (
+        f"The tensors of site {quoted} for '{key}' differ in names, shapes or dtypes from those of "
+        "the other sites or of the first round. Do all sites train the same plans and configuration?"
+    )
+
+
 class QuarantinedError(RefusedError):
     """An update that moved further than ``max_update_norm`` allows."""
 
@@ -92,13 +102,13 @@ class Admission:
     Args:
         study: the study.
         store: the coordinator's memory.
-        spool_quota: bytes; a site's share of it bounds its first payload of a name.
+        share: a site's of the spool, in bytes; it bounds its payloads of a name until that has closed once.
     """
 
-    def __init__(self, study: Federation, store: Store, spool_quota: int):
+    def __init__(self, study: Federation, store: Store, share: int):
         self._study = study
         self._store = store
-        self._share = spool_quota // len(study.sites)
+        self._share = share
 
     def check_size(self, offer: Offer) -> None:
         """Bound a payload before it is sent; raises :class:`RefusedError`."""
@@ -120,16 +130,27 @@ class Admission:
                 "in the coordinator's spool. Restart the coordinator with a larger --spool-quota-gb."
             )
 
-    def check_schema(self, offer: Offer, schema: str | None) -> None:
-        """Compare with the other sites' and, for a mean, the first round's; raises :class:`RefusedError`."""
-        collective = self._store.collective(offer.run, offer.key)
-        agreed = self._store.agreed(offer.run, name_of(offer.key))
-        known = {collective.schema if collective else None, agreed.schema if agreed and offer.verb == "mean" else None}
-        if schema is not None and known - {None, schema}:
-            raise RefusedError(
-                f"The tensors of site '{offer.site}' for '{offer.key}' differ in names, shapes or dtypes from those of "
-                "the other sites or of the first round. Do all sites train the same plans and configuration?"
-            )
+    def check_kind(self, offer: Offer, ballot: Ballot, collective: Collective | None, missing: Iterable[str]) -> None:
+        """Compare with the first round's and the other sites', as far as these have settled it.
+
+        Args:
+            offer: the site's.
+            ballot: of which kind its contribution is.
+            collective: to which it would contribute; ``None``: nobody has yet.
+            missing: the sites for which the collective waits.
+
+        Raises:
+            RefusedError: its tensors are not those of the first round, or the other sites have outvoted it already.
+        """
+        agreed = self._store.agreed(offer.run, name_of(offer.key)) if offer.verb == "mean" else None
+        if agreed is not None and ballot.schema not in (None, agreed.schema):
+            raise RefusedError(differs(offer.key, offer.site))
+        cast = {} if collective is None else self._store.ballots(collective)
+        if cast and not can_win(offer.site, ballot, cast, missing):
+            winner = elected(cast)
+            if winner.verb != ballot.verb:
+                raise RefusedError(f"'{offer.key}' is a {winner.verb} at the other sites, not a {ballot.verb}.")
+            raise RefusedError(differs(offer.key, offer.site))
 
     def last_model(self, offer: Offer, schema: str | None) -> Path | None:
         """The model from which an update is measured; ``None``: its norm is not bounded, or cannot be."""

@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from nnunet_fed.coordinator.members import Members, Purpose
 from nnunet_fed.coordinator.opening import open_study
 from nnunet_fed.coordinator.reconciliation import Reconciliation, Standing
 from nnunet_fed.coordinator.round_closer import RoundCloser
+from nnunet_fed.coordinator.scope_order import ScopeOrder
 from nnunet_fed.coordinator.status import Outlook, Tally, status_of
-from nnunet_fed.coordinator.store import Agreed, Collective, Contribution, Store
+from nnunet_fed.coordinator.store import Ballot, Collective, Contribution, Store
 from nnunet_fed.coordinator.tracking import FederationTracker
 from nnunet_fed.coordinator.verdict import Offer, Verdict, verdict_of
 from nnunet_fed.errors import NotFiniteError
@@ -47,8 +49,7 @@ class Coordinator:
     Args:
         study: the study as ``federation.toml`` has it now.
         store: its memory.
-        spool_quota: bytes that payloads may take until they are reduced. A site's share of it bounds its first payload
-            of a name.
+        spool_quota: bytes that payloads may take until they are reduced; each site has its share of it.
         tracker: is told of rounds and of what the sites report.
         clock: of the deadlines; a test may turn its own.
 
@@ -69,16 +70,18 @@ class Coordinator:
         self._tracker = tracker
         self._draining = False
         self._changed = threading.Condition()
-        self._spool = Spool(store.spool, spool_quota)
+        share = spool_quota // len(self.study.sites)
         clock = clock or RunningClock()
+        self._spool = Spool(store.spool, spool_quota, share)
         self._generations = Generations(store)
         self._members = Members(self.study, self.attempt, store, self._generations, self._changed)
-        self._admission = Admission(self.study, store, spool_quota)
+        self._admission = Admission(self.study, store, share)
+        self._scope_order = ScopeOrder(self.study, self.attempt, store)
         self._round_closer = RoundCloser(self.study, store, self._spool, self._changed, tracker, clock)
         self._reconciliation = Reconciliation(
             self.study, store, self._generations, self._round_closer.expected_in, clock
         )
-        self._round_closer.recover()
+        self._round_closer.recover(self.attempt)
 
     def drain(self) -> None:
         """Let nobody wait any longer; a call that waits is answered with what is known."""
@@ -154,25 +157,34 @@ class Coordinator:
         """What becomes of an offer. Nothing is contributed; that the site speaks is noted.
 
         Raises:
-            RefusedError: unknown run, or one whose rounds were undone, malformed key, another verb than the other
-                sites', a bad weight, more bytes than such a payload has, or the site has to go back.
+            RefusedError: unknown run, or one whose rounds were undone, malformed key, a scope whose turn it is not, another
+                verb than the other sites', a bad weight, more bytes than such a payload has, or the site has to go back.
             NotYetError: the coordinator was restored from a back-up, and the sites have not told yet where they are.
         """
         offer.check()
         with self._changed:
             self._generations.require_newest(offer.run)
             self._members.heard(offer.run, offer.site)
+            self._scope_order.check_attempt(offer.run)
             self._reconciliation.check(offer.run, offer.site, offer.held)
             # who is in a mean is settled before it is computed: a contribution that came meanwhile would be in none
             self._changed.wait_for(lambda: not self._round_closer.is_closing(offer.run, offer.key))
             collective = self._store.collective(offer.run, offer.key)
             standing = self._store.contributions(offer.run, offer.key).get(offer.site)
             verdict = verdict_of(offer, collective, standing, self._store.participants(offer.run, offer.scope))
+            if verdict == "send":
+                self._scope_order.check(offer)
+                self._check_kind(offer, Ballot(offer.verb, None))
             if collective is not None and collective.status == "failed":
                 self._round_closer.reopen(collective)
             if verdict == "send" and offer.weight > 0:
                 self._admission.check_size(offer)
         return verdict
+
+    def _check_kind(self, offer: Offer, ballot: Ballot) -> None:
+        collective = self._store.collective(offer.run, offer.key)
+        missing = [] if collective is None else self._round_closer.missing(collective)
+        self._admission.check_kind(offer, ballot, collective, missing)
 
     def offer(self, offer: Offer) -> Verdict:
         """Answer a site that is about to contribute; one of weight 0 sends nothing, and has contributed with that.
@@ -223,7 +235,7 @@ class Coordinator:
             with self._changed:
                 verdict = self.ask(offer)  # again: the round may have closed while the bytes came
                 if verdict == "send":
-                    self._admission.check_schema(offer, schema)
+                    self._check_kind(offer, Ballot(offer.verb, schema))
                     if norm is not None:
                         self._admission.check_norm(offer, norm)
                     self._contribute(offer, payload.name, schema, seconds, norm)
@@ -251,13 +263,11 @@ class Coordinator:
             if collective is None:
                 collective = Collective(
                     run=offer.run, key=offer.key, verb=offer.verb, status="open", opened=time.time(),
-                    closed=None, schema=schema, digest=None, size=None, error=None,
+                    closed=None, schema=None, digest=None, size=None, error=None,
                 )  # fmt: skip
-            collective.schema = collective.schema or schema
-            self._store.put_collective(collective)
-            if schema is not None and offer.verb == "mean" and not self._store.agreed(offer.run, collective.name):
-                self._store.agree(offer.run, collective.name, Agreed(schema, size))
+                self._store.put_collective(collective)
             self._store.add_contribution(given)
+            self._store.cast(offer.run, offer.key, offer.site, Ballot(offer.verb, schema))
         extra = about(offer.run, offer.key, offer.site)
         logger.info("%s: %s from %s (%d bytes)", offer.key, offer.verb, offer.site, size, extra=extra)
 
@@ -292,6 +302,11 @@ class Coordinator:
                 closes_at=time.time() + self._round_closer.left(collective) if is_open else None,
             )
 
+    def turned_down(self, collective: Collective, site: str) -> str | None:
+        """Why a site's contribution is not in a result, as a sentence; ``None``: it was not turned down."""
+        with self._changed:
+            return self._store.turned_down(collective.run, collective.key, site)
+
     def result_file(self, collective: Collective) -> Path:
         """Where the result of a closed collective stands."""
         return self._store.result_path(collective.run, collective.key)
@@ -308,10 +323,12 @@ class Coordinator:
         """Key of the newest closed mean called ``SCOPE/name`` whose result is kept: where a late site goes on.
 
         Raises:
-            RefusedError: rounds of the run were undone.
+            RefusedError: rounds of the run were undone, or it is of an attempt that was given up.
         """
         with self._changed:
             self._generations.require_newest(run)
+            with suppress(KeyError):  # a run that nobody has joined
+                self._scope_order.check_attempt(run)
             closed = [c for c in self._store.collectives(run, "closed") if c.verb == "mean" and c.name == name]
             return closed[-1].key if closed else None
 

@@ -14,12 +14,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+from nnunet_fed.coordinator.admission import differs
+from nnunet_fed.coordinator.ballots import agrees, elected
 from nnunet_fed.coordinator.deadlines import Clock, Deadlines
 from nnunet_fed.coordinator.log_fields import about
-from nnunet_fed.coordinator.store import Collective, Contribution, Store
+from nnunet_fed.coordinator.scope_order import given_up
+from nnunet_fed.coordinator.store import Agreed, Ballot, Collective, Contribution, Store
 from nnunet_fed.coordinator.tracking import FederationTracker
 from nnunet_fed.errors import RefusedError
-from nnunet_fed.exchange.keys import MODEL, last_round, scope_of_round
+from nnunet_fed.exchange.cross_site_matrix import DICE
+from nnunet_fed.exchange.keys import MODEL, last_round, round_of, scope_of_round
 from nnunet_fed.exchange.payload import digest_of_file
 from nnunet_fed.exchange.reduction import write_result
 from nnunet_fed.exchange.uploads import Spool
@@ -62,6 +66,10 @@ class RoundCloser:
         self._reducing: set[tuple[str, str]] = set()
         self._keeper = ThreadPoolExecutor(1, thread_name_prefix="keeper")
         self._saving: dict[tuple[str, str], Future[None]] = {}
+        self._unsettled: dict[tuple[str, str], Collective] = {}
+        """What could not be cleared; it is tried again and again."""
+        self._waste: list[Path] = []
+        """Files that the journal does not know any more."""
         self._stopped = threading.Event()
         self._noting = threading.Thread(target=self._note_waiting, daemon=True, name="deadlines")
         self._noting.start()
@@ -85,15 +93,22 @@ class RoundCloser:
             return self._deadlines.left(collective)
 
     def _note_waiting(self) -> None:
-        """Until the end journal how long what is open has waited: a coordinator that is killed goes on from there."""
+        """Until the end journal how long what is open has waited: a coordinator that is killed goes on from there. And
+        try again to clear what could not be cleared."""
+        told = False
         while not self._stopped.wait(NOTE_SECONDS):
             try:
                 with self._changed:
                     self._deadlines.note(self._store.open_collectives())
+                told = False
             except sqlite3.ProgrammingError:  # the store was closed without this
                 return
             except sqlite3.Error:  # a full disk, say: the next note tells the same
-                logger.exception("how long the rounds have waited could not be journalled")
+                if not told:
+                    logger.exception("how long the rounds have waited could not be journalled")
+                told = True
+            for collective in list(self._unsettled.values()):
+                self._keeper.submit(self._settle, collective, partial(self._save, collective))
 
     def _span(self, collective: Collective) -> float:
         planning = self._is_planning(collective.run)
@@ -124,8 +139,11 @@ class RoundCloser:
             if len(given) < quorum or (missing and self._is_planning(run)):
                 self._fail(collective, list(given), missing, quorum, within_reach)
                 return
+            given, winner = self._agreeing(collective, given, quorum)
+            if len(given) < quorum:
+                return
             self._reducing.add((run, key))
-        started = time.monotonic()
+        started, left_behind = time.monotonic(), list[Path]()
         try:
             try:
                 self._reduce(collective, given)
@@ -138,19 +156,72 @@ class RoundCloser:
                     self.reductions += 1
                     self.reduction_seconds += time.monotonic() - started
                     self._store.put_collective(collective)
+                    self._agree(collective, given, winner)
                     if self._store.participants(run, collective.scope) is None:
                         self._store.freeze(run, collective.scope, list(given))
+                        left_behind = self._leave_behind(run, collective.scope)
                     for site in missing:
                         self._store.set_standing(run, site, "absent")
                         self._store.add_event(run, site, f"absent from {collective.key}")
                     if self._tracker is not None:
                         self._tracker.closed(self._store, collective)
+                self._waste += left_behind
                 self._keep(collective)  # under the same lock: who sees it closed has to find what to wait for
         finally:
             with self._changed:
                 self._reducing.discard((run, key))
                 self._changed.notify_all()
         logger.info("%s closed over %s", key, ", ".join(given), extra=about(run, key))
+
+    def _agreeing(
+        self, collective: Collective, given: dict[str, Contribution], quorum: int
+    ) -> tuple[dict[str, Contribution], Ballot]:
+        """The contributions that are of the kind that most sites have, and that kind. The others are turned down, and
+        the collective fails if too few remain."""
+        cast = self._store.ballots(collective)
+        winner = elected(cast)
+        odd = [contribution for site, contribution in given.items() if not agrees(cast[site], winner)]
+        if not odd:
+            return given, winner
+        run, key, sites = collective.run, collective.key, [contribution.site for contribution in odd]
+        kept = {site: contribution for site, contribution in given.items() if site not in sites}
+        kinds = {cast[site].verb for site in sites} - {winner.verb}
+        sentence = (
+            f"'{key}' is a {winner.verb} at most sites, not a {' or a '.join(sorted(kinds))} as at {', '.join(sites)}."
+            if kinds
+            else differs(key, *sites)
+        )
+        collective.verb = winner.verb
+        self._withdraw(collective, odd, f"turned down: {sentence}")
+        self._delete(odd)
+        if len(kept) < quorum:
+            self._give_up(collective, f"'{key}' cannot be closed. {sentence}")
+            return kept, winner
+        with self._store.transaction():
+            self._store.put_collective(collective)
+            for site in sites:  # it is told, and ends: nobody waits for it until it is heard of
+                self._store.turn_down(run, key, site, sentence)
+                self._store.set_standing(run, site, "absent")
+        return kept, winner
+
+    def _agree(self, collective: Collective, given: dict[str, Contribution], winner: Ballot) -> None:
+        """The first mean of a name that closes lays down the schema of the later ones."""
+        run, name = collective.run, collective.name
+        if winner.verb == "mean" and winner.schema is not None and self._store.agreed(run, name) is None:
+            self._store.agree(run, name, Agreed(winner.schema, max(given.size for given in given.values())))
+
+    def _leave_behind(self, run: str, scope: str) -> list[Path]:
+        """Nobody goes on with what is open of an earlier round, or of the preparation, once a round has begun; returns
+        the files that were given to it."""
+        files: list[Path] = []
+        number = round_of(scope)
+        for status in ("open", "failed") if number is not None else ():
+            for collective in self._store.collectives(run, status):
+                if collective.scope != scope and last_round(collective.scope) < number:
+                    collective.status, collective.error = "pruned", f"'{scope}' has begun without it."
+                    self._store.put_collective(collective)
+                    files += self._store.release(run, collective.key)
+        return files
 
     def reopen(self, collective: Collective) -> None:
         """Let a collective that failed at its deadline go on, with the whole time again."""
@@ -172,19 +243,25 @@ class RoundCloser:
         if saving is not None:
             saving.result()
 
-    def recover(self) -> None:
-        """After a restart: look what has reached the disk, and clear what is not needed.
+    def recover(self, attempt: int) -> None:
+        """After a restart: look what has reached the disk, and clear what is not needed, such as all that was given to
+        another attempt than the open one.
 
         A process that was killed leaves everything behind, a machine that stopped may not. A result that is not whole
         is made anew of the contributions. If these are not whole either, no site has the result
         (:meth:`wait_until_saved`): the collective is open again, and the sites contribute what was lost once more.
         """
         self._withdraw_removed()
+        self._clear_attempts_but(attempt)
         for waiting in self._store.open_collectives():
             self._deadlines.left(waiting)  # from now on it waits again
         for run, key in dict.fromkeys(self._store.spooled().values()):
             collective = self._store.collective(run, key)
             if collective is None:
+                continue
+            if collective.status in ("empty", "pruned"):  # when it was to be cleared, the disk was full
+                with self._store.transaction():
+                    self._store.release(run, key)
                 continue
             closed = collective.status == "closed"
             if closed and digest_of_file(self._store.result_path(run, key)) == collective.digest:
@@ -201,6 +278,24 @@ class RoundCloser:
                 self._settle(collective, partial(self._save, collective))
         self._spool.sweep(set(self._store.spooled()))
 
+    def _clear_attempts_but(self, attempt: int) -> None:
+        """Of an attempt that was given up the record stays, and what it has of the sites' models at each other."""
+        for run, described in self._store.runs().items():
+            if described.get("attempt", attempt) == attempt:
+                continue
+            results = [c for c in self._store.collectives(run, "closed") if c.key != DICE]
+            with self._store.transaction():
+                for collective in [*results, *self._store.collectives(run, "open")]:
+                    if collective.status == "open":
+                        collective.status, collective.error = "failed", given_up(described["attempt"], attempt)
+                    else:
+                        collective.status = "pruned"
+                    self._store.put_collective(collective)
+                self._store.release_run(run)
+            for collective in results:
+                self._store.result_path(run, collective.key).unlink(missing_ok=True)
+            self._spool.forget_run(run)
+
     def _withdraw_removed(self) -> None:
         """What a site that is no longer in the study gave to open collectives is in no mean; what has closed stands."""
         for collective in self._store.open_collectives("failed"):
@@ -209,9 +304,7 @@ class RoundCloser:
             if removed:
                 text = f"is not in the study any more: what it gave to {collective.key} is withdrawn"
                 self._withdraw(collective, removed, text)
-                for contribution in removed:
-                    if contribution.file is not None:
-                        (self._store.spool / contribution.file).unlink(missing_ok=True)
+                self._delete(removed)
         for run in self._store.runs():
             for site in self._store.standing(run).keys() - set(self._study.sites):
                 self._spool.forget_site(run, site)
@@ -225,6 +318,11 @@ class RoundCloser:
             if collective.status == "closed":
                 collective.status, collective.closed, collective.digest, collective.size = "open", None, None, None
                 self._store.put_collective(collective)
+
+    def _delete(self, contributions: Iterable[Contribution]) -> None:
+        for contribution in contributions:
+            if contribution.file is not None:
+                (self._store.spool / contribution.file).unlink(missing_ok=True)
 
     def _is_planning(self, run: str) -> bool:
         return bool(self._store.run(run)["purpose"] == "planning")
@@ -317,31 +415,58 @@ class RoundCloser:
         return saving
 
     def _save(self, collective: Collective) -> None:
-        if collective.status == "closed":
+        if collective.status != "closed":
+            return
+        try:
             make_durable(self._store.result_path(collective.run, collective.key))
+        except FileNotFoundError:  # later rounds have closed before this came to it, and it is not kept
+            with self._changed:
+                now = self._store.collective(collective.run, collective.key)
+            if now is None or now.status == "closed":
+                raise
 
     def _settle(self, collective: Collective, save: Callable[[], None]) -> None:
         """Once a result is on disk for good, delete what it was made of, and old results."""
+        place = (collective.run, collective.key)
         try:
             save()
-            with self._changed, self._store.transaction():
-                files = self._store.release(collective.run, collective.key)
-                files += self._prune(collective.run)
-                self._saving.pop((collective.run, collective.key), None)
-            for file in files:
-                file.unlink(missing_ok=True)
-            self._spool.forget_collective(collective.run, collective.key)
-        except Exception:  # whatever it is, a restart does this again
-            logger.exception("%s: what it leaves could not be cleared", collective.key)
+            with self._changed:
+                with self._store.transaction():
+                    files = self._store.release(*place)
+                    files += self._prune(collective.run)
+                self._waste += files  # not before the journal has it
+                self._saving.pop(place, None)
+            while self._waste:
+                file = self._waste.pop()
+                try:
+                    file.unlink(missing_ok=True)
+                except OSError:
+                    self._waste.append(file)
+                    raise
+            self._spool.forget_collective(*place)
+        except Exception:  # whatever it is, it is tried again
+            if place not in self._unsettled:
+                logger.exception("%s: what it leaves cannot be cleared now", collective.key)
+            self._unsettled[place] = collective
+        else:
+            if self._unsettled.pop(place, None) is not None:
+                logger.info("%s: what it left is cleared", collective.key)
 
     def _prune(self, run: str) -> list[Path]:
-        """Journal that old means are not kept; returns their files."""
-        means, every = [c for c in self._store.collectives(run, "closed") if c.verb == "mean"], self._study.keep_every
+        """Journal that old results are not kept; returns their files. Sums and values that were gathered are few but in
+        rounds: a late site may want them."""
+        closed = self._store.collectives(run, "closed")
+        means = [c for c in closed if c.verb == "mean"]
+        every = self._study.keep_every
         kept = list(dict.fromkeys(c.scope for c in means))[-self._study.keep_rounds :]
         if every is not None:
             kept += [c.scope for c in means if (last_round(c.key) + 1) % every == 0]
         kept += [c.scope for c in means if c.name == MODEL][-1:]  # where a late site goes on, whatever came after it
+        recent = list(dict.fromkeys(c.scope for c in closed))[-self._study.keep_rounds :]
         old = [c for c in means if c.scope not in kept]
+        old += [
+            c for c in closed if c.verb != "mean" and round_of(c.scope) is not None and c.scope not in {*kept, *recent}
+        ]
         for collective in old:
             collective.status = "pruned"
             self._store.put_collective(collective)

@@ -18,7 +18,7 @@ from typing import Any
 import xxhash
 
 from nnunet_fed.errors import ConfigurationError
-from nnunet_fed.exchange.keys import MODEL, name_of, round_of, scope_of
+from nnunet_fed.exchange.keys import MODEL, keys_between, name_of, round_of, scope_of
 from nnunet_fed.files import PARTIAL, make_durable, move, same_file
 
 logger = logging.getLogger(__name__)
@@ -285,6 +285,10 @@ class Store:
         ).fetchone()
         return None if row is None else json.loads(row[0])
 
+    def scopes(self, run: str) -> list[str]:
+        """The scopes whose participants are frozen."""
+        return [name for (name,) in self._journal.execute("SELECT name FROM scope WHERE run = ?", (run,))]
+
     def freeze(self, run: str, scope: str, participants: list[str]) -> None:
         """Note who takes part in a scope."""
         self._journal.execute(
@@ -309,8 +313,7 @@ class Store:
 
     def collectives_of_scope(self, run: str, scope: str) -> list[Collective]:
         """The collectives of one scope, oldest first."""
-        end = scope + chr(ord("/") + 1)
-        return self._collectives("run = ? AND key > ? AND key < ? ORDER BY rowid", run, f"{scope}/", end)
+        return self._collectives("run = ? AND key > ? AND key < ? ORDER BY rowid", run, *keys_between(scope))
 
     def newest_means(self, run: str, name: str, most: int) -> list[Collective]:
         """The last means of a name that have closed, newest first; whether their results are kept or not."""
@@ -324,7 +327,8 @@ class Store:
     def count_rounds(self) -> dict[str, int]:
         """How many rounds have closed, by run: each ends with the mean of its models."""
         means = self._journal.execute(
-            f"SELECT run, key FROM collective WHERE {_NAME} = ? AND verb = 'mean' AND status IN ('closed', 'pruned')",
+            f"SELECT run, key FROM collective WHERE {_NAME} = ? AND verb = 'mean'"
+            " AND status IN ('closed', 'pruned') AND error IS NULL",
             (MODEL,),
         )
         return dict(Counter(run for run, key in means if round_of(key) is not None))
@@ -362,7 +366,8 @@ class Store:
             )
 
     def cast(self, run: str, key: str, site: str, ballot: Ballot) -> None:
-        """Note of which kind a contribution is."""
+        """Note of which kind a contribution is; an earlier one of the site that was turned down is forgotten."""
+        self._journal.execute("DELETE FROM turned_down WHERE run = ? AND key = ? AND site = ?", (run, key, site))
         self._journal.execute(
             "INSERT OR REPLACE INTO ballot VALUES (?, ?, ?, ?, ?)", (run, key, site, ballot.verb, ballot.schema)
         )
@@ -445,6 +450,12 @@ class Store:
         self._journal.execute("UPDATE contribution SET file = NULL WHERE run = ? AND key = ?", (run, key))
         self._journal.execute("DELETE FROM ballot WHERE run = ? AND key = ?", (run, key))
         return files
+
+    def release_run(self, run: str) -> None:
+        """Note that none of a run's payload files is needed any more."""
+        self._journal.execute("UPDATE contribution SET file = NULL WHERE run = ? AND file IS NOT NULL", (run,))
+        for table in ("ballot", "turned_down"):
+            self._journal.execute(f"DELETE FROM {table} WHERE run = ?", (run,))
 
     def result_path(self, run: str, key: str) -> Path:
         """Where the result of a collective stands."""

@@ -66,12 +66,14 @@ def verdict_of(
     Raises:
         RefusedError: the other sites have another verb.
     """
-    if collective is not None and collective.verb != offer.verb:
+    # which verb an open one has is not settled before it closes
+    is_over = collective is not None and collective.status not in ("open", "failed")
+    if is_over and collective is not None and collective.verb != offer.verb:
         raise RefusedError(f"'{offer.key}' is a {collective.verb} at the other sites, not a {offer.verb}.")
     if standing is not None:
         return "stands" if (standing.digest, standing.weight) == (offer.digest, offer.weight) else "differs"
     # one that failed at its deadline is tried again: the contributions that came in time stand
-    if collective is not None and collective.status not in ("open", "failed"):
+    if is_over:
         return "closed"
     if participants is not None and offer.site not in participants:
         return "closed"

@@ -34,6 +34,11 @@ def key_of(scope: str, name: str) -> str:
     return f"{scope}/{name}"
 
 
+def keys_between(scope: str) -> tuple[str, str]:
+    """Two texts between which all keys of a scope lie, and no others."""
+    return f"{scope}/", f"{scope}0"  # in ASCII 0 follows the slash
+
+
 def scope_of(key: str) -> str:
     """The part of a key before the first slash; its participants are frozen together."""
     return key.partition("/")[0]

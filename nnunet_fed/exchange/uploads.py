@@ -26,6 +26,8 @@ OLDEST = 24 * 3600.0
 """Seconds without a byte after which a restart of the coordinator deletes a partial file."""
 UPLOADS = 2
 """That one site may have under way at a time."""
+INTERRUPTED = 4
+"""Uploads of one site that may go on after a connection broke."""
 READ = 1 << 24
 """Bytes of a partial file digested at a time when an upload goes on."""
 
@@ -131,11 +133,13 @@ class Spool:
     Args:
         folder: where the files are.
         quota: bytes that they may take in all.
+        share: bytes that those of one site may take; ``None``: all.
     """
 
-    def __init__(self, folder: Path, quota: int):
+    def __init__(self, folder: Path, quota: int, share: int | None = None):
         self.folder = folder
         self.quota = quota
+        self._share = share
         self._lock = threading.Lock()
         self._receivers: dict[str, Receiver] = {}
 
@@ -163,6 +167,7 @@ class Spool:
             for other in self.folder.glob(f"{upload.contribution}*{PARTIAL}"):
                 if other.name != upload.file and other.name not in self._receivers:
                     other.unlink(missing_ok=True)
+            self._forget_oldest(upload)
             self._receivers[upload.file] = receiver
         try:
             receiver.start(position)
@@ -206,12 +211,31 @@ class Spool:
                 self.discard(receiver)
         return None
 
+    def _forget_oldest(self, upload: Upload) -> None:
+        """A site goes on with its last uploads only, so that their number is bounded, too."""
+        waiting = [
+            path
+            for path in self.folder.glob(f"*.*.{_short(upload.site)}.*{PARTIAL}")
+            if path.name != upload.file and path.name not in self._receivers
+        ]
+        for path in sorted(waiting, key=lambda path: path.stat().st_mtime)[: -(INTERRUPTED - 1)]:
+            path.unlink(missing_ok=True)
+
     def _admit(self, upload: Upload) -> None:
         others = [receiver for receiver in self._receivers.values() if receiver.upload.site == upload.site]
         if len(others) >= UPLOADS:
             raise NoRoomError(f"Site '{upload.site}' has {UPLOADS} uploads under way, and has to wait for one to end.")
         coming = sum(receiver.upload.size - receiver.written for receiver in self._receivers.values())
-        there = sum(self._size(path) for path in self.folder.iterdir() if path.name != upload.file)
+        sizes = {path.name: self._size(path) for path in self.folder.iterdir() if path.name != upload.file}
+        own = sum(size for name, size in sizes.items() if f".{_short(upload.site)}." in name)
+        own += sum(receiver.upload.size - receiver.written for receiver in others)
+        if self._share is not None and own + upload.size > self._share:
+            raise NoRoomError(
+                f"Site '{upload.site}' has {own / 1e9:.3f} GB in the coordinator's spool, or on the way; with "
+                f"{upload.size / 1e9:.3f} GB more it would pass its share of {self._share / 1e9:g} GB "
+                "(--spool-quota-gb, divided by the sites)."
+            )
+        there = sum(sizes.values())
         if there + coming + upload.size > self.quota:
             raise NoRoomError(
                 f"The coordinator's spool holds {there / 1e9:.3f} GB and expects {coming / 1e9:.3f} GB more; with "
@@ -248,6 +272,10 @@ class Spool:
     def forget_site(self, run: str, site: str) -> None:
         """A site leaves a run."""
         self._forget(f"{_short(run)}.*.{_short(site)}.*{PARTIAL}")
+
+    def forget_run(self, run: str) -> None:
+        """A run is over."""
+        self._forget(f"{_short(run)}.*{PARTIAL}")
 
     def _forget(self, pattern: str) -> None:
         with self._lock:

@@ -11,6 +11,9 @@ from pydantic import Field
 
 from nnunet_fed.study.table import Table
 
+MOST_NAMES = 64
+"""Collectives of one scope that any method may have, and besides one for each site."""
+
 
 class MethodTable(Table):
     """A method's table, and what others need to know of the method: they derive it from here, and list no methods.
@@ -33,6 +36,8 @@ class MethodTable(Table):
     """First parts of the keys of collectives before the first round; ``-NUMBER`` may follow each."""
     SCOPES_AFTER: ClassVar[tuple[str, ...]] = ()
     """The same after the last round."""
+    EXCHANGES: ClassVar[bool] = True
+    """Whether the sites exchange through the coordinator at a round's end."""
     LAST_MODEL: ClassVar[str] = "global"
     """``checkpoint_{LAST_MODEL}.pth`` is the model after the rounds that is evaluated beside the deployed one."""
 
@@ -65,6 +70,10 @@ class MethodTable(Table):
     def own_channels(self) -> bool:
         """Each site has input channels of its own: they need not agree, and are normalised by its own intensities."""
         return self.own_channels_option is not None and bool(getattr(self, self.own_channels_option))
+
+    def names_in_scope(self, sites: int) -> int:
+        """Collectives of one scope at most; of them some methods need one for each of so many sites."""
+        return MOST_NAMES + sites
 
     def check_sites(self, sites: tuple[str, ...]) -> None:
         """See that the method suits the study's sites; raises :class:`ValueError`."""

@@ -160,5 +160,5 @@ def test_a_sweep_spares_what_is_needed_and_what_arrives(made: Any) -> None:
     spool = journal.store.spool
     (spool / "stray").write_bytes(b"x")
     (spool / "arriving.part").write_bytes(b"x")
-    journal.closer.recover()
+    journal.closer.recover(1)
     assert sorted(path.name for path in spool.iterdir()) == ["arriving.part", "round-0000.model.a"]

@@ -61,8 +61,9 @@ def test_of_weight_0_the_same_is_said() -> None:
     assert verdict_of(nothing, collective("closed"), None, ["a"]) == "closed"
 
 
-@pytest.mark.parametrize("status", ["open", "failed", "closed"])
-def test_another_verb_is_refused_first(status: str) -> None:
+@pytest.mark.parametrize("status", ["closed", "empty", "pruned"])
+def test_another_verb_is_refused_once_it_is_settled(status: str) -> None:
+    assert verdict_of(OFFER, collective("open", "sum"), None, ["a", "b"]) == "send"
     with pytest.raises(RefusedError, match="'round-0001/model' is a sum at the other sites, not a mean"):
         verdict_of(OFFER, collective(status, "sum"), standing(), ["b"])
 

@@ -20,6 +20,7 @@ from nnunet_fed.exchange.keys import (
     VALIDATION,
     is_key,
     key_of,
+    keys_between,
     last_round,
     name_of,
     round_of,
@@ -169,3 +170,10 @@ def test_a_key_is_made_and_read_in_one_place() -> None:
         path.relative_to(ROOT).as_posix(): odd for path in modules() if (odd := found(path.read_text(encoding="utf-8")))
     }
     assert list(places) == [HOME], places
+
+
+def test_the_keys_of_a_scope_lie_together() -> None:
+    first, last = keys_between("start")
+    scopes = ["start", "start-1", "start.1", "start0", "start_", "starts", "star", "round-0000"]
+    keys = [key_of(scope, name) for scope in scopes for name in ("-", "model", "zz/9")]
+    assert [key for key in keys if first < key < last] == [key for key in keys if scope_of(key) == "start"]

@@ -66,14 +66,14 @@ def test_a_study_rounds_models_and_nothing_else(serve: Callable[..., Served], wi
     def talk(seat: GrpcCommunicator) -> tuple[bytes, ...]:
         mine = values[seat.site]
         alone = float(seat.site == "a")
-        seat.mean("round-0/model", {"w": mine}, 3.0 if alone else 1.0)
+        seat.mean("round-0000/model", {"w": mine}, 3.0 if alone else 1.0)
         sent = seat.bytes_sent
         results = (
-            seat.fetch("round-0/model")["w"],
-            seat.mean("round-0/state", {"w": mine} if alone else {}, alone, exact=True)["w"],
-            seat.fetch("round-0/state")["w"],
-            seat.sum("round-0/sum", mine[:3]),
-            seat.mean("round-1/model", {"w": values["a"]}, 3.0 if alone else 1.0)["w"],
+            seat.fetch("round-0000/model")["w"],
+            seat.mean("round-0000/state", {"w": mine} if alone else {}, alone, exact=True)["w"],
+            seat.fetch("round-0000/state")["w"],
+            seat.sum("round-0000/sum", mine[:3]),
+            seat.mean("round-0001/model", {"w": values["a"]}, 3.0 if alone else 1.0)["w"],
         )
         assert sent < 2 * 50_000 + 200
         assert all(result.dtype == np.float32 for result in results[:3])

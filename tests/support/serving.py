@@ -22,7 +22,7 @@ from nnunet_fed.transport.site.client import GrpcCommunicator
 
 
 def make_study(sites: Sequence[str] = ("a", "b"), **settings: Any) -> Federation:
-    defaults: dict[str, Any] = {"name": "study", "method": {"name": "fedavg"}, "rounds": 2}
+    defaults: dict[str, Any] = {"name": "study", "method": {"name": "fedavg"}, "rounds": 20}
     return Federation.model_validate({**defaults, "sites": tuple(sites), **settings})
 
 

@@ -116,6 +116,23 @@ def test_a_site_whose_wait_has_no_hope_is_told_at_once(serve: Serve) -> None:
     assert failed["key"] == "round-0000/model"
 
 
+def test_a_site_whose_tensors_differ_is_told_and_holds_nobody_up(serve: Serve) -> None:
+    served = serve(make_study("abc", min_sites=2))
+    a, b, c = (served.seat(site) for site in "abc")
+    key, odd, even = "round-0000/model", {"w": np.float32([1, 2])}, {"w": np.float32([1])}
+
+    def be_odd() -> None:
+        with pytest.raises(DeadlineError, match="The tensors of site 'c' for 'round-0000/model' differ in names"):
+            c.mean(key, odd, 1)
+
+    def follow(seat: GrpcCommunicator) -> None:
+        while not served.coordinator.status()["open"]:
+            time.sleep(0.05)
+        assert seat.mean(key, even, 1)["w"] == 1
+
+    together(be_odd, lambda: follow(a), lambda: follow(b))
+
+
 def test_an_absent_site_is_not_waited_for_twice(serve: Serve) -> None:
     served = serve(make_study("abc", min_sites=2, deadline_minutes=1 / 60))
     a, b = served.seat("a"), served.seat("b")

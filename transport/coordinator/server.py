@@ -173,7 +173,7 @@ class _Service(CoordinatorServicer):  # type: ignore[misc]
             if collective is None:
                 refuse(context, f"Nobody has contributed to '{request.key}'.", grpc.StatusCode.NOT_FOUND)
             header, result = self._header(collective, request.site), memoryview(b"")
-            if collective.status == "closed":
+            if header.status == "closed":
                 try:
                     with self._coordinator.result_file(collective).open("rb") as file:
                         result = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
@@ -188,11 +188,12 @@ class _Service(CoordinatorServicer):  # type: ignore[misc]
 
     def _header(self, collective: Collective, site: str) -> pb.ResultHeader:
         outlook = self._coordinator.outlook(collective)
+        turned_down = self._coordinator.turned_down(collective, site)
         return pb.ResultHeader(
-            status=collective.status,
+            status="failed" if turned_down else collective.status,
             digest=collective.digest or "",
             size=collective.size or 0,
-            error=collective.error or "",
+            error=turned_down or collective.error or "",
             missing=outlook.missing.values(),
             closes_at=outlook.closes_at or 0.0,
             weights=outlook.weights,

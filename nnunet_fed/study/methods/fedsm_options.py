@@ -57,6 +57,10 @@ class FedSM(MethodTable):
                 f"least 1/{len(sites)}: below, a pull throws each model past the mean"
             )
 
+    def names_in_scope(self, sites: int) -> int:
+        """Besides one for each step of the selector."""
+        return super().names_in_scope(sites) + self.selector_steps_per_round
+
     def kept_models(self, sites: int) -> int:
         """The other sites' personalized models, and a copy."""
         return sites

@@ -17,6 +17,7 @@ class GCML(MethodTable):
     NEEDS_PEERS = True
     MODELS = 2
     SCOPES_BEFORE = ()
+    EXCHANGES = False
     name: Literal["gcml"]
     contrast: Literal["full", "region", "foreground_background", "correctness", "agreement"] = "correctness"
     """D, the notes' V0 to V4: where a model follows the other one, and where it keeps off."""

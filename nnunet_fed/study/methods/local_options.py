@@ -11,4 +11,5 @@ class Local(FineTuned):
     """Every site trains alone, by the harmonised plans and from the common start: the control of all methods."""
 
     TITLE = "Local"
+    EXCHANGES = False
     name: Literal["local"]
