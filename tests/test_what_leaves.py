@@ -84,7 +84,10 @@ def texts(message: Message) -> set[str]:
 
 def offer_of(entry: dict[str, Any], site: str) -> federation_pb2.OfferRequest:
     names = {"run": "run", "key": "key", "verb": "verb", "weight": "weight", "digest": "digest", "size": "bytes"}
-    return federation_pb2.OfferRequest(site=site, **{field: entry[name] for field, name in names.items()})
+    offer = federation_pb2.OfferRequest(site=site, **{field: entry[name] for field, name in names.items()})
+    if "held" in entry:
+        offer.held.key, offer.held.digest = entry["held"]["key"], entry["held"]["digest"]
+    return offer
 
 
 def payload_of(entry: dict[str, Any], tensors: dict[str, Array]) -> bytes:

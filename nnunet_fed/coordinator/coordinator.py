@@ -157,8 +157,9 @@ class Coordinator:
         """What becomes of an offer. Nothing is contributed; that the site speaks is noted.
 
         Raises:
-            RefusedError: unknown run, or one whose rounds were undone, malformed key, a scope whose turn it is not, another
-                verb than the other sites', a bad weight, more bytes than such a payload has, or the site has to go back.
+            RefusedError: unknown run, or one whose rounds were undone, malformed key, a scope whose turn it is not,
+                another verb than the other sites', a bad weight, more bytes than such a payload has, or the site has to
+                go back.
             NotYetError: the coordinator was restored from a back-up, and the sites have not told yet where they are.
         """
         offer.check()

@@ -2,7 +2,8 @@
 
 Every line says when (``at``), to whom (``to``) and what (``what``):
 
-* ``offer``: the digest and size of a contribution to the collective ``key`` of the run ``run``, before it is asked for;
+* ``offer``: the digest and size of a contribution to the collective ``key`` of the run ``run``, before it is asked for,
+  and key and digest of the newest model of the federation that the site holds;
 * ``upload``: the contribution itself. Of tensors: names, dtypes and shapes; of arrays: dtype, shape and ``value``, or
   ``nonzero`` (pairs of flattened index and value), unless it is too long; other values in full;
 * ``join``, ``report``, ``note``, ``leave``, ``introduce`` (the versions, by ``nnunet_fed check``): the whole message;

@@ -125,7 +125,8 @@ def test_an_attempt_that_was_given_up_leaves_its_record_only(desk: Make) -> None
     at.close()
     assert len(at.spooled()) == 2
     assert list((at.folder / "results").iterdir())
-    at.open(new_attempt=True)
+    at.new_attempt()
+    at.open()
     assert at.spooled() == []
     assert list((at.folder / "results").iterdir()) == []
     status = at.coordinator.status(record=True)

@@ -12,7 +12,7 @@ from desk import Desk
 
 from nnunet_fed.coordinator.ballots import agrees, can_win, elected
 from nnunet_fed.coordinator.store import Ballot
-from nnunet_fed.errors import NoRoomError, RefusedError
+from nnunet_fed.errors import NoRoomError, NotYetError, RefusedError
 from nnunet_fed.exchange.payload import encode
 from nnunet_fed.exchange.uploads import INTERRUPTED
 
@@ -51,7 +51,7 @@ def test_a_site_alone_makes_no_later_round_the_newest(desk: Make) -> None:
     for key in ("round-9999/model", "round-0020/model", "round-9/model", "round-00001/model"):
         with pytest.raises(RefusedError, match="cannot begin"):
             at.give("c", key, 9)
-    with pytest.raises(NoRoomError, match="no collective of 'round-0001' has closed here.*a, b did not"):
+    with pytest.raises(NotYetError, match="no collective of 'round-0001' has closed here.*a, b did not"):
         at.give("c", "round-0002/model", 9)
     at.pass_deadline()
     assert at.coordinator.newest(at.run, "model") == R0
@@ -71,7 +71,7 @@ def test_a_study_that_was_restored_goes_on_where_all_its_sites_are(desk: Make) -
     at = desk("abc")
     close(at, R0, "abc")
     for site in "ab":
-        with pytest.raises(NoRoomError, match="'round-0007' is out of order"):
+        with pytest.raises(NotYetError, match="'round-0007' is out of order"):
             at.give(site, "round-0007/model", 1)
     close(at, "round-0007/model", "cab")
     assert at.coordinator.newest(at.run, "model") == "round-0007/model"

@@ -112,7 +112,7 @@ def test_study_travels_in_the_plans(pooled: dict[str, Any]) -> None:
     assert plans["federation"] == {
         "name": "test",
         "digest": agreed.digest,
-        "study": agreed.model_dump(mode="json"),
+        "study": agreed.stored(),
         "small_lesions": plans["federation"]["small_lesions"],
         "plans_digest": plans_digest(plans),
     }

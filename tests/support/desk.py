@@ -11,6 +11,7 @@ from serving import make_study
 
 from nnunet_fed.coordinator.coordinator import Coordinator
 from nnunet_fed.coordinator.members import Purpose
+from nnunet_fed.coordinator.opening import open_attempt
 from nnunet_fed.coordinator.store import Collective, Store
 from nnunet_fed.coordinator.verdict import Offer, Verdict
 from nnunet_fed.exchange.communicator import Held, Verb
@@ -53,6 +54,12 @@ class Desk:
 
     def close(self) -> None:
         self.coordinator.close()
+
+    def new_attempt(self) -> None:
+        """While no coordinator runs."""
+        store = Store(self.folder)
+        open_attempt(store)
+        store.close()
 
     def join(self, *sites: str, purpose: Purpose = "training", **more: Any) -> str:
         about: dict[str, Any] = {"digest": self.study.digest, "configuration": "3d_fullres", "trainer": "T"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -181,7 +182,8 @@ def test_fedsm_goes_on_with_the_sites_of_the_plans(tmp_path: Path, monkeypatch: 
     class Edited(LocalSession):
         def __init__(self, *arguments: Any):
             super().__init__(*arguments)
-            self.study = self.study.model_copy(update={"sites": tuple(now)})
+            study = self.membership.study.model_copy(update={"sites": tuple(now)})
+            self.membership = replace(self.membership, study=study)
 
     sites = InProcess(tmp_path, monkeypatch)
     monkeypatch.setattr("in_process.LocalSession", Edited)

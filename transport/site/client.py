@@ -379,5 +379,6 @@ class GrpcCommunicator:
 
 def _facts(offer: pb.OfferRequest) -> dict[str, Any]:
     facts = {"run": offer.run, "key": offer.key, "verb": offer.verb, "weight": offer.weight}
+    held = {"held": {"key": offer.held.key, "digest": offer.held.digest}} if offer.HasField("held") else {}
     begun = {"from_byte": offer.position} if offer.position else {}
-    return {**facts, "bytes": offer.size, "digest": offer.digest, **begun}
+    return {**facts, **held, "bytes": offer.size, "digest": offer.digest, **begun}
