@@ -34,6 +34,10 @@ def open_study(study: Federation, store: Store, new_attempt: bool) -> tuple[Fede
             store.set_fact("defaults", study.defaults())
         if known != study.stored():
             store.add_study(study.stored())
+        before = set(study.sites if known is None else known["sites"])
+        for site in sorted(before.symmetric_difference(study.sites)):
+            came = site in study.sites
+            store.add_event(None, site, "is in the study now" if came else "is not in the study any more")
         if new_attempt or attempt is None:
             attempt = (attempt or 0) + 1
             store.set_fact("attempt", attempt)
