@@ -42,6 +42,10 @@ def open_study(study: Federation, store: Store) -> tuple[Federation, int]:
             store.set_fact("defaults", study.defaults())
         if known != study.stored():
             store.add_study(study.stored())
+        before = set(study.sites if known is None else known["sites"])
+        for site in sorted(before.symmetric_difference(study.sites)):
+            came = site in study.sites
+            store.add_event(None, site, "is in the study now" if came else "is not in the study any more")
     return study, open_attempt(store) if attempt is None else attempt
 
 

@@ -306,8 +306,13 @@ class RoundCloser:
                 self._withdraw(collective, removed, text)
                 self._delete(removed)
         for run in self._store.runs():
-            for site in self._store.standing(run).keys() - set(self._study.sites):
+            for site, state in self._store.standing(run).items():
+                if site in self._study.sites:
+                    continue
                 self._spool.forget_site(run, site)
+                if state == "active":  # should its name come back, nobody waits for it until it is heard of
+                    with self._store.transaction():
+                        self._store.set_standing(run, site, "absent")
 
     def _withdraw(self, collective: Collective, contributions: list[Contribution], text: str) -> None:
         with self._store.transaction():

@@ -165,6 +165,23 @@ def test_a_name_that_was_removed_is_in_no_mean(serve: Serve) -> None:
     with pytest.raises(RefusedError, match="Site 'c' is not in the study"):
         served.seat("c")
     assert mean(R2, {a: 1, b: 2}) == [1.5, 1.5]
+    told = [event["text"] for event in served.coordinator.status(record=True)["events"] if event["site"] == "c"]
+    gone = "is not in the study any more"
+    assert told[1:] == [gone, f"{gone}: what it gave to {R1} is withdrawn"]
+
+
+def test_nobody_waits_for_a_name_that_comes_back_until_it_is_heard_of(serve: Serve) -> None:
+    served = serve(make_study("abc", min_sites=2))
+    a, b, c = (served.seat(site) for site in "abc")
+    mean(R0, {a: 1, b: 1, c: 1})
+    served = restarted(serve, served, "ab", min_sites=2)
+    served = restarted(serve, served, "abc", min_sites=2)
+    assert mean(R1, {a: 2, b: 4}) == [3, 3]
+    with pytest.raises(RoundClosedError):
+        c.mean(R1, number(100), 1)
+    assert mean(R2, {a: 1, b: 2, c: 6}) == [3, 3, 3]
+    told = [event["text"] for event in served.coordinator.status(record=True)["events"] if event["site"] == "c"]
+    assert told[1:] == ["is not in the study any more", "is in the study now", "came back"]
 
 
 def test_nothing_is_left_of_what_a_removed_site_was_sending(serve: Serve) -> None:
