@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from filelock import FileLock
 
@@ -20,6 +20,7 @@ from nnunet_fed.strict_json import to_json
 PARTIAL = ".part"
 """Ending of a file or folder that is still being written."""
 WINDOWS = os.name == "nt"
+PRIVATE_FILE, PRIVATE_FOLDER = 0o600, 0o700
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 LOCK_POLL_SECONDS = 0.01
 PATIENCE = 2.0
@@ -152,6 +153,30 @@ def new_folder(out: Path) -> None:
         raise ConfigurationError(f"{out} cannot be made: {error.strerror}. Name another folder.") from None
     if not empty:
         raise ConfigurationError(f"{out} is not empty: name a new folder, or remove this one first.")
+
+
+def private_folder(path: Path) -> None:
+    """Make a folder with its parents, or take one that is there, and let its owner alone look into it.
+
+    Raises:
+        ConfigurationError: it cannot be made, written or closed to others.
+    """
+    try:
+        path.mkdir(mode=PRIVATE_FOLDER, parents=True, exist_ok=True)
+        if not WINDOWS and stat.S_IMODE(path.stat().st_mode) & 0o077:
+            path.chmod(PRIVATE_FOLDER)
+    except OSError as error:
+        raise ConfigurationError(
+            f"The folder {path} cannot be made or closed to others: {error.strerror}. Give this process's user a folder "
+            "of its own that it can write to."
+        ) from None
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise ConfigurationError(f"The folder {path} cannot be written: look at its owner, and at how it is mounted.")
+
+
+def open_private(path: Path, mode: str) -> BinaryIO:
+    """Open a file of bytes, which its owner alone can read if it is made."""
+    return cast(BinaryIO, open(path, mode, buffering=0, opener=lambda name, flags: os.open(name, flags, PRIVATE_FILE)))  # noqa: PTH123, SIM115
 
 
 def link(source: Path, target: Path) -> None:

@@ -47,7 +47,7 @@ from typing import Any
 
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.exchange.payload import Tensors, encode, header_of, layout_of, measure, schema_of
-from nnunet_fed.files import flush, locked, move, write_json
+from nnunet_fed.files import flush, locked, move, private_folder, write_json
 from nnunet_fed.gossip.schedule import Version
 from nnunet_fed.strict_json import to_json
 from nnunet_fed.study.federation import digest_of
@@ -126,6 +126,7 @@ class Mailbox:
         self._outbox, self._inbox, self._used, self.arriving = (
             folder / name for name in ("outbox", "inbox", "used", "arriving")
         )
+        private_folder(folder)
         for path in (self._outbox, self._inbox, self._used, self.arriving):
             path.mkdir(parents=True, exist_ok=True)
         with self._locked():  # where there are no locks, this is the time to say so
