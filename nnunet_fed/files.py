@@ -9,6 +9,7 @@ import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -113,6 +114,21 @@ def make_durable(path: Path) -> None:
     flush(path.parent)
 
 
+def append_line(path: Path, line: str, largest: int, kept: int) -> None:
+    """Append to a text file; one of more than ``largest`` bytes becomes ``path.1`` before, that one ``path.2``, and so on.
+
+    Args:
+        path: the file; there may be none yet.
+        line: without its end.
+        largest: see above.
+        kept: number of older files; what is older still is deleted.
+    """
+    if path.exists() and path.stat().st_size > largest:
+        RotatingFileHandler(path, backupCount=kept, encoding="utf-8", delay=True).doRollover()
+    with path.open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+
+
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Let no other thread or process be in such a block of the same file meanwhile. The lock dies with its holder.
@@ -176,7 +192,7 @@ def private_folder(path: Path) -> None:
 
 def open_private(path: Path, mode: str) -> BinaryIO:
     """Open a file of bytes, which its owner alone can read if it is made."""
-    return cast(BinaryIO, open(path, mode, buffering=0, opener=lambda name, flags: os.open(name, flags, PRIVATE_FILE)))  # noqa: PTH123, SIM115
+    return cast(BinaryIO, open(path, mode, buffering=0, opener=lambda name, flags: os.open(name, flags, PRIVATE_FILE)))
 
 
 def link(source: Path, target: Path) -> None:

@@ -168,8 +168,8 @@ def _check_possible(key: str, own: Integers, pooled: Integers, total: int | None
     """See that a sum over the sites can be one: no less than this site's part and, if it is known, of this total."""
     if np.any(pooled < own) or (total is not None and np.sum(pooled) != total):
         raise DisagreementError(
-            f"The coordinator's sum for '{key}' cannot be: it does not go with this site's own counts, or with the sums "
-            "before it. Nothing more is told. Ask the study's operator what runs there."
+            f"The coordinator's sum for '{key}' cannot be: it does not go with this site's own counts, or with the "
+            "sums before it. Nothing more is told. Ask the study's operator what runs there."
         )
 
 

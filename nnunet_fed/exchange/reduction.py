@@ -56,7 +56,9 @@ def write_result(verb: str, files: Mapping[str, Path], weights: Sequence[float],
             arrays = [decode(path.read_bytes())["value"] for path in files.values()]
             result = b"".join(encode({"value": exact_sum(arrays)}))
         else:
-            values = (f"{json.dumps(site)}: {json.dumps(json.loads(path.read_bytes()))}" for site, path in files.items())
+            values = (
+                f"{json.dumps(site)}: {json.dumps(json.loads(path.read_bytes()))}" for site, path in files.items()
+            )
             result = f"{{{', '.join(values)}}}".encode()  # one value is decoded at a time
         file.write(result)
         return measure([result])

@@ -31,7 +31,9 @@ class Certified:
     @contextmanager
     def channel(self, address: str, name: str, **options: int) -> Iterator[grpc.Channel]:
         """A connection of its own with the certificate of this name."""
-        ca, key, certificate = ((self.of[name] / file).read_bytes() for file in ("ca.pem", "key.pem", "certificate.pem"))
+        ca, key, certificate = (
+            (self.of[name] / file).read_bytes() for file in ("ca.pem", "key.pem", "certificate.pem")
+        )
         credentials = grpc.ssl_channel_credentials(ca, key, certificate)
         given = [("grpc.use_local_subchannel_pool", 1), *((f"grpc.{key}", value) for key, value in options.items())]
         with grpc.secure_channel(address, credentials, options=given) as channel:

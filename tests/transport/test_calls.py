@@ -191,9 +191,7 @@ def test_a_certificate_that_is_revoked_while_a_transfer_runs(
     assert "ended a call of 'member'" in caplog.text
 
 
-def test_a_message_is_not_decompressed(
-    served: Served, certified: Certified, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_message_is_not_decompressed(served: Served, certified: Certified, caplog: pytest.LogCaptureFixture) -> None:
     for who in ("revoked", "member"):
         with certified.channel(served.server.address, who) as channel:
             call = channel.unary_unary(f"{COORDINATOR}/Status")

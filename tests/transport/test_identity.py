@@ -310,9 +310,7 @@ def with_rsa(study: Authority, folder: Path, bits: int) -> Path:
     shutil.copytree(study.folder / "sites" / "a", folder)
     certificate = builder.sign(signing, hashes.SHA256())  # type: ignore[arg-type]
     (folder / "certificate.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-    pem = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
+    pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     (folder / "key.pem").write_bytes(pem)
     return folder
 

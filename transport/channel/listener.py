@@ -74,7 +74,10 @@ class Listener:
         guards = [self._calls] if meter is None else [meter, self._calls]  # the outermost, which sees refusals
         credentials = None if keys is None else server_credentials(keys, check)
         self._server = grpc.server(
-            workers, options=server_options(window), interceptors=guards, maximum_concurrent_rpcs=threads + WAITING_CALLS
+            workers,
+            options=server_options(window),
+            interceptors=guards,
+            maximum_concurrent_rpcs=threads + WAITING_CALLS,
         )
         register(self._server)
         try:

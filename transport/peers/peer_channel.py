@@ -82,7 +82,10 @@ class PeerChannels:
         try:
             context.load_verify_locations(files.ca)
             context.load_cert_chain(files.certificate, files.key)
-            with connect(address) as plain, context.wrap_socket(plain, server_hostname=host_and_port(address)[0]) as one:
+            with (
+                connect(address) as plain,
+                context.wrap_socket(plain, server_hostname=host_and_port(address)[0]) as one,
+            ):
                 return ssl.DER_cert_to_PEM_cert(one.getpeercert(binary_form=True) or b"").encode()
         except OSError as error:
             raise UnreachableError(f"Site '{peer}' at {address} does not answer: {error}.") from None
