@@ -115,7 +115,7 @@ def make_durable(path: Path) -> None:
 
 
 def append_line(path: Path, line: str, largest: int, kept: int) -> None:
-    """Append to a text file; one of more than ``largest`` bytes becomes ``path.1`` before, that one ``path.2``, and so on.
+    """Append to a text file; one of more than ``largest`` bytes becomes ``path.1`` before, that one ``path.2``, ...
 
     Args:
         path: the file; there may be none yet.
@@ -183,8 +183,8 @@ def private_folder(path: Path) -> None:
             path.chmod(PRIVATE_FOLDER)
     except OSError as error:
         raise ConfigurationError(
-            f"The folder {path} cannot be made or closed to others: {error.strerror}. Give this process's user a folder "
-            "of its own that it can write to."
+            f"The folder {path} cannot be made or closed to others: {error.strerror}. Give this process's user a "
+            "folder of its own that it can write to."
         ) from None
     if not os.access(path, os.W_OK | os.X_OK):
         raise ConfigurationError(f"The folder {path} cannot be written: look at its owner, and at how it is mounted.")

@@ -22,7 +22,7 @@ from nnunet_fed.transport.channel.tls import KeyFiles, Keys, host_and_port, serv
 logger = logging.getLogger(__name__)
 
 NEW_CALLS, WAITING_CALLS = 16, 512
-"""Calls that may be looked at at a time for whose they are, which takes a fraction of a millisecond, and wait for it."""
+"""Calls of which it is found out at a time whose they are, which takes a fraction of a millisecond, and that wait."""
 
 
 class AddressError(BusyError):
