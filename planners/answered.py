@@ -54,8 +54,8 @@ class AnsweredCollectives:
             if len(given) >= MOST:
                 raise ConfigurationError(
                     f"Site '{self.site}' has answered '{key}' in {MOST} different ways: each planning tells a little "
-                    "more of its cases, and a coordinator could ask for that. If the study was planned so often with good "
-                    f"reason, delete {self._path} and plan again."
+                    "more of its cases, and a coordinator could ask for that. If the study was planned so often with "
+                    f"good reason, delete {self._path} and plan again."
                 )
             given.append(digest)
             self._path.parent.mkdir(parents=True, exist_ok=True)
