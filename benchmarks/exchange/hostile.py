@@ -22,7 +22,7 @@ from rich.table import Table
 
 sys.path.append(str(Path(__file__).parents[2] / "tests" / "support"))
 
-from hostile import ATTACKS, WHO, Campaign, under_attack
+from hostile_callers import ATTACKS, WHO, Campaign, under_attack
 
 MOST_TIMES, MOST_MEMORY = 1.5, 350.0
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-from hostile import ATTACKS, WHO, Campaign, under_attack
+from hostile_callers import ATTACKS, WHO, Campaign, under_attack
 
 MOST_MEMORY = 350.0
 """MB."""

@@ -14,7 +14,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from hostile import Certified, Held
+from hostile_callers import Certified, Held
 from serving import Served, make_study, together
 
 from nnunet_fed.exchange.payload import encode, measure

@@ -253,9 +253,7 @@ class Campaign:
 
     def memory(self) -> float:
         """The most anonymous memory and files of the coordinator so far, in MB."""
-        fields = dict(
-            line.split(":", 1) for line in Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
-        )
+        fields = dict(line.split(":", 1) for line in Path(f"/proc/{self.process.pid}/status").read_text().splitlines())
         return int(fields["VmHWM"].split()[0]) / 1e3
 
     def close(self) -> None:
