@@ -11,6 +11,10 @@ class ConfigurationError(FederationError):
     """A file, an option or an environment variable is wrong."""
 
 
+class BusyError(ConfigurationError):
+    """Something is in use, full or not there at present: another start may succeed without anybody's doing."""
+
+
 class RefusedError(FederationError):
     """The coordinator refuses what a site asks for: unknown site, other study, start without ``--c``, wrong schema."""
 

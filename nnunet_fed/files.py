@@ -9,8 +9,9 @@ import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from logging.handlers import RotatingFileHandler
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from filelock import FileLock
 
@@ -20,6 +21,7 @@ from nnunet_fed.strict_json import to_json
 PARTIAL = ".part"
 """Ending of a file or folder that is still being written."""
 WINDOWS = os.name == "nt"
+PRIVATE_FILE, PRIVATE_FOLDER = 0o600, 0o700
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 LOCK_POLL_SECONDS = 0.01
 PATIENCE = 2.0
@@ -112,6 +114,21 @@ def make_durable(path: Path) -> None:
     flush(path.parent)
 
 
+def append_line(path: Path, line: str, largest: int, kept: int) -> None:
+    """Append to a text file; one of more than ``largest`` bytes becomes ``path.1`` before, that one ``path.2``, ...
+
+    Args:
+        path: the file; there may be none yet.
+        line: without its end.
+        largest: see above.
+        kept: number of older files; what is older still is deleted.
+    """
+    if path.exists() and path.stat().st_size > largest:
+        RotatingFileHandler(path, backupCount=kept, encoding="utf-8", delay=True).doRollover()
+    with path.open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+
+
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Let no other thread or process be in such a block of the same file meanwhile. The lock dies with its holder.
@@ -152,6 +169,30 @@ def new_folder(out: Path) -> None:
         raise ConfigurationError(f"{out} cannot be made: {error.strerror}. Name another folder.") from None
     if not empty:
         raise ConfigurationError(f"{out} is not empty: name a new folder, or remove this one first.")
+
+
+def private_folder(path: Path) -> None:
+    """Make a folder with its parents, or take one that is there, and let its owner alone look into it.
+
+    Raises:
+        ConfigurationError: it cannot be made, written or closed to others.
+    """
+    try:
+        path.mkdir(mode=PRIVATE_FOLDER, parents=True, exist_ok=True)
+        if not WINDOWS and stat.S_IMODE(path.stat().st_mode) & 0o077:
+            path.chmod(PRIVATE_FOLDER)
+    except OSError as error:
+        raise ConfigurationError(
+            f"The folder {path} cannot be made or closed to others: {error.strerror}. Give this process's user a "
+            "folder of its own that it can write to."
+        ) from None
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise ConfigurationError(f"The folder {path} cannot be written: look at its owner, and at how it is mounted.")
+
+
+def open_private(path: Path, mode: str) -> BinaryIO:
+    """Open a file of bytes, which its owner alone can read if it is made."""
+    return cast(BinaryIO, open(path, mode, buffering=0, opener=lambda name, flags: os.open(name, flags, PRIVATE_FILE)))
 
 
 def link(source: Path, target: Path) -> None:

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import logging
+import math
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Hashable, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from nnunet_fed.errors import ConfigurationError
+from nnunet_fed.files import append_line
 from nnunet_fed.strict_json import to_json
 
 FIELDS = ("run", "round", "key", "site")
+REPEAT_SECONDS, MOST_KINDS = 60.0, 256
 FLUSH_SECONDS = 10
 """What is lost of TensorBoard's scalars at most if the process is killed."""
 
@@ -46,6 +53,49 @@ class JsonLines(logging.Formatter):
         if record.exc_info:
             line["error"] = self.formatException(record.exc_info)
         return to_json(line)
+
+
+class JsonLog:
+    """A file of JSON lines, in which what repeats soon is counted and not written, and which is rotated. Thread-safe.
+
+    The next line of the same kind says ``repeated``, how many were left out.
+
+    Args:
+        path: the file. It is opened for each line, so it may be moved away at any time.
+        largest: bytes from which on another file is begun.
+        kept: older files that stay.
+    """
+
+    def __init__(self, path: Path, largest: int, kept: int):
+        self.path = path
+        self._largest = largest
+        self._kept = kept
+        self._lock = threading.Lock()
+        self._written: OrderedDict[Any, tuple[float, int]] = OrderedDict()
+        """When a line of each kind was written, and how many have been left out since."""
+
+    def write(self, entry: Mapping[str, Any], kind: Hashable | None = None) -> None:
+        """Append an entry, and the time.
+
+        Args:
+            entry: values for JSON.
+            kind: what repeats if it comes again within :data:`REPEAT_SECONDS`; ``None``: this does not repeat.
+        """
+        now = time.monotonic()
+        with self._lock:
+            since, omitted = self._written.get(kind, (-math.inf, 0))
+            if kind is not None and now - since < REPEAT_SECONDS:
+                self._written[kind] = since, omitted + 1
+                return
+            repeated = {"repeated": omitted} if omitted else {}
+            at = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            append_line(self.path, to_json({"at": at, **entry, **repeated}), self._largest, self._kept)
+            if kind is not None:
+                self._written[kind] = now, 0
+                self._written.move_to_end(kind)
+                if len(self._written) > MOST_KINDS:
+                    self._written.popitem(last=False)
 
 
 def log_as_json() -> None:

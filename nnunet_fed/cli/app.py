@@ -25,8 +25,11 @@ from nnunet_fed.cli.report_command import report
 from nnunet_fed.cli.simulate_command import simulate
 from nnunet_fed.cli.state_commands import new_attempt, rewind
 from nnunet_fed.cli.status_command import status
-from nnunet_fed.errors import FederationError
+from nnunet_fed.errors import BusyError, FederationError
+from nnunet_fed.logs import PlainLines
 
+TRY_AGAIN = 75
+"""Exit status (EX_TEMPFAIL of sysexits.h) of what another start may mend; 2 is what somebody has to put right."""
 DEBUG_VARIABLE = "nnUNet_fed_debug"
 
 app = typer.Typer(
@@ -43,6 +46,8 @@ def main() -> None:
     """Run the command line; errors end in one sentence, unless ``--debug`` asks for the traceback."""
     try:
         app(args=repeat_option(repeat_option(sys.argv[1:], "-c"), "-f"))
+    except BusyError as error:
+        _end(error, str(error), status=TRY_AGAIN)
     except FederationError as error:
         _end(error, str(error), status=2)
     except (KeyboardInterrupt, BrokenPipeError) as error:
@@ -73,7 +78,11 @@ def _common(
 ) -> None:
     if debug:
         os.environ[DEBUG_VARIABLE] = "1"
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    # gRPC's core would write a line of its own for every message that it refuses
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(PlainLines())
 
 
 # in the order of --help

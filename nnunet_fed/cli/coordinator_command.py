@@ -43,7 +43,7 @@ def coordinator(
 ) -> None:
     """Serve a study: all sites reach this one process, which sees weights and numbers but no image."""
     from nnunet_fed.coordinator.coordinator import Coordinator
-    from nnunet_fed.coordinator.store import Store
+    from nnunet_fed.coordinator.store import Store, explained
     from nnunet_fed.coordinator.tracking import FederationTracker
     from nnunet_fed.logs import log_as_json
     from nnunet_fed.transport.channel.allocator import COORDINATOR, keep_buffers
@@ -61,7 +61,9 @@ def coordinator(
     key_files = KeyFiles.given(keys.cert, keys.key, keys.ca)
     federation = Federation.read(study)
     tracker = FederationTracker(tensorboard) if tensorboard is not None else None
-    coordinator = Coordinator(federation, Store(state), int(spool_quota * 1e9), tracker)
+    store = Store(state)
+    with explained(state):
+        coordinator = Coordinator(federation, store, int(spool_quota * 1e9), tracker)
     pages = StatusServer(coordinator, http, http_insecure) if http is not None else None
     server = CoordinatorServer(coordinator, listen, insecure, key_files, revoked, pages.meter if pages else None)
     stopped = threading.Event()

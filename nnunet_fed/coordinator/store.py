@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import re
@@ -17,9 +18,9 @@ from typing import Any
 
 import xxhash
 
-from nnunet_fed.errors import ConfigurationError
+from nnunet_fed.errors import BusyError, ConfigurationError
 from nnunet_fed.exchange.keys import MODEL, keys_between, name_of, round_of, scope_of
-from nnunet_fed.files import PARTIAL, make_durable, move, same_file
+from nnunet_fed.files import PARTIAL, PRIVATE_FILE, make_durable, move, private_folder, same_file
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,7 @@ READABLE_SINCE = 3
 2, of version 0.1, knows neither the order of collectives but by the clock, nor how long they have waited."""
 FORMAT_OF_0_1 = 2
 
+JOURNAL = "journal.sqlite"
 SCHEMA = """
 CREATE TABLE fact (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE study (at REAL NOT NULL, value TEXT NOT NULL);
@@ -57,6 +59,31 @@ CREATE TABLE IF NOT EXISTS turned_down (run TEXT, key TEXT, site TEXT, text TEXT
     PRIMARY KEY (run, key, site));
 """
 """What came to a format without changing it: its older readers do without."""
+
+
+@contextmanager
+def explained(folder: Path) -> Iterator[None]:
+    """What a state directory cannot do, in a sentence, and whether another start may succeed.
+
+    Raises:
+        BusyError: another process has it, or its disk is full.
+        ConfigurationError: it cannot be written, or its journal is damaged.
+    """
+    try:
+        yield
+    except (sqlite3.DatabaseError, OSError) as error:
+        sentence = f"The state directory {folder} cannot be opened ({error})"
+        if "locked" in str(error):
+            raise BusyError(
+                f"{sentence}. If another coordinator uses it, stop that one or give this one another --state. If none "
+                "does, its file system may have no locks: use a local disk."
+            ) from None
+        if "full" in str(error) or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)):
+            raise BusyError(f"{sentence}: free space on its disk.") from None
+        raise ConfigurationError(
+            f"{sentence}. See that this process's user can write it. If its journal is damaged, restore a back-up "
+            "(docs/operations.md), or give another --state."
+        ) from None
 
 
 @dataclass
@@ -132,17 +159,19 @@ class Store:
         migrate: without it, nothing is changed: for those who only read.
 
     Raises:
-        ConfigurationError: the folder was written by another version of the format, or is in use.
+        ConfigurationError: the folder was written by another version of the format, cannot be written, or is damaged.
+        BusyError: it is in use, or its disk is full.
     """
 
     def __init__(self, folder: Path, migrate: bool = True):
         self.folder = folder
         self.spool = folder / "spool"
         self.results = folder / "results"
-        for path in (self.spool, self.results):
-            path.mkdir(parents=True, exist_ok=True)
-        self._journal = sqlite3.connect(folder / "journal.sqlite", check_same_thread=False, timeout=2.0)
-        try:
+        for path in (folder, self.spool, self.results):
+            private_folder(path)
+        with explained(folder):
+            (folder / JOURNAL).touch(PRIVATE_FILE)  # its companions get its mode
+            self._journal = sqlite3.connect(folder / JOURNAL, check_same_thread=False, timeout=2.0)
             self._journal.execute("PRAGMA locking_mode = EXCLUSIVE")
             self._journal.execute("PRAGMA journal_mode = WAL")
             self._journal.execute("PRAGMA synchronous = FULL")
@@ -152,11 +181,6 @@ class Store:
                     for statement in SCHEMA.split(";"):
                         self._journal.execute(statement)
                     self._set_format()
-        except sqlite3.DatabaseError as error:
-            raise ConfigurationError(
-                f"The state directory {folder} cannot be opened ({error}). If another coordinator uses it, "
-                "stop that one or give this one another --state. If its journal is damaged, restore a back-up."
-            ) from None
         if self.fact("format") == FORMAT_OF_0_1:
             if not migrate:
                 return

@@ -13,6 +13,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from nnunet_fed.logs import printable
+
 logger = logging.getLogger(__name__)
 
 SECONDS = 1.0
@@ -52,11 +54,11 @@ def status_table(status: Status) -> Table:
         table.add_column(name, justify="right")
     for name, site in status["sites"].items():
         progress = site["progress"] or {}
-        phase = progress.get("phase", "not here yet" if site["last_seen"] is None else "joined")
+        phase = printable(str(progress.get("phase", "not here yet" if site["last_seen"] is None else "joined")))
         table.add_row(
             name,
-            f"{phase}, absent" if site["standing"] == "absent" else phase,
-            f"{progress['round']}/{study['rounds']}" if "round" in progress else "-",
+            Text(f"{phase}, absent" if site["standing"] == "absent" else phase),
+            Text(printable(f"{progress['round']}/{study['rounds']}")) if "round" in progress else "-",
             _number(progress.get("loss")),
             _number(progress.get("dice")),
             "-" if site["last_seen"] is None else f"{max(0.0, status['now'] - site['last_seen']):.0f} s ago",
@@ -86,14 +88,14 @@ def _log_changes(status: Status, known: dict[str, Any]) -> None:
     known[""] = failed
     for name, site in status["sites"].items():
         progress = site["progress"] or {}
-        now = progress.get("phase"), progress.get("round")
+        now = str(progress.get("phase")), str(progress.get("round"))
         if not progress or known.get(name) == now:
             continue
         known[name] = now
-        parts = [f"{name}: {progress['phase']}"]
+        parts = [f"{name}: {now[0]}"]
         if "round" in progress:
             parts.append(f"round {progress['round']} of {status['study']['rounds']}")
-        parts.extend(f"{text} {progress[key]:.4f}" for key, text in _MEASURES if progress.get(key) is not None)
+        parts.extend(f"{text} {_number(progress[key])}" for key, text in _MEASURES if progress.get(key) is not None)
         logger.info(", ".join(parts))
 
 
@@ -114,5 +116,6 @@ def _waits(status: Status) -> str:
     return "\n".join(lines)
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
+def _number(value: object) -> str:
+    """A figure, or a dash for what is none: a site may say anything."""
+    return f"{value:.4f}" if isinstance(value, int | float) and abs(value) < 1e12 else "-"

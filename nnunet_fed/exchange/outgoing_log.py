@@ -20,16 +20,18 @@ it is an upload.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nnunet_fed.exchange.payload import Array, Tensors, layout_of, schema_of
+from nnunet_fed.exchange.payload import CHUNK, Array, Tensors, layout_of, schema_of
+from nnunet_fed.logs import JsonLog
 from nnunet_fed.strict_json import to_json
 
 FILE = "outgoing.jsonl"
+LARGEST_FILE, KEPT_FILES = 1 << 26, 9
+"""Bytes from which on a file becomes ``outgoing.jsonl.1``, and how many older ones stay."""
 LARGEST_ARRAY = 1024
 """Elements of an array that is written in full; of a larger one only those that are not 0, if so few are not."""
 
@@ -46,13 +48,22 @@ class OutgoingLog:
 
     def __init__(self, path: Path):
         self.path = path
+        self._log = JsonLog(path, LARGEST_FILE, KEPT_FILES)
 
-    def __call__(self, entry: Mapping[str, Any]) -> None:
-        """Write one entry, and the time."""
-        line = to_json({"at": datetime.now(timezone.utc).isoformat(timespec="milliseconds"), **entry})
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+    def __call__(self, entry: Mapping[str, Any], repeats: bool = False) -> None:
+        """Write one entry, and the time.
+
+        Args:
+            entry: what leaves.
+            repeats: somebody else decides how often it is asked for. The same again is counted: the next line that
+                differs, or comes a minute later, says how often (``repeated``).
+        """
+        if not repeats:
+            self._log.write(entry)
+            return
+        # from which byte on is the other's choice, too
+        place = {"from_byte": entry["from_byte"] // CHUNK} if "from_byte" in entry else {}
+        self._log.write(entry, to_json({**entry, **place}))
 
 
 def tensors_entry(tensors: Tensors) -> dict[str, Any]:

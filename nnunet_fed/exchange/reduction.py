@@ -27,7 +27,7 @@ from nnunet_fed.exchange.payload import (
     measure,
     open_payload,
 )
-from nnunet_fed.files import replacing
+from nnunet_fed.files import PRIVATE_FILE, replacing
 
 THREADS = min(4, os.cpu_count() or 1)
 """Of a mean."""
@@ -49,14 +49,17 @@ def write_result(verb: str, files: Mapping[str, Path], weights: Sequence[float],
         RefusedError: a sum does not fit into 64 bits, or a mean is not finite.
     """
     # the sites have its bytes while the disk takes them: who serves it makes it durable
-    with replacing(out, durable=False) as part, part.open("wb") as file:
+    with replacing(out, mode=PRIVATE_FILE, durable=False) as part, part.open("wb") as file:
         if verb == "mean":
             return mean_payload([open_payload(path) for path in files.values()], weights, file)
         if verb == "sum":
             arrays = [decode(path.read_bytes())["value"] for path in files.values()]
             result = b"".join(encode({"value": exact_sum(arrays)}))
         else:
-            result = json.dumps({site: json.loads(path.read_bytes()) for site, path in files.items()}).encode()
+            values = (
+                f"{json.dumps(site)}: {json.dumps(json.loads(path.read_bytes()))}" for site, path in files.items()
+            )
+            result = f"{{{', '.join(values)}}}".encode()  # one value is decoded at a time
         file.write(result)
         return measure([result])
 

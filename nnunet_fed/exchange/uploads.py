@@ -20,7 +20,7 @@ from typing import BinaryIO
 import xxhash
 
 from nnunet_fed.errors import NoRoomError
-from nnunet_fed.files import PARTIAL, move
+from nnunet_fed.files import PARTIAL, move, open_private
 
 OLDEST = 24 * 3600.0
 """Seconds without a byte after which a restart of the coordinator deletes a partial file."""
@@ -88,7 +88,7 @@ class Receiver:
             if self._stopped:
                 raise InterruptedUploadError
             try:
-                self._file = self.path.open("r+b" if position else "w+b", buffering=0)
+                self._file = open_private(self.path, "r+b" if position else "w+b")
             except FileNotFoundError:
                 raise InterruptedUploadError from None
             while self.written < position and (read := self._file.read(min(READ, position - self.written))):

@@ -41,17 +41,18 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.exchange.payload import Tensors, encode, header_of, layout_of, measure, schema_of
-from nnunet_fed.files import flush, locked, move, write_json
+from nnunet_fed.files import flush, locked, move, private_folder, write_json
 from nnunet_fed.gossip.schedule import Version
+from nnunet_fed.logs import JsonLog
 from nnunet_fed.strict_json import to_json
 from nnunet_fed.study.federation import digest_of
 
+HISTORY, LARGEST_HISTORY = "history.jsonl", 1 << 24
 LETTER, PAYLOAD = "letter.json", "payload.safetensors"
 
 
@@ -126,6 +127,8 @@ class Mailbox:
         self._outbox, self._inbox, self._used, self.arriving = (
             folder / name for name in ("outbox", "inbox", "used", "arriving")
         )
+        private_folder(folder)
+        self._history = JsonLog(folder / HISTORY, LARGEST_HISTORY, 1)
         for path in (self._outbox, self._inbox, self._used, self.arriving):
             path.mkdir(parents=True, exist_ok=True)
         with self._locked():  # where there are no locks, this is the time to say so
@@ -219,13 +222,13 @@ class Mailbox:
         Each entry has ``at`` (time), ``event`` (``sent``, ``received``: the payload went over; ``declined``: a peer
         did not want it; ``refused``: this site did not; ``missed``: the peer was not reached, or the transfer broke),
         ``peer``, ``site`` and ``counter`` (of the model; ``None`` if unknown), ``bytes`` (of payload that moved),
-        ``seconds``, and ``verdict`` (the receiver's) or ``reason`` (a sentence).
+        ``seconds``, and ``verdict`` (the receiver's) or ``reason`` (a sentence). ``repeated``: so many of the same kind
+        were left out before it. Of a very long training the oldest entries are no longer there.
         """
-        try:
-            lines = (self.folder / "history.jsonl").read_text(encoding="utf-8").splitlines()
-        except FileNotFoundError:
-            return []
-        entries = []
+        entries, lines = [], []
+        for path in (self.folder / f"{HISTORY}.1", self.folder / HISTORY):
+            with suppress(FileNotFoundError):
+                lines += path.read_text(encoding="utf-8").splitlines()
         for line in lines:
             with suppress(ValueError):  # half a line of a process that was killed
                 entries.append(json.loads(line))
@@ -305,10 +308,10 @@ class Mailbox:
         self._write("members.json", dict(members))
 
     def note_event(self, **entry: Any) -> None:
-        """Add to :meth:`history`, with the time."""
-        line = to_json({"at": datetime.now(timezone.utc).isoformat(timespec="milliseconds"), **entry})
-        with (self.folder / "history.jsonl").open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        """Add to :meth:`history`, with the time; what repeats soon without a byte moved is counted instead."""
+        idle = not entry.get("bytes")  # what moved no byte costs nothing, and may come again and again
+        kind = (entry.get("event"), entry.get("peer"), entry.get("verdict")) if idle else None
+        self._history.write(entry, kind)
 
     def _write(self, name: str, value: Any) -> None:
         with self._locked():  # a peer process that its training has outlived may write, too

@@ -166,7 +166,7 @@ def test_value_that_is_not_finite(function: Any) -> None:
         function([[np.array([1, np.nan], np.float32)]])
 
 
-# --------------------------------------------------------------------------------------------- a coordinator that lies
+# ---------------------------------------------------------------------------------------------- a coordinator that lies
 
 
 class Liar:

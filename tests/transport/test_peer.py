@@ -21,7 +21,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from hostile import Held
+from hostile_callers import Held
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from recording_proxy import RecordingProxy

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -11,21 +12,21 @@ from pathlib import Path
 import grpc
 
 from nnunet_fed.certificates.deny_list import DenyList
-from nnunet_fed.errors import ConfigurationError
+from nnunet_fed.errors import BusyError, ConfigurationError
 from nnunet_fed.exchange.payload import CHUNK
 from nnunet_fed.transport.channel.calls import SHARE, Calls
 from nnunet_fed.transport.channel.identity import Identity
 from nnunet_fed.transport.channel.options import require_loopback, server_options
-from nnunet_fed.transport.channel.tls import KeyFiles, Keys, server_credentials
+from nnunet_fed.transport.channel.tls import KeyFiles, Keys, host_and_port, server_credentials
 
 logger = logging.getLogger(__name__)
 
 NEW_CALLS, WAITING_CALLS = 16, 512
-"""Calls that may be looked at at a time for whose they are, which takes a fraction of a millisecond, and that wait."""
+"""Calls of which it is found out at a time whose they are, which takes a fraction of a millisecond, and that wait."""
 
 
-class AddressError(ConfigurationError):
-    """Another process listens at the address."""
+class AddressError(BusyError):
+    """Another process listens at the address, or this machine does not have it at present."""
 
 
 class Listener:
@@ -88,6 +89,7 @@ class Listener:
         except RuntimeError:
             port = 0
         if port == 0:
+            _check_allowed(address)
             raise AddressError(
                 f"Cannot listen on {address}: the port is in use, or the address is not this machine's. Stop the other "
                 "process, or choose another address to listen on."
@@ -106,6 +108,21 @@ class Listener:
         meanwhile()
         stopped.wait()
         self._calls.stop()
+
+
+def _check_allowed(address: str) -> None:
+    """Raise :class:`ConfigurationError` if this process may not listen there, which no other start would change."""
+    try:
+        family, kind, *_, place = socket.getaddrinfo(*host_and_port(address), type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as one:
+            one.bind(place)
+    except PermissionError:
+        raise ConfigurationError(
+            f"Cannot listen on {address}: ports below 1024 are the system's. Choose another, or grant it "
+            "(AmbientCapabilities=CAP_NET_BIND_SERVICE in the service's unit)."
+        ) from None
+    except OSError:
+        return
 
 
 def allow_connections() -> None:

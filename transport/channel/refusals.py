@@ -88,6 +88,9 @@ class Refusals:
         elif _is_full(error):
             text = f"{self._disk} is full ({error}). Free some of it there; the sites go on by themselves."
             refuse(self._context, text, grpc.StatusCode.RESOURCE_EXHAUSTED)
+        elif isinstance(error, sqlite3.Error | OSError):
+            logger.error("%s cannot be used: %s", self._disk, error)
+            refuse(self._context, f"{self._disk} cannot be used at present.", grpc.StatusCode.UNAVAILABLE)
 
 
 def _is_full(error: BaseException | None) -> bool:

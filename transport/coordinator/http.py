@@ -17,7 +17,7 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
 from nnunet_fed.coordinator.coordinator import Coordinator
-from nnunet_fed.errors import ConfigurationError
+from nnunet_fed.errors import BusyError, ConfigurationError
 from nnunet_fed.strict_json import to_json
 from nnunet_fed.transport.channel.options import is_loopback
 from nnunet_fed.transport.coordinator.metrics import CoordinatorCollector, Meter
@@ -60,7 +60,8 @@ class StatusServer:
             family, *_, place = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
             self._server: WSGIServer = type("_Server", (_Server,), {"address_family": family})(place[:2], _Handler)
         except OSError as error:
-            raise ConfigurationError(f"--http {address}: cannot listen there: {error}. Choose another one.") from None
+            kind = ConfigurationError if isinstance(error, PermissionError | socket.gaierror) else BusyError
+            raise kind(f"--http {address}: cannot listen there: {error}. Choose another one.") from None
         self._server.set_app(_application(coordinator, self.registry))
         self.address = f"{address.rpartition(':')[0]}:{self._server.server_port}"
 

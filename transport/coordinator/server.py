@@ -7,7 +7,7 @@ import math
 import mmap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import cast, get_args
+from typing import Any, cast, get_args
 
 import grpc
 
@@ -18,6 +18,7 @@ from nnunet_fed.coordinator.verdict import Offer
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.exchange.communicator import Held, Verb
 from nnunet_fed.exchange.payload import chunks
+from nnunet_fed.logs import printable
 from nnunet_fed.strict_json import to_json
 from nnunet_fed.study.federation import Fold
 from nnunet_fed.study.table import NEWEST_PROTOCOL, OLDEST_PROTOCOL
@@ -33,6 +34,8 @@ from nnunet_fed.transport.coordinator.metrics import Meter
 from nnunet_fed.transport.proto import federation_pb2 as pb
 from nnunet_fed.transport.proto.federation_pb2_grpc import CoordinatorServicer
 
+LONGEST_PROGRESS = 10_000
+"""Characters of what a site says of what it is doing."""
 LONGEST_WAIT = 20.0
 """Seconds for which one call may wait for a collective; the site then asks again. Short enough for any proxy."""
 
@@ -207,17 +210,14 @@ class _Service(CoordinatorServicer):  # type: ignore[misc]
     def Report(self, request: pb.ReportRequest, context: grpc.ServicerContext) -> pb.Empty:  # noqa: N802
         with Refusals(context, "The coordinator's disk"):
             if request.progress:
-                try:
-                    self._coordinator.report(request.site, json.loads(request.progress))
-                except (ValueError, RecursionError):
-                    refuse(context, "A site's progress is JSON.", grpc.StatusCode.INVALID_ARGUMENT)
+                self._coordinator.report(request.site, _progress_of(request, context))
             if request.note:
-                self._coordinator.note(request.run, request.site, request.note)
+                self._coordinator.note(request.run, request.site, printable(request.note))
             return pb.Empty()
 
     def Leave(self, request: pb.LeaveRequest, context: grpc.ServicerContext) -> pb.Empty:  # noqa: N802
         with Refusals(context, "The coordinator's disk"):
-            self._coordinator.leave(request.run, request.site, request.reason, request.returns)
+            self._coordinator.leave(request.run, request.site, printable(request.reason), request.returns)
             return pb.Empty()
 
     def Status(self, request: pb.StatusRequest, context: grpc.ServicerContext) -> pb.StatusReply:  # noqa: N802
@@ -225,6 +225,20 @@ class _Service(CoordinatorServicer):  # type: ignore[misc]
             protocol = spoken_protocol(OLDEST_PROTOCOL, request.newest_protocol)
             status = self._coordinator.status(request.record, protocol or OLDEST_PROTOCOL)
             return pb.StatusReply(status=to_json(status))
+
+
+def _progress_of(request: pb.ReportRequest, context: grpc.ServicerContext) -> dict[str, Any]:
+    """What a site says of what it is doing: a table of short texts and numbers, which others read on their screens."""
+    try:
+        progress = json.loads(request.progress) if len(request.progress) <= LONGEST_PROGRESS else None
+    except (ValueError, RecursionError):
+        progress = None
+    if not isinstance(progress, dict) or not all(
+        value is None or isinstance(value, str | int | float) for value in progress.values()
+    ):
+        text = f"A site's progress is JSON: a table of texts and numbers, of {LONGEST_PROGRESS} characters at most."
+        refuse(context, text, grpc.StatusCode.INVALID_ARGUMENT)
+    return {name: printable(value) if isinstance(value, str) else value for name, value in progress.items()}
 
 
 def _fold_of(request: pb.JoinRequest, context: grpc.ServicerContext) -> Fold | None:

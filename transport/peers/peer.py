@@ -45,6 +45,8 @@ INTRODUCTIONS = (0.5, 30.0)
 """First and longest pause, in seconds, before peers that have not been heard of are asked again."""
 SILENCES = 4
 """So many askings in a row that nobody answered are worth a line in the log."""
+LONGEST_PAUSE = 5.0
+"""In lockstep, between two attempts for a peer that is away or has not decided."""
 GRACE_SECONDS = 2.0
 DISK_PAUSE = 10.0
 
@@ -112,11 +114,16 @@ class PeerProcess:
         self._listener.start()
         introductions = threading.Thread(target=self._introduce, daemon=True)
         introductions.start()
+        pause, again_at, tried = GLANCE_SECONDS, 0.0, ""
         while is_wanted() and not self._stopped.wait(GLANCE_SECONDS):
             try:
                 found = self._mailbox.outgoing()
-                if found is not None and found[2]:
-                    self._client.serve(*found)
+                if found is None or not found[2] or (found[0].name == tried and time.monotonic() < again_at):
+                    continue
+                pause = min(2 * pause, LONGEST_PAUSE) if found[0].name == tried else GLANCE_SECONDS
+                tried = found[0].name
+                self._client.serve(*found)
+                again_at = time.monotonic() + pause
             except OSError as error:  # a full disk: what was not written down is tried again
                 logger.error("the mailbox cannot be used at present: %s", error)
                 self._stopped.wait(DISK_PAUSE)
@@ -171,7 +178,7 @@ class _Service(PeerServicer):  # type: ignore[misc]
                 self._contacts.introduced(request.site, request.training_cases, request.leaving)
             facts: dict[str, Any] = {"run": state.run, "training_cases": state.training_cases, "leaving": state.leaving}
             facts |= {"protocol": PEER_PROTOCOL, "site": self._site.name}
-            self._outgoing({"to": request.site, "what": "info", **facts})
+            self._outgoing({"to": request.site, "what": "info", **facts}, repeats=True)
             return pb.PeerInfo(**facts)
 
     def Offer(self, request: pb.Model, context: grpc.ServicerContext) -> pb.PeerReply:  # noqa: N802
@@ -228,7 +235,8 @@ class _Service(PeerServicer):  # type: ignore[misc]
                     "to": request.site, "what": "upload", "run": letter.run, "site": version.site,
                     "vector": dict(version.vector), "epoch": version.epoch, "bytes": letter.size,
                     "digest": letter.digest, **begun, **tensors_entry(decode(payload)),
-                }
+                },
+                repeats=True,
             )  # fmt: skip
             with given_up_if_stalled(context.cancel, lambda: given, self._stopped):
                 yield pb.ModelChunk(model=model)

@@ -19,7 +19,7 @@ from typing import Literal
 import grpc
 
 from nnunet_fed.errors import FederationError, RefusedError, UnreachableError
-from nnunet_fed.exchange.outgoing_log import Outgoing, tensors_entry
+from nnunet_fed.exchange.outgoing_log import OutgoingLog, tensors_entry
 from nnunet_fed.exchange.payload import decode
 from nnunet_fed.exchange.uploads import InterruptedUploadError
 from nnunet_fed.gossip.mailbox import Letter, Mailbox
@@ -27,6 +27,7 @@ from nnunet_fed.logs import printable
 from nnunet_fed.study.site import Site
 from nnunet_fed.transport.channel.options import PEER_PROTOCOL
 from nnunet_fed.transport.channel.rate_limit import RateLimit
+from nnunet_fed.transport.channel.refusals import SPARING_LOG
 from nnunet_fed.transport.channel.retry import DamagedError
 from nnunet_fed.transport.channel.transfer import Outbound, seconds_allowed
 from nnunet_fed.transport.channel.zero_copy_streams import PeerStub
@@ -78,7 +79,7 @@ class PeerClient:
     """
 
     def __init__(
-        self, site: Site, mailbox: Mailbox, reception: Reception, contacts: Contacts, outgoing: Outgoing,
+        self, site: Site, mailbox: Mailbox, reception: Reception, contacts: Contacts, outgoing: OutgoingLog,
         limit: RateLimit, mode: Mode, max_tries: int, stopped: threading.Event,
     ):  # fmt: skip
         self._site = site
@@ -238,7 +239,7 @@ class PeerClient:
                 reply = exchange(PeerStub(channel), revoked)
         except (grpc.RpcError, grpc.FutureCancelledError, UnreachableError) as error:
             code, reason = _reason(error)
-            logger.warning("no exchange with site '%s': %s", peer, reason)
+            SPARING_LOG.warn(f"peer {peer}", f"no exchange with site '{peer}': {reason}")
             if code in ANSWERS:
                 self._contacts.reached(peer)
             else:
@@ -269,7 +270,7 @@ class PeerClient:
         return state is not None and state.lockstep
 
     def _sends(self, peer: str, what: str, **facts: object) -> None:
-        self._outgoing({"to": f"{peer} at {self._site.peers[peer]}", "what": what, **facts})
+        self._outgoing({"to": f"{peer} at {self._site.peers[peer]}", "what": what, **facts}, repeats=what != "upload")
 
 
 def _reason(error: Exception) -> tuple[grpc.StatusCode, str]:

@@ -26,6 +26,7 @@ from nnunet_fed.exchange.keys import MODEL, last_round, name_of
 from nnunet_fed.exchange.outgoing_log import Outgoing, array_entry, tensors_entry, value_entry
 from nnunet_fed.exchange.payload import Array, Tensors, check_finite, decode, encode
 from nnunet_fed.exchange.precision import narrow, widen
+from nnunet_fed.logs import printable
 from nnunet_fed.strict_json import to_json
 from nnunet_fed.study.federation import Federation, Fold, canonical_json
 from nnunet_fed.study.site import Site
@@ -336,7 +337,7 @@ class GrpcCommunicator:
             if header.status == "empty":
                 raise NoContributionError(f"No site contributed to '{key}'.")
             if header.status == "failed":
-                raise DeadlineError(header.error)
+                raise DeadlineError(printable(header.error))
             if header.status == "pruned":
                 raise RoundClosedError(f"The result of '{key}' is no longer kept.")
             if header.wanted and contribute is not None:
@@ -344,7 +345,8 @@ class GrpcCommunicator:
             if list(header.missing) != list(told):
                 told = list(header.missing)
                 until = datetime.fromtimestamp(header.closes_at).strftime("%Y-%m-%d %H:%M:%S")
-                logger.info("waiting for %s in '%s', until %s at most", ", ".join(told) or "the result", key, until)
+                who = printable(", ".join(told)) or "the result"
+                logger.info("waiting for %s in '%s', until %s at most", who, key, until)
 
     def _takes(self, key: str, digest: str) -> None:
         """Note which model this site has: the one of the latest round, whatever else it reads."""
