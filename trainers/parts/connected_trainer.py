@@ -29,6 +29,8 @@ class ConnectedTrainer(StudyTrainer):
         self._session: CoordinatorSession | None = None
         self.operational = self.study
         self._attempt: int | None = None
+        self._group: Any = None
+        """On which the ranks wait for rank 0."""
         self._figures: dict[str, float] = {}
 
     @property
@@ -74,7 +76,9 @@ class ConnectedTrainer(StudyTrainer):
             self._attempt = self._session.attempt
             return self._session.study
 
-        self.operational = from_rank_zero(on_rank_zero)
+        if self._group is None:
+            self._group = patient_group()
+        self.operational = from_rank_zero(on_rank_zero, self._group)
 
     def _connect(self) -> None:
         """Let every rank have the verbs, once rank 0 has joined."""
@@ -86,7 +90,7 @@ class ConnectedTrainer(StudyTrainer):
             communicator,
             self.own_site().name,
             self.operational.sites,
-            patient_group(self.operational.deadline_minutes + 10),
+            self._group,
         )
 
     def happened(self, text: str) -> None:
