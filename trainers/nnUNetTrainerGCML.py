@@ -69,7 +69,7 @@ class nnUNetTrainerGCML(PhaseTrainer):  # noqa: N801
         require_peers(self.own_site(), self.study.sites)
         self._plan_of_choice()
         super().on_train_start()
-        self._group = patient_group(self.study.deadline_minutes + 10)
+        self._group = patient_group()
         if self._resumed is None:
             self._standing = Standing(Version(self.own_site().name, {}, 0), digest_of_tensors(self.shared()))
         if self.local_rank == 0:

@@ -17,7 +17,7 @@ from typing import Any
 from nnunet_fed.coordinator.admission import Admission, QuarantinedError, check_content, distance
 from nnunet_fed.coordinator.deadlines import Clock, RunningClock
 from nnunet_fed.coordinator.generations import Generations
-from nnunet_fed.coordinator.history import happened
+from nnunet_fed.coordinator.history import happened, page_of
 from nnunet_fed.coordinator.log_fields import about
 from nnunet_fed.coordinator.members import Members, Purpose
 from nnunet_fed.coordinator.opening import open_study
@@ -349,6 +349,13 @@ class Coordinator:
                 self.study, study, self.attempt, self._store, self._generations, self._round_closer, self._members
             )
             return {**now, **happened(self._store)} if record else now
+
+    def record_page(self, page: str, protocol: int = NEWEST_PROTOCOL) -> tuple[dict[str, Any], str]:
+        """What is going on, with a page of the record (:func:`nnunet_fed.coordinator.history.page_of`), and the next
+        page. Errors as in :meth:`status`."""
+        with self._changed:
+            told, following = page_of(self._store, page)
+        return {**self.status(protocol=protocol), **told}, following
 
     def tally(self) -> Tally:
         """Totals for those who measure; the rounds are the journal's, the reductions those since the start."""

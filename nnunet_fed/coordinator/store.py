@@ -357,6 +357,13 @@ class Store:
         )
         return dict(Counter(run for run, key in means if round_of(key) is not None))
 
+    def collectives_after(self, number: int, most: int) -> dict[int, Collective]:
+        """The next ones of all runs after the so manyth in the journal's order, by their numbers in it."""
+        rows = self._journal.execute(
+            "SELECT rowid, * FROM collective WHERE rowid > ? ORDER BY rowid LIMIT ?", (number, most)
+        )
+        return {row[0]: Collective(*row[1:]) for row in rows}
+
     def put_collective(self, collective: Collective) -> None:
         """Write a collective's present state; it keeps its number, the journal's, by which collectives are ordered."""
         values = vars(collective)
@@ -441,8 +448,14 @@ class Store:
 
     def events(self) -> list[dict[str, Any]]:
         """What happened, oldest first."""
-        rows = self._journal.execute("SELECT at, run, site, text FROM event ORDER BY rowid")
-        return [{"at": at, "run": run, "site": site, "text": text} for at, run, site, text in rows]
+        return list(self.events_after(0, -1).values())
+
+    def events_after(self, number: int, most: int) -> dict[int, dict[str, Any]]:
+        """What happened next after the so manyth event of the journal, by its number in it; -1: all of it."""
+        rows = self._journal.execute(
+            "SELECT rowid, at, run, site, text FROM event WHERE rowid > ? ORDER BY rowid LIMIT ?", (number, most)
+        )
+        return {row: {"at": at, "run": run, "site": site, "text": text} for row, at, run, site, text in rows}
 
     def agreed(self, run: str, name: str) -> Agreed | None:
         """What means of this name hold in this run, ``None`` before the first one."""

@@ -20,6 +20,7 @@ from nnunet_fed import errors
 from nnunet_fed.errors import FederationError, RefusedError
 from nnunet_fed.exchange.communicator import Array, LocalFederation
 from nnunet_fed.exchange.payload import Tensors
+from nnunet_fed.trainers.parts import ranks
 from nnunet_fed.trainers.parts.ranks import (
     RankZeroCommunicator,
     from_rank_zero,
@@ -179,19 +180,27 @@ def _slow() -> str:
 
 
 def _wait_with_and_without_patience() -> tuple[str, str]:
-    group = patient_group(1)
+    group, ranks.BEAT_SECONDS = patient_group(1.5 / 60), 0.3
     patient = from_rank_zero(_slow if dist.get_rank() == 0 else _never, group)
+    arrays = tensors_from_rank_zero(_slow_tensors if dist.get_rank() == 0 else _never, group)
+    assert arrays["w"].tolist() == [1, 2], "and the ranks are still in step"
     impatient = "gave up"
     with suppress(RuntimeError):
         impatient = from_rank_zero(_slow if dist.get_rank() == 0 else _never)
     return patient, impatient
 
 
-def _never() -> str:
+def _slow_tensors() -> dict[str, Array]:
+    time.sleep(2)
+    return {"w": np.float32([1, 2])}
+
+
+def _never() -> Any:
     raise AssertionError("only rank 0 is asked")
 
 
-def test_ranks_wait_for_rank_0_longer_than_the_default_group_would(answers: list[Answers]) -> None:
+def test_ranks_wait_for_rank_0_as_long_as_it_is_busy(answers: list[Answers]) -> None:
+    """Longer than any timeout, since a deadline may be changed while they wait (``_slow`` takes longer than both)."""
     _, (*_, one) = answers
     assert one == ("patience", "gave up"), "the second shows that the default group's timeout was at work"
 

@@ -25,6 +25,8 @@ class ConnectedTrainer(StudyTrainer):
     """On rank 0, from joining on."""
     _membership: Membership | None = None
     """On every rank, from joining on."""
+    _group: Any = None
+    """On which the ranks wait for rank 0."""
     _figures: Mapping[str, float] = {}
 
     @property
@@ -84,7 +86,9 @@ class ConnectedTrainer(StudyTrainer):
             )
             return self._session.membership
 
-        self._membership = from_rank_zero(on_rank_zero)
+        if self._group is None:
+            self._group = patient_group()
+        self._membership = from_rank_zero(on_rank_zero, self._group)
 
     def _connect(self) -> None:
         """Let every rank have the verbs, once rank 0 has joined."""
@@ -96,7 +100,7 @@ class ConnectedTrainer(StudyTrainer):
             communicator,
             self.own_site().name,
             self.operational.sites,
-            patient_group(self.operational.deadline_minutes + 10),
+            self._group,
         )
 
     def happened(self, text: str) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Protocol, TypeVar
 
@@ -15,6 +17,11 @@ from nnunet_fed.exchange.communicator import Collectives
 from nnunet_fed.exchange.payload import Array, Tensors
 
 T = TypeVar("T")
+
+PATIENCE_MINUTES = 60.0
+"""For which one rank may be behind another, or rank 0 be silent."""
+BEAT_SECONDS = 60.0
+"""After which rank 0 tells those who wait that it is still busy."""
 
 
 class TrainingCommunicator(Collectives, Protocol):
@@ -39,22 +46,52 @@ def from_rank_zero(function: Callable[[], T], group: Any = None) -> T:
 
     Without ``torch.distributed`` it is just called. Values travel by pickle between the processes of one training: for
     tensors there is :func:`tensors_from_rank_zero`.
+
+    Args:
+        function: called on rank 0.
+        group: a :func:`patient_group`, on which it may take as long as it likes; ``None``: the default group, whose
+            timeout counts.
     """
     if not is_distributed():
         return function()
-    outcome: list[Any] = [None, None]
+    outcome: list[Any] = [None, None, False]
     if dist.get_rank() == 0:
-        try:
-            outcome[0] = function()
-        except FederationError as error:
-            outcome[1] = error
-        except Exception as error:  # the others must not wait for an answer that will not come
-            outcome[1] = RuntimeError(f"rank 0: {type(error).__name__}: {error}")
-    dist.broadcast_object_list(outcome, src=0, group=group)
+        with _busy(group):
+            try:
+                outcome[0] = function()
+            except FederationError as error:
+                outcome[1] = error
+            except Exception as error:  # the others must not wait for an answer that will not come
+                outcome[1] = RuntimeError(f"rank 0: {type(error).__name__}: {error}")
+        outcome[2] = True
+        dist.broadcast_object_list(outcome, src=0, group=group)
+    while not outcome[2]:
+        dist.broadcast_object_list(outcome, src=0, group=group)
     if outcome[1] is not None:
         raise outcome[1]
     value: T = outcome[0]
     return value
+
+
+@contextmanager
+def _busy(group: Any) -> Iterator[None]:
+    """Meanwhile tell the other ranks, which wait on a patient group, that there is no answer yet."""
+    over = threading.Event()
+
+    def beat() -> None:
+        while group is not None and not over.wait(BEAT_SECONDS):
+            try:
+                dist.broadcast_object_list([None, None, False], src=0, group=group)
+            except RuntimeError:  # a rank has gone: the answer will meet the same error
+                return
+
+    thread = threading.Thread(target=beat, name="ranks", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def tensors_from_rank_zero(function: Callable[[], dict[str, Array]], group: Any = None) -> dict[str, Array]:
@@ -83,10 +120,14 @@ def wait_for_all() -> None:
         dist.barrier()
 
 
-def patient_group(minutes: float) -> Any:
-    """A gloo group on which ranks may wait that long for rank 0; ``None`` without ``torch.distributed``.
+def patient_group(minutes: float = PATIENCE_MINUTES) -> Any:
+    """A gloo group on which ranks wait for rank 0 as long as it lives; ``None`` without ``torch.distributed``.
 
-    NCCL's own timeout is shorter than a round may take, and its kernels would spin on the GPU meanwhile.
+    NCCL's own timeout is shorter than a round may take, and its kernels would spin on the GPU meanwhile. No timeout
+    follows a deadline that is changed while a round waits: rank 0 tells every :data:`BEAT_SECONDS` that it is busy.
+
+    Args:
+        minutes: for which a rank may be silent.
     """
     if not is_distributed():
         return None

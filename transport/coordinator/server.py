@@ -223,8 +223,11 @@ class _Service(CoordinatorServicer):  # type: ignore[misc]
     def Status(self, request: pb.StatusRequest, context: grpc.ServicerContext) -> pb.StatusReply:  # noqa: N802
         with Refusals(context, "The coordinator's disk"):
             protocol = spoken_protocol(OLDEST_PROTOCOL, request.newest_protocol)
-            status = self._coordinator.status(request.record, protocol or OLDEST_PROTOCOL)
-            return pb.StatusReply(status=to_json(status))
+            protocol = protocol or OLDEST_PROTOCOL
+            if request.record and request.page:
+                page, following = self._coordinator.record_page(request.page, protocol)
+                return pb.StatusReply(status=to_json(page), next=following)
+            return pb.StatusReply(status=to_json(self._coordinator.status(request.record, protocol)))
 
 
 def _progress_of(request: pb.ReportRequest, context: grpc.ServicerContext) -> dict[str, Any]:

@@ -188,18 +188,22 @@ class LeaveRequest(_message.Message):
     def __init__(self, run: _Optional[str] = ..., site: _Optional[str] = ..., reason: _Optional[str] = ..., returns: bool = ...) -> None: ...
 
 class StatusRequest(_message.Message):
-    __slots__ = ("record", "newest_protocol")
+    __slots__ = ("record", "newest_protocol", "page")
     RECORD_FIELD_NUMBER: _ClassVar[int]
     NEWEST_PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    PAGE_FIELD_NUMBER: _ClassVar[int]
     record: bool
     newest_protocol: int
-    def __init__(self, record: bool = ..., newest_protocol: _Optional[int] = ...) -> None: ...
+    page: str
+    def __init__(self, record: bool = ..., newest_protocol: _Optional[int] = ..., page: _Optional[str] = ...) -> None: ...
 
 class StatusReply(_message.Message):
-    __slots__ = ("status",)
+    __slots__ = ("status", "next")
     STATUS_FIELD_NUMBER: _ClassVar[int]
+    NEXT_FIELD_NUMBER: _ClassVar[int]
     status: str
-    def __init__(self, status: _Optional[str] = ...) -> None: ...
+    next: str
+    def __init__(self, status: _Optional[str] = ..., next: _Optional[str] = ...) -> None: ...
 
 class PeerInfo(_message.Message):
     __slots__ = ("protocol", "site", "run", "training_cases", "leaving")

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import grpc
 
+from nnunet_fed.coordinator.record_pages import FIRST_PAGE, add_page
 from nnunet_fed.errors import (
     DeadlineError,
     NoContributionError,
@@ -225,10 +226,15 @@ class GrpcCommunicator:
             logger.warning("the coordinator could not be told: %s", error.details())
 
     def status(self, record: bool = False) -> dict[str, Any]:
-        """The coordinator's state; see :meth:`nnunet_fed.coordinator.coordinator.Coordinator.status`."""
-        request = pb.StatusRequest(record=record, newest_protocol=NEWEST_PROTOCOL)
+        """The coordinator's state; see :meth:`nnunet_fed.coordinator.coordinator.Coordinator.status`. The record comes
+        page by page, but from a coordinator of version 0.1."""
+        request = pb.StatusRequest(record=record, newest_protocol=NEWEST_PROTOCOL, page=FIRST_PAGE if record else "")
         reply = self._call(lambda: self._stub.Status(request, timeout=30))
         status: dict[str, Any] = json.loads(reply.status)
+        while reply.next:
+            request.page = reply.next
+            reply = self._call(lambda: self._stub.Status(request, timeout=30))
+            add_page(status, json.loads(reply.status))
         return status
 
     def undone_runs(self) -> dict[str, str]:
