@@ -19,9 +19,12 @@ from nnunet_fed.errors import FederationError
 
 GRACE_SECONDS = 5.0
 """Between the request to end and the end."""
-DETACHED: dict[str, Any] = (
-    {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if sys.platform == "win32" else {"start_new_session": True}
-)
+if sys.platform == "win32":
+    DETACHED: dict[str, Any] = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
+    END: signal.Signals = signal.CTRL_BREAK_EVENT
+else:
+    DETACHED: dict[str, Any] = {"start_new_session": True}
+    END: signal.Signals = signal.SIGTERM
 
 
 def _existing(*names: str) -> list[signal.Signals]:
@@ -89,7 +92,7 @@ class Process:
 
     def ask_to_end(self) -> bool:
         """Send SIGTERM (on Windows, Ctrl-Break) to it and its children; false if none of them is left."""
-        return self._signal(signal.CTRL_BREAK_EVENT if sys.platform == "win32" else signal.SIGTERM)
+        return self._signal(END)
 
     def is_left(self) -> bool:
         """Whether it or one of its children runs."""
@@ -129,13 +132,14 @@ class Parent:
 
     def __init__(self, number: int):
         self._number = number
-        # on Windows a process keeps the number of a parent that has ended; a handle of that parent tells of its end
-        self._handle = ctypes.windll.kernel32.OpenProcess(0x100000, False, number) if sys.platform == "win32" else None
+        if sys.platform == "win32":
+            # a process keeps the number of a parent that has ended; a handle of that parent tells of its end
+            self._handle = ctypes.windll.kernel32.OpenProcess(0x100000, False, number)
 
     def lives(self) -> bool:
         """Whether it has not ended."""
         if sys.platform == "win32":
-            return ctypes.windll.kernel32.WaitForSingleObject(self._handle, 0) == 0x102  # WAIT_TIMEOUT
+            return bool(ctypes.windll.kernel32.WaitForSingleObject(self._handle, 0) == 0x102)  # WAIT_TIMEOUT
         return os.getppid() == self._number
 
 

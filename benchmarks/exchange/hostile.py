@@ -5,7 +5,7 @@ that is revoked, of nobody in the study, or of a member that has left. Attackers
 earnest they have machines of their own. Exits with 1 if a median is more than 1.5 times the quiet one, or the
 coordinator takes 350 MB.
 
-    python benchmarks/exchange/hostile.py --rounds 10 --json FILE
+    python benchmarks/exchange/hostile.py --turns 4 --json FILE
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ MOST_TIMES, MOST_MEMORY = 1.5, 350.0
 def main() -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=10, help="of each kind, quiet and under attack")
+    parser.add_argument("--rounds", type=int, default=5, help="of each kind in a turn, quiet and under attack")
+    parser.add_argument("--turns", type=int, default=4, help="quiet rounds, then rounds under attack, so many times")
     parser.add_argument("--megabytes", type=int, default=32, help="of the model")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
@@ -40,9 +41,11 @@ def main() -> None:
         try:
             for attack in [*ATTACKS, "connections"]:
                 for who in WHO if attack in ATTACKS else WHO[:1]:
-                    quiet = [campaign.honest_round() for _ in range(options.rounds)]
-                    with under_attack(attack, who, campaign.address, campaign.certified):
-                        attacked = [campaign.honest_round() for _ in range(options.rounds)]
+                    quiet, attacked = [], []
+                    for _ in range(options.turns):
+                        quiet += [campaign.honest_round() for _ in range(options.rounds)]
+                        with under_attack(attack, who, campaign.address, campaign.certified):
+                            attacked += [campaign.honest_round() for _ in range(options.rounds)]
                     medians = statistics.median(quiet), statistics.median(attacked)
                     rows.append({
                         "attack": attack, "by": who if attack in ATTACKS else "nobody", "quiet_seconds": medians[0],

@@ -192,10 +192,8 @@ class Calls(grpc.ServerInterceptor):  # type: ignore[misc]
                 logger.error("the calls under way go on: %s", error)
 
 
-def _understood(
-    deserializer: Callable[[bytes], Any] | None, messages: Iterator[bytes], call: Call
-) -> Iterator[Message | memoryview]:
-    """Messages out of bytes, each of them the caller's own."""
+def _understood(deserializer: Callable[[bytes], Any] | None, messages: Iterator[bytes], call: Call) -> Iterator[Any]:
+    """Messages (or data as views) out of bytes, each of them the caller's own."""
     for message in messages:
         try:
             request = message if deserializer is None else deserializer(message)
