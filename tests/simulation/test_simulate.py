@@ -263,7 +263,7 @@ def test_summary_leaves_a_site_without_validation_cases_out_of_the_mean(tmp_path
         "bytes_sent": 2_500_000,
         "bytes_received": 3_000_000,
     }
-    summary = summarise(make_study("abc", seed=7), sites, 12.34)
+    summary = summarise(make_study("abc", seed=7, rounds=2), sites, 12.34)
     assert summary["mean_dice"] == pytest.approx({"final": 0.6, "global": 0.6})
     assert (summary["method"], summary["rounds"], summary["seed"], summary["seconds"]) == ("fedavg", 2, 7, 12.3)
     shown = text_of(result_table(summary))
@@ -358,7 +358,7 @@ def test_personal_global_and_super_model_have_a_column_each(tmp_path: Path) -> N
 
 def status(**progress: Any) -> dict[str, Any]:
     return {
-        "study": make_study(name="[b]study").model_dump(mode="json"),
+        "study": make_study(name="[b]study", rounds=2).model_dump(mode="json"),
         "attempt": 3,
         "now": 1000.0,
         "sites": {
