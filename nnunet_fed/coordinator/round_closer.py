@@ -215,7 +215,9 @@ class RoundCloser:
         the files that were given to it."""
         files: list[Path] = []
         number = round_of(scope)
-        for status in ("open", "failed") if number is not None else ():
+        if number is None:
+            return files
+        for status in ("open", "failed"):
             for collective in self._store.collectives(run, status):
                 if collective.scope != scope and last_round(collective.scope) < number:
                     collective.status, collective.error = "pruned", f"'{scope}' has begun without it."
