@@ -30,6 +30,7 @@ from rich.table import Table
 
 from nnunet_fed.coordinator import round_closer
 from nnunet_fed.coordinator.coordinator import Coordinator
+from nnunet_fed.coordinator.opening import open_attempt
 from nnunet_fed.coordinator.store import Store
 from nnunet_fed.coordinator.verdict import Offer
 from nnunet_fed.errors import FederationError
@@ -84,7 +85,9 @@ class Soak:
         self._study, self.attempt, self._number = study, self.attempt + 1, 0
         store = Store(self.folder)
         self.journal = store._journal
-        self.coordinator = Coordinator(study, store, new_attempt=self.attempt > 1, clock=lambda: self._now)
+        if self.attempt > 1:
+            open_attempt(store)
+        self.coordinator = Coordinator(study, store, clock=lambda: self._now)
         for site in self.sites:
             self.run = self.coordinator.join(site, "training", study.digest, "3d_fullres", "Soak", True)
 

@@ -69,7 +69,7 @@ def test_not_while_the_coordinator_runs(tmp_path: Path, command: tuple[str, ...]
         )  # fmt: skip
     finally:
         coordinator.close()
-    assert done.returncode == 2
+    assert done.returncode == 75
     assert "cannot be opened" in done.stderr
     assert "Traceback" not in done.stderr
 

@@ -347,11 +347,11 @@ def test_numbers_that_are_not_finite_are_refused_with_their_tensor(serve: Serve,
         seat.sum("r/s", np.array([value]))
     assert seat.bytes_sent == 0
     assert other.mean("r/model", {"w": np.float32([1])}, 1)["w"] == 1, "nobody waits for it"
-    there = spooled(served)
+    there = set(spooled(served))
     seat._require_finite = lambda key, tensors: None  # type: ignore[method-assign]
     with pytest.raises(RefusedError, match="tensor 'bad' holds a number that is not finite"):
         seat.mean("s/raw", bad, 1)
-    assert spooled(served) == there
+    assert set(spooled(served)) <= there
     assert served.coordinator.status()["sites"]["a"]["standing"] == "absent"
 
 
