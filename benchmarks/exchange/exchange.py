@@ -103,7 +103,7 @@ def site_process(
     tensors = random_tensors(shapes, seed=len(name) + ord(name[-1]))
     spans = []
     for number in range(rounds):
-        communicator.gather(f"ready-{number:04d}/barrier", name)
+        communicator.gather(f"round-{number:04d}/barrier", name)
         before, start = communicator.bytes_sent + communicator.bytes_received, time.monotonic()
         communicator.mean(f"round-{number:04d}/model", tensors, 1.0)
         spans.append((start, time.monotonic()))
@@ -143,7 +143,7 @@ def exchange(
     names = [f"site_{number}" for number in range(sites)]
     study = Federation.model_validate(
         {
-            "name": "exchange", "sites": names, "method": {"name": "fedavg"}, "rounds": rounds,
+            "name": "exchange", "sites": names, "method": {"name": "fedavg"}, "rounds": rounds + 1,
             "wire_dtype": wire_dtype, "keep_rounds": 2,
         }
     ).model_dump(mode="json")  # fmt: skip
