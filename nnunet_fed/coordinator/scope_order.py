@@ -60,10 +60,11 @@ class ScopeOrder:
         described = self._store.run(run)
         planning = described["purpose"] == "planning"
         most = PLANNING_NAMES if planning else self._study.method.names_in_scope(len(self._study.sites))
-        if len(there) >= most:
+        # counted by site, so that nobody can take the others' places
+        if self._store.count_contributions(run, scope, offer.site) >= most:
             raise RefusedError(
-                f"'{offer.key}' of site '{offer.site}' cannot begin: '{scope}' has {most} collectives already, which "
-                "is as many as it may have."
+                f"'{offer.key}' of site '{offer.site}' cannot begin: the site is in {most} collectives of '{scope}' "
+                "already, which is as many as it may be in."
             )
         if not there and self._store.participants(run, scope) is None:
             self._check_turn(offer, described, planning)

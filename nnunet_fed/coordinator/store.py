@@ -339,6 +339,14 @@ class Store:
         """The collectives of one scope, oldest first."""
         return self._collectives("run = ? AND key > ? AND key < ? ORDER BY rowid", run, *keys_between(scope))
 
+    def count_contributions(self, run: str, scope: str, site: str) -> int:
+        """To how many collectives of one scope a site has contributed."""
+        row = self._journal.execute(
+            "SELECT count(*) FROM contribution WHERE run = ? AND key > ? AND key < ? AND site = ?",
+            (run, *keys_between(scope), site),
+        ).fetchone()
+        return int(row[0])
+
     def newest_means(self, run: str, name: str, most: int) -> list[Collective]:
         """The last means of a name that have closed, newest first; whether their results are kept or not."""
         where = f"{_NAME} = ? AND run = ? AND verb = 'mean' AND closed IS NOT NULL ORDER BY rowid DESC LIMIT ?"

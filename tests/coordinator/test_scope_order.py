@@ -137,9 +137,10 @@ def test_a_scope_has_so_many_names(desk: Make, method: dict[str, Any], most: int
     at = desk("ab", method=method)
     for number in range(most):
         at.tell("a", f"round-0000/n-{number}", 0)
-    with pytest.raises(RefusedError, match=f"'round-0000' has {most} collectives already"):
-        at.tell("b", "round-0000/another", 0)
-    at.tell("b", "round-0000/n-0", 0)
+    with pytest.raises(RefusedError, match=f"the site is in {most} collectives of 'round-0000' already"):
+        at.tell("a", "round-0000/another", 0)
+    at.tell("a", "round-0000/n-0", 0)
+    assert at.give("b", "round-0000/model", 1) == "stands", "it has taken nobody's place"
 
 
 # ---------------------------------------------------------------------------------------------------------------- kinds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import random
@@ -23,6 +24,7 @@ from nnunet_fed.study.federation import Federation
 from nnunet_fed.study.site import Site
 from nnunet_fed.transport.proto import check_pb2
 from nnunet_fed.transport.proto import federation_pb2 as pb
+from nnunet_fed.transport.proto.federation_pb2_grpc import CoordinatorStub
 from nnunet_fed.transport.site.client import GrpcCommunicator
 
 HOSTS = ["localhost", "127.0.0.1"]
@@ -151,11 +153,30 @@ def compressed(channels: list[grpc.Channel]) -> None:
                     channel.unary_unary(method)(BOMB, compression=grpc.Compression.Gzip, timeout=20)
 
 
+def many_keys(channels: list[grpc.Channel]) -> None:
+    """Ten thousand keys, of rounds and of what nobody knows, each with a part of its payload; then the same again."""
+    stub, run, first = CoordinatorStub(channels[0]), "r", pb.OfferRequest(verb="mean", weight=1, size=1 << 20)
+    with suppress(grpc.RpcError):
+        digest = json.loads(stub.Status(pb.StatusRequest(), timeout=20).status)["digest"]
+        run = f"{digest[:12]}-3d_fullres-T-fold_0-1"
+    while True:
+        for number in range(10_000):
+            key = (f"round-{number:04d}/model", f"round-0001/n-{number}", f"scope-{number}/model")[number % 3]
+            offer = pb.OfferRequest(run=run, key=key, site="member", digest=f"{number:032x}")
+            offer.MergeFrom(first)
+            messages = (pb.UploadChunk(offer=offer), pb.UploadChunk(data=bytes(1000)))
+            with suppress(grpc.RpcError):
+                channels[number % CONNECTIONS].stream_unary("/nnunet_fed.v1.Coordinator/Upload")(
+                    iter([message.SerializeToString() for message in messages]), timeout=20
+                )
+
+
 ATTACKS: dict[str, Callable[[list[grpc.Channel]], None]] = {
     "no bytes": no_bytes,
     "slow bytes": slow_bytes,
     "random bytes": random_bytes,
     "compressed": compressed,
+    "many keys": many_keys,
 }
 """By name. Each goes on until its process is ended."""
 
