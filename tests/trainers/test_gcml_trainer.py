@@ -72,7 +72,7 @@ class Postman:
         assert state is not None
         self.bring(self.mailbox, state)
 
-    def signal(self, number: int) -> bool:
+    def ask_to_end(self) -> bool:
         self.collect()
         return False
 

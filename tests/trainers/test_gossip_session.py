@@ -39,7 +39,7 @@ class PeerThread:
 
     def exit_status(self) -> None: ...
 
-    def signal(self, number: int) -> bool:
+    def ask_to_end(self) -> bool:
         self._process.stop()
         self._thread.join()
         return False
