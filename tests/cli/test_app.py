@@ -89,7 +89,7 @@ def test_a_study_that_is_not_there(command: Command, tmp_path: Path) -> None:
 
 def test_a_port_in_use(command: Command, study_file: Path, serve: Callable[..., Served]) -> None:
     address = serve(make_study(), study_file.parent / "other").server.address
-    assert f"Cannot listen on {address}" in command.fails(*listen(study_file, address), with_status=75)
+    assert f"Cannot listen on {address}" in command.fails(*listen(study_file, address), status=75)
 
 
 @pytest.mark.parametrize("address", ["0.0.0.0:0", "localhost", "hospital.example:7464"])
@@ -116,7 +116,7 @@ def test_a_state_that_another_coordinator_uses(
     command: Command, study_file: Path, serve: Callable[..., Served]
 ) -> None:
     serve(make_study(), study_file.parent / "state")
-    assert "If another coordinator uses it" in command.fails(*listen(study_file), with_status=75)
+    assert "If another coordinator uses it" in command.fails(*listen(study_file), status=75)
 
 
 def test_a_state_of_another_study(command: Command, study_file: Path) -> None:

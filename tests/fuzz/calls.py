@@ -70,6 +70,12 @@ class Context:
     def cancel(self) -> None:
         """Nothing to do."""
 
+    def peer(self) -> str:
+        return "fuzz"
+
+    def auth_context(self) -> dict[str, list[bytes]]:
+        return {}
+
 
 class Handlers:
     """Stands where a gRPC server would, and keeps what is registered."""

@@ -26,10 +26,10 @@ class Command:
         code = ended.value.code
         return (0 if code is None else int(code)), *self._capsys.readouterr()
 
-    def fails(self, *arguments: str | Path, with_status: int = 2) -> str:
+    def fails(self, *arguments: str | Path, status: int = 2) -> str:
         """The sentence in which a command ends that fails."""
-        status, out, err = self(*arguments)
-        assert status == with_status, err
+        found, out, err = self(*arguments)
+        assert found == status, err
         assert "Traceback" not in out + err
         [line] = [line for line in err.splitlines() if line.strip()]
         assert line.startswith("Error: ")

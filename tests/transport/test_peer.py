@@ -470,7 +470,7 @@ def test_a_broken_pull_goes_on_where_it_was(peers: Peers, monkeypatch: pytest.Mo
     letter = peers.post("b", 1)
     peers.post("a", 1, "b")
     assert until(peers.mailboxes["a"].deliveries) == {"b": letter}
-    (received,) = [entry for entry in peers.mailboxes["a"].history() if entry["event"] == "received"]
+    (received,) = until(lambda: [entry for entry in peers.mailboxes["a"].history() if entry["event"] == "received"])
     assert received["bytes"] == letter.size - CHUNK
     asked = [json.loads(line) for line in (peers.folder / "a" / "outgoing.jsonl").read_text().splitlines()]
     assert [line.get("from_byte") for line in asked if line["what"] == "ask"] == [None, CHUNK]
