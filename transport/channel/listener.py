@@ -13,6 +13,7 @@ import grpc
 from nnunet_fed.certificates.deny_list import DenyList
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.exchange.payload import CHUNK
+from nnunet_fed.study.address import Address
 from nnunet_fed.transport.channel.calls import SHARE, Calls
 from nnunet_fed.transport.channel.identity import Identity
 from nnunet_fed.transport.channel.options import require_loopback, server_options
@@ -59,11 +60,12 @@ class Listener:
         meter: grpc.ServerInterceptor | None = None,
         window: int = CHUNK,
     ):
+        try:
+            place = Address.parse(address)
+        except ValueError as error:
+            raise ConfigurationError(f"{error}.") from None
         if keys is None:
-            require_loopback(address)
-        port_text = address.rpartition(":")[2]
-        if not port_text.isdecimal() or int(port_text) > 65535:  # gRPC would take the number modulo 65536
-            raise ConfigurationError(f"'{address}' is no HOST:PORT, for example 127.0.0.1:7464.")
+            require_loopback(place)
         allow_connections()
         # the sites', those of who only reads, and those of whom nobody has looked at yet
         threads = SHARE * (len(sites) + 2) + NEW_CALLS
@@ -81,9 +83,9 @@ class Listener:
         register(self._server)
         try:
             port = (
-                self._server.add_insecure_port(address)
+                self._server.add_insecure_port(str(place))
                 if credentials is None
-                else self._server.add_secure_port(address, credentials)
+                else self._server.add_secure_port(str(place), credentials)
             )
         except RuntimeError:
             port = 0
@@ -92,7 +94,7 @@ class Listener:
                 f"Cannot listen on {address}: the port is in use, or the address is not this machine's. Stop the other "
                 "process, or choose another address to listen on."
             )
-        self.address = f"{address.rpartition(':')[0]}:{port}"
+        self.address = str(place._replace(port=port))
 
     def start(self) -> None:
         """Start to answer."""

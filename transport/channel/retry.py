@@ -13,6 +13,7 @@ from typing import TypeVar
 import grpc
 
 from nnunet_fed.errors import RefusedError, UnknownCollectiveError, UnreachableError
+from nnunet_fed.study.address import readable
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ def call_with_retries(
             return function()
         except (grpc.RpcError, DamagedError, ValueError) as error:
             code = error.code() if isinstance(error, grpc.RpcError) else grpc.StatusCode.DATA_LOSS
-            details = str(error.details()) if isinstance(error, grpc.RpcError) else "a transfer was damaged"
+            details = readable(str(error.details())) if isinstance(error, grpc.RpcError) else "a transfer was damaged"
             if code == grpc.StatusCode.NOT_FOUND:
                 raise UnknownCollectiveError(details) from None
             if code in REFUSALS:
