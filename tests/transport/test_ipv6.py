@@ -40,13 +40,19 @@ def authority(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Authority:
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
     authority = Authority.create(tmp_path / "authority", "study")
-    hosts = ["--host", "::1", "--host", "[2001:db8::7]"]
+    hosts = ["--host", "::1", "--host", "2001:db8::7"]
     made = CliRunner().invoke(certs, ["site", str(authority.folder), "coordinator", *hosts])
     assert made.exit_code == 0, made.output
     shown = CliRunner().invoke(certs, ["show", str(authority.folder)]).output
     assert "at ::1 2001:db8::7" in re.sub(r"\s+", " ", shown)
     authority.site("a")
     return authority
+
+
+def test_an_address_in_brackets_is_one_for_certificates_too(authority: Authority) -> None:
+    made = CliRunner().invoke(certs, ["site", str(authority.folder), "b", "--host", "[2001:db8::8]"])
+    assert made.exit_code == 0, made.output
+    assert "2001:db8::8" in CliRunner().invoke(certs, ["show", str(authority.folder)]).output
 
 
 def keys(authority: Authority) -> KeyFiles:
