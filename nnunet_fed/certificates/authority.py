@@ -302,7 +302,7 @@ def _key_usage(signs: bool) -> x509.KeyUsage:
 
 def _general_name(host: str) -> x509.GeneralName:
     with suppress(ValueError):
-        return x509.IPAddress(ipaddress.ip_address(host))
+        return x509.IPAddress(ipaddress.ip_address(host.removeprefix("[").removesuffix("]")))
     if not HOST_NAME.fullmatch(host):
         raise ConfigurationError(f"--host {host!r} is neither a host's name nor an address, and goes without a port.")
     return x509.DNSName(host)

@@ -27,6 +27,7 @@ from nnunet_fed.evaluation.summary import lesion_table, result_table, site_summa
 from nnunet_fed.files import new_folder, write_json, write_text
 from nnunet_fed.processes import Process, Step, Worker, raise_first, signals_interrupt, stop, stop_workers
 from nnunet_fed.simulation.reuse_plans import DATASET, adopt, check_same_planning
+from nnunet_fed.study.address import Address
 from nnunet_fed.study.federation import Federation
 from nnunet_fed.study.labels import LabelMap, Sources
 from nnunet_fed.study.methods.custom_options import EXTERNAL_TRAINERS, Custom
@@ -325,7 +326,7 @@ def _await(coordinator: Process, address: str) -> None:
     """Return once the coordinator listens."""
     end = time.monotonic() + STARTUP_SECONDS
     while coordinator.exit_status() is None and time.monotonic() < end:
-        with suppress(OSError), socket.create_connection((HOST, int(address.rpartition(":")[2])), timeout=1):
+        with suppress(OSError), socket.create_connection(Address.parse(address), timeout=1):
             return
         time.sleep(0.1)
     raise FederationError(f"The coordinator did not start. {coordinator.last_words()}\n(log: {coordinator.step.log})")

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, StrictInt, StrictStr, field_validator, model_validator
 
 from nnunet_fed.errors import ConfigurationError
+from nnunet_fed.study.address import Address
 from nnunet_fed.study.federation import LONGEST_MINUTES, SITE_NAME, Fold
 from nnunet_fed.study.labels import LabelMap
 from nnunet_fed.study.table import Table
@@ -84,7 +85,8 @@ class Site(Table):
         by_address: dict[str, str] = {}
         for site, address in peers.items():
             cls._name(site)
-            other = by_address.setdefault(_checked_address(address).lower(), site)
+            _checked_address(address)
+            other = by_address.setdefault(str(Address.parse(address)).lower(), site)
             if other != site:
                 raise ValueError(f"the sites {other!r} and {site!r} have one address, {address}: give each its own")
         return peers
@@ -147,7 +149,6 @@ class Site(Table):
 
 
 def _checked_address(address: str) -> str:
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise ValueError(f"{address!r} is no HOST:PORT, for example 127.0.0.1:7464")
+    if Address.parse(address).port == 0:
+        raise ValueError(f"{address!r} is no HOST:PORT, for example 127.0.0.1:7464: nobody is reached at the port 0")
     return address

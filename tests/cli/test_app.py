@@ -92,12 +92,14 @@ def test_a_port_in_use(command: Command, study_file: Path, serve: Callable[..., 
     assert f"Cannot listen on {address}" in command.fails(*listen(study_file, address), status=75)
 
 
-@pytest.mark.parametrize("address", ["0.0.0.0:0", "localhost", "hospital.example:7464"])
+@pytest.mark.parametrize("address", ["0.0.0.0:0", "[::]:0", "[2001:db8::1]:7464", "hospital.example:7464"])
 def test_an_address_that_is_not_on_this_machine(command: Command, study_file: Path, address: str) -> None:
     assert f"'{address}' is not on this machine" in command.fails(*listen(study_file, address))
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1:99999", "127.0.0.1:http", "127.0.0.1:", "localhost:-1"])
+@pytest.mark.parametrize(
+    "address", ["127.0.0.1:99999", "127.0.0.1:http", "127.0.0.1:", "localhost:-1", "localhost", "::1:7464"]
+)
 def test_an_address_with_an_impossible_port(command: Command, study_file: Path, address: str) -> None:
     assert f"'{address}' is no HOST:PORT" in command.fails(*listen(study_file, address))
 

@@ -6,6 +6,8 @@ import socket
 import threading
 from contextlib import suppress
 
+from nnunet_fed.study.address import Address
+
 
 class RecordingProxy:
     """Forward connections to an address until it is closed.
@@ -15,8 +17,7 @@ class RecordingProxy:
     """
 
     def __init__(self, target: str):
-        host, _, port = target.rpartition(":")
-        self._target = (host, int(port))
+        self._target = Address.parse(target)
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
         self.connections: list[bytearray] = []

@@ -24,6 +24,7 @@ import pytest
 from hostile_callers import Held
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from ipv6 import needs_ipv6
 from recording_proxy import RecordingProxy
 
 from nnunet_fed.certificates.authority import Authority
@@ -33,6 +34,7 @@ from nnunet_fed.files import PARTIAL
 from nnunet_fed.gossip import mailbox as mailbox_module
 from nnunet_fed.gossip.mailbox import Letter, Mailbox, State, described
 from nnunet_fed.gossip.schedule import Schedule, Version
+from nnunet_fed.study.address import Address
 from nnunet_fed.study.site import Site
 from nnunet_fed.study.toml import to_toml
 from nnunet_fed.transport.channel import zero_copy_streams
@@ -57,11 +59,12 @@ def until(condition: Callable[[], Any], seconds: float = 20.0) -> Any:
     return found
 
 
-def free_addresses(number: int) -> list[str]:
-    sockets = [socket.socket() for _ in range(number)]
+def free_addresses(number: int, host: str = "127.0.0.1") -> list[str]:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sockets = [socket.socket(family) for _ in range(number)]
     for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    addresses = [f"127.0.0.1:{one.getsockname()[1]}" for one in sockets]
+        one.bind((host, 0))
+    addresses = [str(Address(host, one.getsockname()[1])) for one in sockets]
     for one in sockets:
         one.close()
     return addresses
@@ -70,9 +73,12 @@ def free_addresses(number: int) -> list[str]:
 class Peers:
     """Sites with mailboxes; each can have a peer process in a thread."""
 
-    def __init__(self, folder: Path, stack: ExitStack, sites: str = "abc", authority: Authority | None = None):
+    def __init__(
+        self, folder: Path, stack: ExitStack, sites: str = "abc", authority: Authority | None = None,
+        host: str = "127.0.0.1",
+    ):  # fmt: skip
         self.folder = folder
-        self.addresses = dict(zip(sites, free_addresses(len(sites)), strict=True))
+        self.addresses = dict(zip(sites, free_addresses(len(sites), host), strict=True))
         self.mailboxes = {site: Mailbox(folder / site) for site in sites}
         self.authority = authority
         self._stack = stack
@@ -594,6 +600,22 @@ def test_peers_are_who_their_certificates_say(secured: Peers) -> None:
     secured.authority.revoke("a")
     assert "has been revoked" in code_of(lambda: stub.Offer(letter_to("a", counter=9)))[1]
     assert secured.mailboxes["b"].deliveries().keys() == {"a"}
+
+
+@needs_ipv6
+@pytest.mark.parametrize("mode", ["push", "pull"])
+@pytest.mark.parametrize("shown", ["::1", "0:0:0:0:0:0:0:1"])
+def test_peers_on_ipv6(tmp_path: Path, stack: ExitStack, mode: Any, shown: str) -> None:
+    authority = Authority.create(tmp_path / "authority", "study")
+    for site in "ab":
+        authority.site(site, ["::1"])
+    peers = Peers(tmp_path, stack, "ab", authority, "::1")
+    peers.addresses = {site: address.replace("::1", shown) for site, address in peers.addresses.items()}
+    giver, taker = ("a", "b") if mode == "push" else ("b", "a")
+    peers.start("a", "b", mode=mode)
+    for site in "ba":
+        peers.post(site, 1, *("b" if site == "a" else ""))
+    assert until(peers.mailboxes[taker].deliveries).keys() == {giver}
 
 
 @pytest.mark.parametrize("mode", ["push", "pull"])

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import socket
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from connect_proxy import ConnectProxy
 from serving import Served, make_study
 
 from nnunet_fed.certificates.authority import Authority
 from nnunet_fed.errors import ConfigurationError, UnreachableError
+from nnunet_fed.study.address import Address
 from nnunet_fed.study.site import Site
 from nnunet_fed.transport.channel.proxy import proxy_for
 from nnunet_fed.transport.channel.tls import KeyFiles, diagnose
@@ -22,61 +21,6 @@ from nnunet_fed.transport.site.client import GrpcCommunicator
 Serve = Callable[..., Served]
 NAME = "coordinator.invalid"
 """Only the proxy resolves it."""
-
-
-class ConnectProxy:
-    """An HTTP proxy that knows the method CONNECT and one host.
-
-    Args:
-        target: ``host:port`` to which it leads; ``None``: it refuses.
-    """
-
-    def __init__(self, target: str | None):
-        self._target = target
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
-        self.asked: list[str] = []
-        """First lines of the requests."""
-        self.authorizations: list[str] = []
-        self.answer = "403 Forbidden"
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def close(self) -> None:
-        self._listener.close()
-
-    def _accept(self) -> None:
-        with suppress(OSError):
-            while True:
-                client, _ = self._listener.accept()
-                threading.Thread(target=self._serve, args=(client,), daemon=True).start()
-
-    def _serve(self, client: socket.socket) -> None:
-        head = b""
-        while not head.endswith(b"\r\n\r\n"):
-            data = client.recv(1)
-            if not data:
-                return
-            head += data
-        first, *headers = head.decode().splitlines()
-        self.asked.append(first)
-        self.authorizations += [line for line in headers if line.lower().startswith("proxy-authorization")]
-        if self._target is None:
-            client.sendall(f"HTTP/1.1 {self.answer}\r\n\r\n".encode())
-            client.close()
-            return
-        host, _, port = self._target.rpartition(":")
-        server = socket.create_connection((host, int(port)))
-        client.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
-        for source, sink in ((client, server), (server, client)):
-            threading.Thread(target=self._pump, args=(source, sink), daemon=True).start()
-
-    @staticmethod
-    def _pump(source: socket.socket, sink: socket.socket) -> None:
-        with suppress(OSError):
-            while data := source.recv(1 << 16):
-                sink.sendall(data)
-        with suppress(OSError):
-            sink.shutdown(socket.SHUT_RDWR)
 
 
 @pytest.fixture(autouse=True)
@@ -189,11 +133,63 @@ def test_this_machine_is_never_asked_of_a_proxy(serve: Serve, monkeypatch: pytes
 def test_for_whom_a_proxy_is_asked(address: str, no_proxy: str, proxied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("https_proxy", "http://proxy.example:3128")
     monkeypatch.setenv("no_proxy", no_proxy)
-    assert (proxy_for(address) is not None) is proxied
+    assert (proxy_for(Address.parse(address)) is not None) is proxied
 
 
-@pytest.mark.parametrize("url", ["socks5://proxy:1080", "https://proxy:3128", "http://", "http://proxy:99999"])
+@pytest.mark.parametrize("variable", ["NO_PROXY", "no_proxy"])
+@pytest.mark.parametrize(
+    ("no_proxy", "proxied"),
+    [
+        ("ordinator.invalid", True),  # an ending, not a domain; gRPC by itself takes it for one
+        ("*.valid, other.invalid:7464", True),
+        (f"{NAME}:443", True),
+        (f"{NAME}:7464", False),
+        ("10.0.0.0/8, *.invalid", False),
+        (" .invalid ", False),
+        ("*", False),
+    ],
+)
+def test_training_and_check_go_the_same_way(
+    site: Site, proxy: ConnectProxy, monkeypatch: pytest.MonkeyPatch, variable: str, no_proxy: str, proxied: bool
+) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", f"http://{proxy.address}")
+    monkeypatch.setenv(variable, no_proxy)
+    monkeypatch.setenv("no_grpc_proxy", "invalid")  # a list of gRPC's own, which we do not read
+    seat = GrpcCommunicator(site.model_copy(update={"connect_minutes": 0.01}))
+    try:
+        if proxied:
+            seat.status()
+        else:  # nobody but the proxy knows the name
+            with pytest.raises(UnreachableError):
+                seat.status()
+    finally:
+        seat.close()
+    assert bool(proxy.asked) is proxied
+    proxy.asked.clear()
+    found = connection_checks.check_port(site)
+    assert ("through the proxy" in found.text) is bool(proxy.asked) is proxied
+
+
+def test_another_name_in_the_certificate_behind_a_proxy(
+    site: Site, proxy: ConnectProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", f"http://{proxy.address}")
+    tunnelled = site.model_copy(update={"coordinator": "tunnel.invalid:1", "server_name": NAME})
+    seat = GrpcCommunicator(tunnelled)
+    assert seat.status()["study"]["name"] == "study"
+    seat.close()
+    assert diagnose(tunnelled) is None
+    assert {line.split()[1] for line in proxy.asked} == {"tunnel.invalid:1"}
+    wrong = diagnose(site.model_copy(update={"coordinator": "tunnel.invalid:1"}))
+    assert wrong is not None
+    assert f"is for {NAME}, not for tunnel.invalid" in wrong
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["socks5://proxy:1080", "https://proxy:3128", "http://", "http://proxy:99999", "http://[::1", "::1:3128"],
+)
 def test_a_variable_that_names_no_proxy(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTPS_PROXY", url)
     with pytest.raises(ConfigurationError, match="http://HOST:PORT"):
-        proxy_for("host.example:1")
+        proxy_for(Address.parse("host.example:1"))

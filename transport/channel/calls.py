@@ -17,6 +17,7 @@ import grpc
 from google.protobuf.message import DecodeError, Message
 
 from nnunet_fed.errors import ConfigurationError
+from nnunet_fed.study.address import readable
 from nnunet_fed.transport.channel.identity import Identity, check_names, revocation
 from nnunet_fed.transport.channel.refusals import SPARING_LOG, caller_of, refuse
 
@@ -57,7 +58,7 @@ class Call:
     def who(self) -> str:
         """The caller, for the log."""
         name = "somebody" if self.certificate is None else f"'{self.certificate.name}'"
-        return f"{name} ({self.context.peer()})"
+        return f"{name} ({readable(self.context.peer())})"
 
     def receive(self, messages: Iterator[bytes]) -> Iterator[bytes]:
         """The caller's messages, unless it keeps silent for too long or its certificate is revoked meanwhile."""

@@ -14,10 +14,11 @@ import grpc
 from nnunet_fed.certificates.deny_list import DenyList
 from nnunet_fed.errors import BusyError, ConfigurationError
 from nnunet_fed.exchange.payload import CHUNK
+from nnunet_fed.study.address import Address
 from nnunet_fed.transport.channel.calls import SHARE, Calls
 from nnunet_fed.transport.channel.identity import Identity
 from nnunet_fed.transport.channel.options import require_loopback, server_options
-from nnunet_fed.transport.channel.tls import KeyFiles, Keys, host_and_port, server_credentials
+from nnunet_fed.transport.channel.tls import KeyFiles, Keys, server_credentials
 
 logger = logging.getLogger(__name__)
 
@@ -60,11 +61,12 @@ class Listener:
         meter: grpc.ServerInterceptor | None = None,
         window: int = CHUNK,
     ):
+        try:
+            place = Address.parse(address)
+        except ValueError as error:
+            raise ConfigurationError(f"{error}.") from None
         if keys is None:
-            require_loopback(address)
-        port_text = address.rpartition(":")[2]
-        if not port_text.isdecimal() or int(port_text) > 65535:  # gRPC would take the number modulo 65536
-            raise ConfigurationError(f"'{address}' is no HOST:PORT, for example 127.0.0.1:7464.")
+            require_loopback(place)
         allow_connections()
         # the sites', those of who only reads, and those of whom nobody has looked at yet
         threads = SHARE * (len(sites) + 2) + NEW_CALLS
@@ -82,9 +84,9 @@ class Listener:
         register(self._server)
         try:
             port = (
-                self._server.add_insecure_port(address)
+                self._server.add_insecure_port(str(place))
                 if credentials is None
-                else self._server.add_secure_port(address, credentials)
+                else self._server.add_secure_port(str(place), credentials)
             )
         except RuntimeError:
             port = 0
@@ -94,7 +96,7 @@ class Listener:
                 f"Cannot listen on {address}: the port is in use, or the address is not this machine's. Stop the other "
                 "process, or choose another address to listen on."
             )
-        self.address = f"{address.rpartition(':')[0]}:{port}"
+        self.address = str(place._replace(port=port))
 
     def start(self) -> None:
         """Start to answer."""
@@ -113,7 +115,7 @@ class Listener:
 def _check_allowed(address: str) -> None:
     """Raise :class:`ConfigurationError` if this process may not listen there, which no other start would change."""
     try:
-        family, kind, *_, place = socket.getaddrinfo(*host_and_port(address), type=socket.SOCK_STREAM)[0]
+        family, kind, *_, place = socket.getaddrinfo(*Address.parse(address), type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind) as one:
             one.bind(place)
     except PermissionError:

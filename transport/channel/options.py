@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import ipaddress
-
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.exchange.payload import CHUNK
+from nnunet_fed.study.address import Address
 from nnunet_fed.study.table import NEWEST_PROTOCOL, OLDEST_PROTOCOL
 
 PEER_PROTOCOL = 2
@@ -84,23 +83,14 @@ def server_options(window: int) -> tuple[tuple[str, int], ...]:
     )
 
 
-def is_loopback(address: str) -> bool:
-    """Whether ``host:port`` can be reached from this machine only."""
-    host = address.rpartition(":")[0].strip("[]")
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def require_loopback(address: str) -> None:
+def require_loopback(address: Address) -> None:
     """Plain text stays on this machine.
 
     Raises:
-        ConfigurationError: ``address`` (``host:port``) is not a loopback address.
+        ConfigurationError: ``address`` is not a loopback address.
     """
-    if not is_loopback(address):
+    if not address.is_loopback:
         raise ConfigurationError(
-            f"'{address}' is not on this machine, and weights do not travel unencrypted. Use 127.0.0.1, or TLS between "
-            "machines ('nnunet_fed certs' makes the files for it)."
+            f"'{address}' is not on this machine, and weights do not travel unencrypted. Use 127.0.0.1 or [::1], or "
+            "TLS between machines ('nnunet_fed certs' makes the files for it)."
         )

@@ -15,6 +15,7 @@ import grpc
 from nnunet_fed.errors import FederationError, NoRoomError, NotYetError
 from nnunet_fed.exchange.uploads import InterruptedUploadError
 from nnunet_fed.logs import printable
+from nnunet_fed.study.address import readable
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ def refuse(
     context: grpc.ServicerContext, text: str, code: grpc.StatusCode = grpc.StatusCode.FAILED_PRECONDITION
 ) -> NoReturn:
     """End a call with a sentence for the caller, which is logged here."""
-    SPARING_LOG.warn(caller_of(context), f"refused {context.peer()}: {text}")
+    SPARING_LOG.warn(caller_of(context), f"refused {readable(context.peer())}: {text}")
     context.abort(code, text)
     raise AssertionError("abort does not return")
 

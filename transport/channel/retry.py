@@ -14,6 +14,7 @@ import grpc
 
 from nnunet_fed.errors import RefusedError, UnknownCollectiveError, UnreachableError
 from nnunet_fed.logs import printable
+from nnunet_fed.study.address import readable
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +74,9 @@ def call_with_retries(
             return function()
         except (grpc.RpcError, DamagedError, ValueError) as error:
             code = error.code() if isinstance(error, grpc.RpcError) else grpc.StatusCode.DATA_LOSS
-            details = printable(str(error.details())) if isinstance(error, grpc.RpcError) else "a transfer was damaged"
+            details = "a transfer was damaged"
+            if isinstance(error, grpc.RpcError):
+                details = readable(printable(str(error.details())))
             if code == grpc.StatusCode.NOT_FOUND:
                 raise UnknownCollectiveError(details) from None
             if code in REFUSALS:

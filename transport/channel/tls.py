@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import os
 import socket
 import ssl
-import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 import grpc
 
 from nnunet_fed.errors import ConfigurationError
+from nnunet_fed.study.address import Address
 from nnunet_fed.study.site import Site
 from nnunet_fed.transport.channel.allocator import SITE, keep_buffers
 from nnunet_fed.transport.channel.options import CHANNEL_OPTIONS, require_loopback
-from nnunet_fed.transport.channel.proxy import VARIABLES, ProxyRefusalError, proxy_for, proxy_options
+from nnunet_fed.transport.channel.private_file import require_private
+from nnunet_fed.transport.channel.proxy import VARIABLES, ProxyRefusalError, proxy_for, way_of_grpc
 
 if TYPE_CHECKING:
     from nnunet_fed.certificates.x509 import Certificate  # it imports a library that plain text does not need
@@ -86,7 +86,7 @@ class KeyFiles:
 
         certificate, key, ca = (_content(path) for path in (self.certificate, self.key, self.ca))
         owner = read_certificates(certificate, self.certificate)[0]
-        _check_private(self.key)
+        require_private(self.key)
         if to_der(read_private_key(key, self.key).public_key()) != owner.public_key:
             raise ConfigurationError(
                 f"The private key {self.key} does not belong to the certificate {self.certificate}: name two files "
@@ -109,7 +109,7 @@ class KeyFiles:
 def check_security(site: Site) -> None:
     """See that a site can show who it is, or needs not; raises :class:`ConfigurationError`. Opens nothing."""
     if site.insecure:
-        require_loopback(site.coordinator)
+        require_loopback(Address.parse(site.coordinator))
     else:
         KeyFiles.of(site).read()
 
@@ -143,14 +143,15 @@ def open_channel(site: Site, peer: str | None = None, accepted: bytes | None = N
         ConfigurationError: a file for TLS is missing or wrong.
     """
     keep_buffers(SITE)
-    address = site.coordinator if peer is None else site.peers[peer]
-    options = [*CHANNEL_OPTIONS, *proxy_options(proxy_for(address))]
+    server_name = site.server_name if peer is None else None
+    address = Address.parse(site.coordinator if peer is None else site.peers[peer])
+    target, way = way_of_grpc(address, server_name)
+    options = [*CHANNEL_OPTIONS, *way]
     if site.insecure:
-        return grpc.insecure_channel(address, options=options)
+        return grpc.insecure_channel(target, options=options)
     keys = KeyFiles.of(site).read()
     credentials = grpc.ssl_channel_credentials(accepted or keys.ca, keys.key, keys.certificate)
-    name = [("grpc.ssl_target_name_override", site.server_name)] if site.server_name and peer is None else []
-    return grpc.secure_channel(address, credentials, options=[*options, *name])
+    return grpc.secure_channel(target, credentials, options=options)
 
 
 def server_credentials(files: KeyFiles, check: Callable[[Keys], None]) -> grpc.ServerCredentials:
@@ -217,21 +218,12 @@ def _content(path: Path) -> bytes:
         raise ConfigurationError(f"{path} cannot be read: {error.strerror}. 'nnunet_fed certs' makes it.") from None
 
 
-def _check_private(path: Path) -> None:
-    mode = stat.S_IMODE(path.stat().st_mode)
-    if os.name == "posix" and mode & 0o037:
-        raise ConfigurationError(
-            f"The private key {path} has the mode {mode:o}: whoever can read it can take part under its name. Close it "
-            f"with 'chmod 600 {path}'; reading may be granted to a group (640), more may not."
-        )
-
-
 def diagnose(site: Site) -> str | None:
     """Why a coordinator that listens cannot be talked to, as a sentence; ``None``: TLS is not the reason.
 
     gRPC tells a failed handshake and a dead coordinator apart in its log only. So this makes a connection of its own.
     """
-    name = site.server_name or host_and_port(site.coordinator)[0]
+    name = site.server_name or Address.parse(site.coordinator).host
     try:
         return _plain_text(site) if site.insecure else _handshake(site, name)
     except ProxyRefusalError as error:
@@ -240,15 +232,9 @@ def diagnose(site: Site) -> str | None:
         return None
 
 
-def host_and_port(address: str) -> tuple[str, int]:
-    """Of ``host:port``, as sockets take them."""
-    host, _, port = address.rpartition(":")
-    return host.strip("[]"), int(port)
-
-
 def _not_let_through(site: Site, error: ProxyRefusalError) -> str:
     return (
-        f"The proxy {error.address} ({VARIABLES}) does not let this site through to {site.coordinator}: it says "
+        f"The proxy {error.place} ({VARIABLES}) does not let this site through to {site.coordinator}: it says "
         f"'{error.answer}'. Let its operator allow CONNECT to this host and port, or put the host into "
         "no_proxy if the site reaches it directly."
     )
@@ -321,10 +307,11 @@ def _plain_text(site: Site) -> str | None:
 
 def connect(address: str) -> socket.socket:
     """A connection to ``host:port``, through the proxy if there is one; raises :class:`OSError`."""
-    proxy = proxy_for(address)
+    place = Address.parse(address)
+    proxy = proxy_for(place)
     if proxy is not None:
-        return proxy.connect(*host_and_port(address), PROBE_SECONDS)
-    return socket.create_connection(host_and_port(address), timeout=PROBE_SECONDS)
+        return proxy.connect(place, PROBE_SECONDS)
+    return socket.create_connection(place, timeout=PROBE_SECONDS)
 
 
 def _unverified() -> ssl.SSLContext:

@@ -19,7 +19,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from nnunet_fed.coordinator.coordinator import Coordinator
 from nnunet_fed.errors import BusyError, ConfigurationError
 from nnunet_fed.strict_json import to_json
-from nnunet_fed.transport.channel.options import is_loopback
+from nnunet_fed.study.address import Address
 from nnunet_fed.transport.coordinator.metrics import CoordinatorCollector, Meter
 
 logger = logging.getLogger(__name__)
@@ -46,24 +46,24 @@ class StatusServer:
         self.registry.register(CoordinatorCollector(coordinator))
         self.meter = Meter(self.registry)
         """For the server whose calls ``/metrics`` shall count."""
-        host, _, port = address.rpartition(":")
-        host = host.strip("[]")
-        if not host or not port.isdecimal() or int(port) > 65535:
-            raise ConfigurationError(f"--http {address}: '{address}' is no HOST:PORT, for example 127.0.0.1:7465.")
-        if not anywhere and not is_loopback(address):
+        try:
+            place = Address.parse(address)
+        except ValueError as error:
+            raise ConfigurationError(f"--http {address}: {error}.") from None
+        if not anywhere and not place.is_loopback:
             raise ConfigurationError(
                 f"--http {address}: whoever reaches this address could read the status, and whoever is on the way, "
                 "since there is no TLS. Use 127.0.0.1 and put a web server with TLS and a password in front, or add "
                 "--http-insecure in a network that you trust."
             )
         try:
-            family, *_, place = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-            self._server: WSGIServer = type("_Server", (_Server,), {"address_family": family})(place[:2], _Handler)
+            family, *_, found = socket.getaddrinfo(*place, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+            self._server: WSGIServer = type("_Server", (_Server,), {"address_family": family})(found, _Handler)
         except OSError as error:
             kind = ConfigurationError if isinstance(error, PermissionError | socket.gaierror) else BusyError
             raise kind(f"--http {address}: cannot listen there: {error}. Choose another one.") from None
         self._server.set_app(_application(coordinator, self.registry))
-        self.address = f"{address.rpartition(':')[0]}:{self._server.server_port}"
+        self.address = str(place._replace(port=self._server.server_port))
 
     def start(self) -> None:
         """Start to answer, in a thread."""
@@ -103,6 +103,8 @@ class _Server(ThreadingMixIn, WSGIServer):
 
     def server_bind(self) -> None:
         # WSGIServer's own asks the name server for this machine's name, which may take long
+        if self.address_family == socket.AF_INET6 and socket.has_dualstack_ipv6():
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)  # [::] is IPv4 too, as it is for gRPC
         self.socket.bind(self.server_address)
         self.server_address = self.socket.getsockname()
         self.server_name, self.server_port = "coordinator", self.server_address[1]

@@ -21,6 +21,7 @@ from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.exchange.outgoing_log import FILE, OutgoingLog, tensors_entry
 from nnunet_fed.exchange.payload import chunks, decode
 from nnunet_fed.gossip.mailbox import Mailbox
+from nnunet_fed.study.address import Address
 from nnunet_fed.study.site import Site
 from nnunet_fed.transport.channel.listener import AddressError, Listener
 from nnunet_fed.transport.channel.options import PEER_PROTOCOL, require_loopback
@@ -71,7 +72,7 @@ class PeerProcess:
             )
         if site.insecure:
             for address in site.peers.values():
-                require_loopback(address)
+                require_loopback(Address.parse(address))
         else:
             check_name(site)
         self._site = site

@@ -14,8 +14,9 @@ import grpc
 
 from nnunet_fed.certificates.deny_list import DenyList
 from nnunet_fed.errors import ConfigurationError, RefusedError, UnreachableError
+from nnunet_fed.study.address import Address
 from nnunet_fed.study.site import Site
-from nnunet_fed.transport.channel.tls import KeyFiles, connect, host_and_port, open_channel
+from nnunet_fed.transport.channel.tls import KeyFiles, connect, open_channel
 
 
 class PeerChannels:
@@ -84,7 +85,7 @@ class PeerChannels:
             context.load_cert_chain(files.certificate, files.key)
             with (
                 connect(address) as plain,
-                context.wrap_socket(plain, server_hostname=host_and_port(address)[0]) as one,
+                context.wrap_socket(plain, server_hostname=Address.parse(address).host) as one,
             ):
                 return ssl.DER_cert_to_PEM_cert(one.getpeercert(binary_form=True) or b"").encode()
         except OSError as error:

@@ -24,6 +24,7 @@ from nnunet_fed.exchange.payload import decode
 from nnunet_fed.exchange.uploads import InterruptedUploadError
 from nnunet_fed.gossip.mailbox import Letter, Mailbox
 from nnunet_fed.logs import printable
+from nnunet_fed.study.address import readable
 from nnunet_fed.study.site import Site
 from nnunet_fed.transport.channel.options import PEER_PROTOCOL
 from nnunet_fed.transport.channel.rate_limit import RateLimit
@@ -276,7 +277,7 @@ class PeerClient:
 def _reason(error: Exception) -> tuple[grpc.StatusCode, str]:
     """Status and sentence of an exchange that failed."""
     if isinstance(error, grpc.RpcError):
-        return error.code(), printable(str(error.details()))
+        return error.code(), printable(readable(str(error.details())))
     if isinstance(error, UnreachableError):
         return grpc.StatusCode.UNAVAILABLE, str(error)
     return grpc.StatusCode.CANCELLED, "it stalled or was stopped, or its certificate has been revoked"

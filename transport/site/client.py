@@ -29,6 +29,7 @@ from nnunet_fed.exchange.payload import Array, Tensors, check_finite, decode, en
 from nnunet_fed.exchange.precision import narrow, widen
 from nnunet_fed.logs import printable
 from nnunet_fed.strict_json import to_json
+from nnunet_fed.study.address import readable
 from nnunet_fed.study.federation import Federation, Fold, canonical_json
 from nnunet_fed.study.site import Site
 from nnunet_fed.study.table import NEWEST_PROTOCOL, OLDEST_PROTOCOL
@@ -223,7 +224,7 @@ class GrpcCommunicator:
         try:
             call()
         except grpc.RpcError as error:
-            logger.warning("the coordinator could not be told: %s", error.details())
+            logger.warning("the coordinator could not be told: %s", readable(str(error.details())))
 
     def status(self, record: bool = False) -> dict[str, Any]:
         """The coordinator's state; see :meth:`nnunet_fed.coordinator.coordinator.Coordinator.status`. The record comes
@@ -245,7 +246,8 @@ class GrpcCommunicator:
         try:
             reply = self._stub.Status(pb.StatusRequest(newest_protocol=NEWEST_PROTOCOL), timeout=10)
         except grpc.RpcError as error:
-            logger.warning("the coordinator could not be asked whether rounds were undone: %s", error.details())
+            details = readable(str(error.details()))
+            logger.warning("the coordinator could not be asked whether rounds were undone: %s", details)
             return {}
         undone: dict[str, str] = json.loads(reply.status).get("undone", {})
         return undone

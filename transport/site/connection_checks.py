@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from nnunet_fed.errors import ConfigurationError, RefusedError
 from nnunet_fed.exchange.outgoing_log import Outgoing
 from nnunet_fed.preflight.site_checks import Finding, Outcome
+from nnunet_fed.study.address import Address
 from nnunet_fed.study.site import Site
 from nnunet_fed.study.table import NEWEST_PROTOCOL, OLDEST_PROTOCOL
 from nnunet_fed.transport.channel.noise import noise
@@ -24,7 +25,6 @@ from nnunet_fed.transport.channel.tls import (
     check_security,
     connect,
     diagnose,
-    host_and_port,
     open_channel,
 )
 from nnunet_fed.transport.proto import check_pb2 as pb
@@ -60,9 +60,9 @@ def check_keys(site: Site) -> Finding:
 
 def check_name_resolution(site: Site) -> Finding:
     """The coordinator's name, or that of the proxy on the way, which then resolves the coordinator's."""
-    proxy = proxy_for(site.coordinator)
-    host = proxy.host if proxy else host_and_port(site.coordinator)[0]
-    whose = f"the proxy {proxy.address} ({VARIABLES})" if proxy else "the coordinator"
+    proxy = proxy_for(Address.parse(site.coordinator))
+    host = proxy.place.host if proxy else Address.parse(site.coordinator).host
+    whose = f"the proxy {proxy.place} ({VARIABLES})" if proxy else "the coordinator"
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except OSError as error:
@@ -74,8 +74,8 @@ def check_name_resolution(site: Site) -> Finding:
 
 def check_port(site: Site) -> Finding:
     """The one connection that a site needs, to the coordinator's port."""
-    proxy = proxy_for(site.coordinator)
-    way = f" through the proxy {proxy.address}" if proxy else ""
+    proxy = proxy_for(Address.parse(site.coordinator))
+    way = f" through the proxy {proxy.place}" if proxy else ""
     try:
         connect(site.coordinator).close()
     except OSError as error:
