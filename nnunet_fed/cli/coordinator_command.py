@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from pathlib import Path
@@ -43,6 +44,7 @@ def coordinator(
 ) -> None:
     """Serve a study: all sites reach this one process, which sees weights and numbers but no image."""
     from nnunet_fed.coordinator.coordinator import Coordinator
+    from nnunet_fed.coordinator.opening import open_attempt
     from nnunet_fed.coordinator.store import Store, explained
     from nnunet_fed.coordinator.tracking import FederationTracker
     from nnunet_fed.logs import log_as_json
@@ -51,8 +53,8 @@ def coordinator(
     from nnunet_fed.transport.coordinator.http import StatusServer
     from nnunet_fed.transport.coordinator.server import CoordinatorServer
 
-    if new_attempt:  # in a service's file it would open an attempt at every restart
-        raise ConfigurationError(f"--new-attempt is a command now: nnunet_fed new-attempt {state}")
+    if new_attempt and _is_service():  # it would open an attempt at every restart
+        raise ConfigurationError(f"--new-attempt is a command for services: nnunet_fed new-attempt {state}")
     if http_insecure and http is None:
         raise ConfigurationError("--http-insecure goes with --http.")
     if log_json:
@@ -63,6 +65,8 @@ def coordinator(
     tracker = FederationTracker(tensorboard) if tensorboard is not None else None
     store = Store(state)
     with explained(state):
+        if new_attempt and store.fact("attempt") is not None:
+            open_attempt(store)
         coordinator = Coordinator(federation, store, int(spool_quota * 1e9), tracker)
     pages = StatusServer(coordinator, http, http_insecure) if http is not None else None
     server = CoordinatorServer(coordinator, listen, insecure, key_files, revoked, pages.meter if pages else None)
@@ -78,3 +82,8 @@ def coordinator(
         pages.stop()
     server.stop()
     coordinator.close()
+
+
+def _is_service() -> bool:
+    """Whether a service manager (systemd) or a container has started this process, and would start it again."""
+    return "INVOCATION_ID" in os.environ or 1 in (os.getpid(), os.getppid())

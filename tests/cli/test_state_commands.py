@@ -74,11 +74,12 @@ def test_not_while_the_coordinator_runs(tmp_path: Path, command: tuple[str, ...]
     assert "Traceback" not in done.stderr
 
 
-def test_an_attempt_is_no_option_of_the_coordinator(tmp_path: Path) -> None:
-    """In a service's file it would open one at every restart."""
+def test_an_attempt_is_no_option_of_a_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In its file it would open one at every restart."""
+    monkeypatch.setenv("INVOCATION_ID", "systemd's")
     study = tmp_path / "federation.toml"
     study.write_text(to_toml(make_study().stored()))
-    with pytest.raises(ConfigurationError, match=r"is a command now: nnunet_fed new-attempt .*state"):
+    with pytest.raises(ConfigurationError, match=r"is a command for services: nnunet_fed new-attempt .*state"):
         call(
             "coordinator",
             study,
