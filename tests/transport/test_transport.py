@@ -310,6 +310,25 @@ def test_a_site_survives_a_restart_of_the_coordinator(serve: Serve) -> None:
     assert answers == [{"a": 1, "b": 2}]
 
 
+def test_a_connection_that_nobody_serves_is_given_up(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It answers pings, as a proxy does, or a coordinator that is about to end."""
+    served = serve(make_study("a"))
+    seat, wait, held = served.seat("a"), served.coordinator.wait, threading.Event()
+    monkeypatch.setattr(client, "LONG_POLL", 0.1)
+    monkeypatch.setattr(client, "OVERDUE", 0.3)
+
+    def lost_once(*arguments: Any) -> Any:
+        monkeypatch.setattr(served.coordinator, "wait", wait)
+        held.wait(30)
+        return wait(*arguments)
+
+    monkeypatch.setattr(served.coordinator, "wait", lost_once)
+    try:
+        assert seat.gather("r/x", 1) == {"a": 1}
+    finally:
+        held.set()
+
+
 class Guarded:
     """A journal that only who holds the lock may touch: closed while another thread reads it, it ends the process."""
 

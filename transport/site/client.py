@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import random
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from datetime import datetime
@@ -46,6 +47,9 @@ T = TypeVar("T")
 
 LONG_POLL = 15.0
 """Seconds for which one call asks the coordinator to wait."""
+OVERDUE = 60.0
+"""Seconds after which a call is given up that should have been answered: something on the way may answer pings, and
+serve nobody."""
 LONGEST_TRANSFER = 3600.0
 """Seconds after which a download is asked for again; it goes on where it is."""
 
@@ -366,7 +370,13 @@ class GrpcCommunicator:
             run=self.run, key=key, site=self.site, wait_seconds=wait, digest=inbound.digest, position=inbound.reached
         )
         replies = self._stub.Result(request, timeout=LONGEST_TRANSFER)
-        header: pb.ResultHeader = next(replies).header
+        overdue = threading.Timer(wait + OVERDUE, replies.cancel)
+        overdue.daemon = True
+        overdue.start()
+        try:
+            header: pb.ResultHeader = next(replies).header
+        finally:
+            overdue.cancel()
         if header.status == "closed":
             inbound.start(header)
         before = inbound.reached
