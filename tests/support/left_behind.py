@@ -126,8 +126,11 @@ def train_together(sites: list[Site01], served: Served, monkeypatch: pytest.Monk
         else:
             outcomes.put(None)
 
-    for site in sites:
-        threading.Thread(target=train, args=(site,), daemon=True).start()
+    threads = [threading.Thread(target=train, args=(site,), daemon=True) for site in sites]
+    for thread in threads:
+        thread.start()
     for _ in sites:
         if (error := outcomes.get()) is not None:
+            for thread in threads:  # what a test does next must not meet one that is about to end, too
+                thread.join(10)
             raise error

@@ -370,7 +370,7 @@ class GrpcCommunicator:
             run=self.run, key=key, site=self.site, wait_seconds=wait, digest=inbound.digest, position=inbound.reached
         )
         replies = self._stub.Result(request, timeout=LONGEST_TRANSFER)
-        overdue = threading.Timer(wait + OVERDUE, replies.cancel)
+        overdue = threading.Timer(wait + OVERDUE, lambda: replies.cancel())
         overdue.daemon = True
         overdue.start()
         try:
