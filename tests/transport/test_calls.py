@@ -152,7 +152,8 @@ def test_who_does_not_take_a_result_is_not_waited_for(
     served: Served, certified: Certified, caplog: pytest.LogCaptureFixture
 ) -> None:
     seats = [served.seat(name, files=certified.of[name]) for name in ("a", "b", "member")]
-    together(*(lambda seat=seat: seat.mean("start/model", TENSORS, 1.0) for seat in seats))
+    large = {"w": np.ones(12_000_000, np.float32)}  # more than HTTP/2's windows grow to
+    together(*(lambda seat=seat: seat.mean("start/model", large, 1.0) for seat in seats))
     request = pb.ResultRequest(run=seats[0].run, key="start/model", site="member")
     with certified.channel(served.server.address, "member") as channel:
         replies = channel.unary_stream(f"{COORDINATOR}/Result")(request.SerializeToString())
