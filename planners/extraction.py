@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
-from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 from rich.console import Console
 from rich.progress import Progress
 
 from nnunet_fed.agreement.fingerprint import LocalFingerprint
 from nnunet_fed.errors import FederationError
 from nnunet_fed.evaluation.lesions import lesion_volumes
+from nnunet_fed.inspection.reading import choose_reader, reader_class
 
 
 def extract(dataset_id: int, total_cases: int, processes: int) -> LocalFingerprint:
@@ -40,9 +40,7 @@ def extract(dataset_id: int, total_cases: int, processes: int) -> LocalFingerpri
     extractor = DatasetFingerprintExtractor(dataset_id, processes)
     cases: dict[str, dict[str, Any]] = extractor.dataset
     samples = int(extractor.num_foreground_voxels_for_intensitystats // total_cases)
-    reader = determine_reader_writer_from_dataset_json(
-        extractor.dataset_json, next(iter(cases.values()))["images"][0], verbose=False
-    )
+    reader = reader_class(choose_reader(extractor.dataset_json, [files["images"][0] for files in cases.values()]))
     results: dict[str, tuple[Any, ...]] = {}
     waiting = list(reversed(cases))
     running: dict[Future[Any], str] = {}

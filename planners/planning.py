@@ -119,12 +119,16 @@ def agree(
     report: Callable[[str], None] = lambda phase: None,
     *,
     labels: LabelMap | None = None,
+    keep_look: bool = True,
 ) -> Agreement:
-    """The part of :func:`plan_and_preprocess` before preprocessing: all that needs the other sites."""
+    """The part of :func:`plan_and_preprocess` before preprocessing: all that needs the other sites.
+
+    Without ``keep_look``, what was read of the files is not kept for the next time.
+    """
     report("checking")
     make = planner_class(study.planner)
     check_preprocessor(study.preprocessor_name)
-    dataset = prepare_dataset(dataset_id, labels, processes)
+    dataset = prepare_dataset(dataset_id, labels, processes, keep_look=keep_look)
     _check_number(communicator.site, dataset, study)
     descriptions = communicator.gather(DESCRIPTIONS, describe(dataset, study.planner))
     check_agreement(descriptions, study.method)

@@ -30,8 +30,8 @@ FOLDERS = {
 
 ROOMS = (
     "base", "exchange", "study", "methods", "agreement", "coordinator", "certificates", "gossip", "prediction",
-    "datasets", "evaluation", "preflight", "transport", "planners", "trainers", "report", "simulation", "comparison",
-    "cli",
+    "datasets", "evaluation", "inspection", "preflight", "transport", "planners", "trainers", "report", "simulation",
+    "comparison", "cli",
 )  # fmt: skip
 """From the ground up: each imports from rooms below it only."""
 
@@ -44,7 +44,7 @@ ONLY = {
     "certificates": {"base", "study"},
     "gossip": {"base", "exchange", "study"},
     "transport": {"base", "exchange", "study", "coordinator", "certificates", "gossip", "preflight"},
-    "planners": {"base", "exchange", "study", "agreement", "evaluation"},
+    "planners": {"base", "exchange", "study", "agreement", "evaluation", "inspection"},
 }
 """Rooms that may not even import all below them: methods know no study, and who carries bytes knows no method."""
 
