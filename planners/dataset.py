@@ -20,10 +20,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from nnunet_fed.datasets.description import NAME, channel_names, check_description, read_description
+from nnunet_fed.datasets.findings import FILE, Report, error_console, require
+from nnunet_fed.datasets.listing import list_cases
 from nnunet_fed.errors import ConfigurationError, DisagreementError
-from nnunet_fed.inspection.description import NAME, channel_names, check_description, read_description
-from nnunet_fed.inspection.findings import FILE, Report, error_console, require
-from nnunet_fed.inspection.listing import list_cases
 from nnunet_fed.inspection.look import look_at
 from nnunet_fed.inspection.reading import choose_reader, endings, reader_class
 from nnunet_fed.study.federation import canonical_json

@@ -23,9 +23,9 @@ import nnunet_fed.planners
 from nnunet_fed.agreement.fingerprint import INTENSITIES
 from nnunet_fed.agreement.plan_digest import plans_digest
 from nnunet_fed.agreement.quantiles import Floats
+from nnunet_fed.datasets.description import channel_names
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.files import move
-from nnunet_fed.inspection.description import channel_names
 from nnunet_fed.inspection.reading import choose_reader, reader_class
 from nnunet_fed.study.federation import PLANS_KEY, digest_of
 

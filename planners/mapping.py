@@ -16,6 +16,7 @@ from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_dataset
 from rich.console import Console
 from rich.progress import Progress
 
+from nnunet_fed.datasets.listing import laid_out
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.files import link, move, write_json
 from nnunet_fed.planners.dataset import RawDataset, find_dataset, looked_at, reader_of
@@ -109,15 +110,9 @@ def _carried(dataset: RawDataset) -> list[str]:
 
 
 def _is_complete(target: Path, dataset: RawDataset, provenance: dict[str, Any]) -> bool:
-    names = [name for case, files in dataset.cases.items() for name in _file_names(dataset, case, files)]
-    return _provenance(target) == provenance and all((target / name).is_file() for name in names)
-
-
-def _file_names(dataset: RawDataset, case: str, files: dict[str, Any]) -> list[str]:
-    """A case's image files by channel, and its label file, as nnU-Net names them."""
     ending = dataset.json["file_ending"]
-    images = [f"imagesTr/{case}_{channel:04d}{ending}" for channel in range(len(files["images"]))]
-    return [*images, f"labelsTr/{case}{ending}"]
+    places = [place for case, files in dataset.cases.items() for _, place in laid_out(case, files, ending)]
+    return _provenance(target) == provenance and all((target / place).is_file() for place in places)
 
 
 def _in_words(dataset: RawDataset, resolved: ResolvedMap) -> str:
@@ -175,14 +170,9 @@ def _map_labels(building: Path, dataset: RawDataset, resolved: ResolvedMap, work
 
 
 def _link_files(building: Path, dataset: RawDataset) -> None:
-    ending = dataset.json["file_ending"]
     for case, files in dataset.cases.items():
-        for source, name in zip(files["images"], _file_names(dataset, case, files), strict=False):
-            link(Path(source), building / name)
-        # nnU-Net's TIFF reader finds the spacing there
-        first = Path(files["images"][0])
-        sidecar = first.with_name(f"{first.name.removesuffix(ending)[:-5]}.json")
-        if sidecar.is_file():
-            link(sidecar, building / "imagesTr" / f"{case}.json")
+        for source, place in laid_out(case, files, dataset.json["file_ending"]):
+            if not place.startswith("labelsTr/"):
+                link(source, building / place)
     for name in _carried(dataset):
         link(dataset.folder / name, building / name)

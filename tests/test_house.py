@@ -44,7 +44,7 @@ ONLY = {
     "certificates": {"base", "study"},
     "gossip": {"base", "exchange", "study"},
     "transport": {"base", "exchange", "study", "coordinator", "certificates", "gossip", "preflight"},
-    "planners": {"base", "exchange", "study", "agreement", "evaluation", "inspection"},
+    "planners": {"base", "exchange", "study", "agreement", "datasets", "evaluation", "inspection"},
 }
 """Rooms that may not even import all below them: methods know no study, and who carries bytes knows no method."""
 

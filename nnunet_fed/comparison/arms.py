@@ -26,7 +26,7 @@ from nnunet_fed.comparison.pooled_data import Planned, fix_folds, pool
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.evaluation.summary import result_table
 from nnunet_fed.files import move, new_folder, write_text
-from nnunet_fed.simulation.simulate import Simulation, require_trainer, simulate
+from nnunet_fed.simulation.simulate import LOOKS, Simulation, require_trainer, simulate
 from nnunet_fed.study.federation import Federation
 from nnunet_fed.study.labels import Sources
 from nnunet_fed.study.methods import METHODS, method_settings
@@ -192,7 +192,10 @@ def _check(comparison: Comparison) -> None:
 
 
 def _plan(comparison: Comparison, study: Federation, console: Console, folder: Path) -> None:
-    planning = Simulation(comparison.sites, folder, study, "plan", threads=comparison.threads, labels=comparison.labels)
+    planning = Simulation(
+        comparison.sites, folder, study, "plan", threads=comparison.threads, labels=comparison.labels,
+        looks=comparison.out / LOOKS,
+    )  # fmt: skip
     simulate(planning, console)
     for site in study.sites:
         fix_folds(folder / "sites" / site)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nnunet_fed.inspection.findings import Finding, Severity
+from nnunet_fed.datasets.findings import Finding, Severity
 from nnunet_fed.inspection.reading import FOURTH, MOST_VALUES, OVERWRITE, VECTOR, FileFacts, sidecar_of
 
 SPACING_TOLERANCE = 1e-3

@@ -12,12 +12,12 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
+from nnunet_fed.datasets.description import NAME, channel_names, check_description, known_values, read_description
+from nnunet_fed.datasets.findings import Finding, Report, Severity
+from nnunet_fed.datasets.listing import list_cases, place_of
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.files import write_json
 from nnunet_fed.inspection.comparing import Case, findings_of, is_flat, of_all_cases, spacing_findings
-from nnunet_fed.inspection.description import NAME, channel_names, check_description, known_values, read_description
-from nnunet_fed.inspection.findings import Finding, Report, Severity
-from nnunet_fed.inspection.listing import list_cases, place_of
 from nnunet_fed.inspection.reading import (
     OVERWRITE,
     FileFacts,
@@ -47,7 +47,12 @@ class Look:
         """Keep it, for people and for the next look."""
         path.parent.mkdir(parents=True, exist_ok=True)
         files = [
-            {"file": file, "label": is_label, "state": self.states[file, is_label], "facts": facts.stored()}
+            {
+                "file": place_of(self.report.folder, file),
+                "label": is_label,
+                "state": self.states[file, is_label],
+                "facts": facts.stored(),
+            }
             for (file, is_label), facts in self.facts.items()
         ]
         kept = {"format": FORMAT, "nnunetv2": version("nnunetv2"), "reader": self.reader, "files": files}
@@ -67,7 +72,7 @@ def look_at(folder: Path, name: str, kept: Path | None = None, label_map: LabelM
     if content is None:
         return Look(Report(name, folder, tuple(findings), 0), "", {}, {})
     wrong = check_description(content, endings(), label_map is not None)
-    if label_map is not None and not any(finding.kind in ("labels", "missing keys") for finding in wrong):
+    if label_map is not None and "labels" in content and not any(finding.kind == "labels" for finding in wrong):
         wrong += _of_map(label_map, content, folder)
     findings += wrong
     bad = {finding.kind for finding in wrong if finding.severity is Severity.error}
@@ -87,7 +92,7 @@ def look_at(folder: Path, name: str, kept: Path | None = None, label_map: LabelM
         *((files["label"], True) for files in listing.cases.values() if Path(files["label"]).is_file()),
     ]
     states = {job: _state(job[0], reader, job[1]) for job in jobs}
-    facts = _facts(states, reader, name, _kept(kept, reader))
+    facts = _facts(states, reader, name, _kept(kept, folder, reader))
     cases = []
     for case, files in listing.cases.items():
         images = [(place_of(folder, file), facts[file, False]) for file in there[case]]
@@ -119,7 +124,7 @@ def _facts(
     return {job: known[job] for job in states}
 
 
-def _kept(path: Path | None, reader: str) -> dict[Job, tuple[Any, FileFacts]]:
+def _kept(path: Path | None, folder: Path, reader: str) -> dict[Job, tuple[Any, FileFacts]]:
     """What an earlier look has read; nothing if it cannot be understood, or was another version's."""
     if path is None:
         return {}
@@ -128,7 +133,7 @@ def _kept(path: Path | None, reader: str) -> dict[Job, tuple[Any, FileFacts]]:
         if (content["format"], content["nnunetv2"], content["reader"]) != (FORMAT, version("nnunetv2"), reader):
             return {}
         return {
-            (entry["file"], entry["label"]): (entry["state"], FileFacts.restore(entry["facts"]))
+            (str(folder / entry["file"]), entry["label"]): (entry["state"], FileFacts.restore(entry["facts"]))
             for entry in content["files"]
         }
     except (OSError, ValueError, KeyError, TypeError):

@@ -1,6 +1,6 @@
 """A federation of real processes on one machine: a coordinator, and nnU-Net's own commands at every site.
 
-Source: ours. Neither torch nor nnU-Net is imported here; each process imports what it needs.
+Source: ours. PyTorch is not imported here; each process imports what it needs.
 """
 
 from __future__ import annotations
@@ -17,11 +17,14 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 
 from nnunet_fed.coordinator.watch import watch
+from nnunet_fed.datasets.description import read_description
+from nnunet_fed.datasets.findings import FILE, require
+from nnunet_fed.datasets.listing import list_cases
 from nnunet_fed.errors import ConfigurationError, FederationError, UnreachableError
 from nnunet_fed.evaluation.summary import lesion_table, result_table, site_summary, summarise
 from nnunet_fed.files import new_folder, write_json, write_text
@@ -34,9 +37,14 @@ from nnunet_fed.study.site import SITE_FILE_VARIABLE, Site
 from nnunet_fed.study.toml import to_toml
 from nnunet_fed.transport.site.client import GrpcCommunicator
 
+if TYPE_CHECKING:
+    from nnunet_fed.inspection.look import Look
+
 __all__ = ["Simulation", "lesion_table", "plugin_folder", "result_table", "simulate"]
 
 HOST = "127.0.0.1"
+LOOKS = "data_check"
+"""Folder with what was found in each site's data."""
 MAPPED_DATASET = 2
 """nnU-Net's number of the data set with the federation's labels, where a site has a map."""
 FOLDS = 5
@@ -64,6 +72,8 @@ class Simulation:
     """Folder of an earlier simulation of these sites, whose plans and preprocessed data are taken over."""
     labels: Mapping[str, Sources] = field(default_factory=dict)
     """By site: ``labels`` of its ``site.toml``. A site that is not named has the federation's labels already."""
+    looks: Path | None = None
+    """Folder in which what was found in the sites' data is kept; ``None``: ``data_check`` in ``out``."""
 
 
 def simulate(simulation: Simulation, console: Console) -> dict[str, Any]:
@@ -76,7 +86,8 @@ def simulate(simulation: Simulation, console: Console) -> dict[str, Any]:
         The content of ``summary.json``.
 
     Raises:
-        ConfigurationError: a site's folder, a label map or ``out`` cannot be used; nothing has started then.
+        ConfigurationError: a site's data, a label map or ``out`` cannot be used; nothing has started then, and the
+            same ``out`` can be given again.
         FederationError: a command failed; with its own words and its log file.
     """
     started = time.monotonic()
@@ -86,14 +97,18 @@ def simulate(simulation: Simulation, console: Console) -> dict[str, Any]:
         check_same_planning(simulation.planned, study, simulation.sites, simulation.labels)
     if study.plans_name is None:
         study = study.model_copy(update={"plans_name": study.planner.replace("Planner", "") + "Plans"})
+    _check_names(simulation)
+    out = simulation.out.resolve()
+    new_folder(out, LOOKS)
+    looks = {} if simulation.planned is not None else look_at_sites(simulation, console)
     places = _places(simulation)
     workers = [Worker(place.name, _steps(simulation, study, place)) for place in places]
-    out = simulation.out.resolve()
-    new_folder(out)
     address, *others = (f"{HOST}:{port}" for port in free_ports(1 + len(places)))
     peers = dict(zip(study.sites, others, strict=True)) if study.method.NEEDS_PEERS else {}
     for place in places:
         place.make(address, peers)
+        if place.name in looks:  # which spares the site's own look the reading
+            looks[place.name].write(place.folder / "nnUNet_preprocessed" / place.dataset / FILE)
         if simulation.planned is not None:
             adopt(simulation.planned / "sites" / place.name, place.folder, study)
     state, study_file = out / "coordinator", out / "federation.toml"
@@ -213,7 +228,25 @@ class Place:
         return self.folder / "nnUNet_results" / self.trained_dataset / model / f"fold_{self.fold}"
 
 
-def _places(simulation: Simulation) -> list[Place]:
+def look_at_sites(simulation: Simulation, console: Console) -> dict[str, Look]:
+    """Look at all data of all sites, before anything starts; raises :class:`DataError` with all errors of all sites."""
+    from nnunet_fed.inspection.look import look_at
+
+    folder = simulation.looks or simulation.out.resolve() / LOOKS
+    looks = {}
+    for name, source in sorted(simulation.sites.items()):
+        label_map = _label_map(simulation, name)
+        looks[name] = look_at(source.resolve(), f"site '{name}'", folder / f"{name}.json", label_map)
+        looks[name].report.show(console)
+    if any(look.report.findings for look in looks.values()):
+        for name, look in looks.items():
+            look.write(folder / f"{name}.json")
+        console.print(f"All findings stand in {folder}.", soft_wrap=True)
+    require([look.report for look in looks.values()], "nothing was started")
+    return looks
+
+
+def _check_names(simulation: Simulation) -> None:
     names = tuple(sorted(simulation.sites))
     if names != simulation.study.sites:
         raise ConfigurationError(
@@ -226,48 +259,39 @@ def _places(simulation: Simulation) -> list[Place]:
     strangers = sorted(set(simulation.labels) - set(names))
     if strangers:
         raise ConfigurationError(f"There is a label map for '{strangers[0]}', but the sites are {', '.join(names)}.")
+
+
+def _places(simulation: Simulation) -> list[Place]:
     places = []
-    for name in names:
-        source = simulation.sites[name]
+    for name, source in sorted(simulation.sites.items()):
         split = count_cases(name, source) >= FOLDS or (source / "splits_final.json").is_file()
         folder = simulation.out.resolve() / "sites" / name
         fold = simulation.study.fold if split else "all"
-        places.append(Place(name, source, folder, fold, _label_map(name, source, simulation.labels.get(name))))
+        places.append(Place(name, source, folder, fold, _label_map(simulation, name)))
     return places
 
 
-def _label_map(site: str, folder: Path, sources: Sources | None) -> LabelMap | None:
-    """A site's label map, once it is sure that it fits the data; a ``dataset.json`` without labels is planning's."""
-    if sources is None:
-        return None
-    label_map, path = LabelMap(MAPPED_DATASET, sources), folder / "dataset.json"
-    own = json.loads(path.read_text(encoding="utf-8")).get("labels")
-    if isinstance(own, dict):
-        try:
-            label_map.resolve(own, str(path))
-        except ConfigurationError as error:
-            raise ConfigurationError(f"Site '{site}': {error}") from None
-    return label_map
+def _label_map(simulation: Simulation, site: str) -> LabelMap | None:
+    sources = simulation.labels.get(site)
+    return None if sources is None else LabelMap(MAPPED_DATASET, sources)
 
 
 def count_cases(site: str, folder: Path) -> int:
     """Number of training cases in a raw data set; raises :class:`ConfigurationError` if it is none."""
-    for part in ("dataset.json", "imagesTr", "labelsTr"):
+    content, _ = read_description(folder / "dataset.json")
+    for part in ("dataset.json", *(() if content and "dataset" in content else ("imagesTr", "labelsTr"))):
         if not (folder / part).exists():
             raise ConfigurationError(
                 f"The folder {folder} of site '{site}' has no {part}: name a data set in nnU-Net's raw layout."
             )
-    path = folder / "dataset.json"
-    try:
-        ending = json.loads(path.read_text(encoding="utf-8"))["file_ending"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ConfigurationError(f"{path} of site '{site}' has no 'file_ending': correct it.") from None
-    pattern = re.compile(r"(.+)_\d{4}" + re.escape(ending))
-    matches = [pattern.fullmatch(image.name) for image in (folder / "imagesTr").iterdir()]
-    cases = {match[1] for match in matches if match is not None}
+    if not content or "file_ending" not in content:
+        path = folder / "dataset.json"
+        raise ConfigurationError(f"{path} of site '{site}' has no 'file_ending': correct it.")
+    cases = list_cases(folder, content).cases
     if not cases:
         raise ConfigurationError(
-            f"{folder / 'imagesTr'} of site '{site}' has no image CASE_0000{ending}: put the training images there."
+            f"{folder / 'imagesTr'} of site '{site}' has no image CASE_0000{content['file_ending']}: put the training "
+            "images there."
         )
     return len(cases)
 

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from serving import make_study
+from workers import look_in_threads
 
 from nnunet_fed import processes
 from nnunet_fed.coordinator import watch
@@ -71,6 +72,20 @@ def text_of(table: Table) -> str:
     return console.file.getvalue()
 
 
+LOOK = simulate.look_at_sites
+
+
+@pytest.fixture(autouse=True)
+def _no_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sites' files are no images."""
+    monkeypatch.setattr(simulate, "look_at_sites", lambda *_: {})
+
+
+def look(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(simulate, "look_at_sites", LOOK)
+    look_in_threads(patch)
+
+
 def quiet() -> Console:
     return Console(file=io.StringIO())
 
@@ -106,7 +121,7 @@ def test_nothing_is_written_when_the_input_is_wrong(tmp_path: Path) -> None:
     (given.sites["b"] / "dataset.json").unlink()
     with pytest.raises(ConfigurationError, match="site 'b'"):
         simulate.simulate(given, quiet())
-    assert not given.out.exists()
+    assert not list(given.out.iterdir())
 
 
 def test_an_earlier_simulation_is_kept(tmp_path: Path) -> None:
@@ -191,25 +206,27 @@ def test_a_site_with_a_map_trains_the_mapped_data_set(tmp_path: Path) -> None:
     [
         (
             {"a": {"lesion": ("tumor",)}},
-            "Site 'a': 'labels' .*names 'tumor', which .*a/dataset.json does not have. Use",
+            "site 'a' have.*label map: site.toml: 'labels' .*names 'tumor', which .*a/dataset.json does not have",
         ),
-        ({"a": {"lesion": ()}}, "Site 'a': 'labels' in site.toml leaves none of the labels"),
-        ({"a": {"lesion": (2,), "edge": ("tumour",)}}, "Site 'a': .* become both 'lesion' and 'edge'"),
+        ({"a": {"lesion": ()}}, "site 'a' have.*'labels' in site.toml leaves none of the labels"),
+        ({"a": {"lesion": (2,), "edge": ("tumour",)}}, "site 'a' have.* become both 'lesion' and 'edge'"),
         ({"c": {"lesion": (2,)}}, "There is a label map for 'c', but the sites are a, b"),
     ],
 )
 def test_a_label_map_that_does_not_fit_is_found_before_anything_starts(
-    tmp_path: Path, labels: dict[str, Any], message: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, labels: dict[str, Any], message: str
 ) -> None:
+    look(monkeypatch)
     given = with_maps(simulation(tmp_path, {"a": 5, "b": 5}), **labels)
-    with pytest.raises(ConfigurationError, match=message):
+    with pytest.raises(ConfigurationError, match=f"(?s){message}"):
         simulate.simulate(given, quiet())
-    assert not given.out.exists()
+    assert not (given.out / "sites").exists()
 
 
-def test_regions_are_not_mapped(tmp_path: Path) -> None:
+def test_regions_are_not_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    look(monkeypatch)
     given = replace(simulation(tmp_path, {"a": 5}), labels={"a": {"lesion": ("core",)}})
-    with pytest.raises(ConfigurationError, match="Site 'a': .*a/dataset.json has region-based labels"):
+    with pytest.raises(ConfigurationError, match="(?s)site 'a' have.*a/dataset.json has region-based labels"):
         simulate.simulate(given, quiet())
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,9 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
-
-from nnunet_fed.inspection.findings import Finding, Severity
+from nnunet_fed.datasets.findings import Finding, Severity
 
 IMAGES, LABELS = "imagesTr", "labelsTr"
 SEGMENTATION = "_seg"
@@ -50,6 +48,30 @@ def list_cases(folder: Path, content: Mapping[str, Any]) -> Listing:
     return listing
 
 
+def laid_out(case: str, files: Mapping[str, Any], ending: str, name: str | None = None) -> Iterator[tuple[Path, str]]:
+    """A case's files, and where they belong in a data set without a list of files.
+
+    Args:
+        case: its name.
+        files: of :func:`list_cases`.
+        ending: of the data set's files.
+        name: new name of the case; ``None``: the old one.
+
+    Yields:
+        Each file and its new place, relative to the new folder; also the files with the spacings of TIFF volumes.
+    """
+    name = name or case
+    label, first = Path(files["label"]), Path(files["images"][0])
+    for number, image in enumerate(files["images"]):
+        yield Path(image), f"{IMAGES}/{name}_{number:04d}{ending}"
+    yield label, f"{LABELS}/{name}{ending}"
+    sidecars = {
+        f"{IMAGES}/{name}.json": first.with_name(first.name.removesuffix(ending)[:-5] + ".json"),
+        f"{LABELS}/{name}.json": label.with_name(label.name.removesuffix(ending) + ".json"),
+    }
+    yield from ((path, place) for place, path in sidecars.items() if path.is_file())
+
+
 def place_of(folder: Path, file: str | Path) -> str:
     """A file's place for a reader: below the data set's folder, or in full."""
     path = Path(file)
@@ -75,11 +97,21 @@ def _explicit(folder: Path, content: Mapping[str, Any], listing: Listing) -> Non
                "dataset.json", case)
         for case in table if not case or "/" in case or "\\" in case
     ]  # fmt: skip
-    good = {case: copy.deepcopy(files) for case, files in table.items() if case not in bad}
-    listing.cases = get_filenames_of_train_images_and_targets(str(folder), {"dataset": good})
+    listing.cases = {
+        case: {
+            "images": [_located(folder, image) for image in files["images"]],
+            "label": _located(folder, files["label"]),
+        }
+        for case, files in table.items() if case not in bad
+    }  # fmt: skip
     for case, files in listing.cases.items():
         missing = [file for file in (*files["images"], files["label"]) if not Path(file).is_file()]
         listing.findings += [_missing(folder, case, file) for file in missing]
+
+
+def _located(folder: Path, text: str) -> str:
+    """A file of the list, as nnU-Net finds it: variables of the environment count, and other paths begin here."""
+    return str((folder / os.path.expandvars(text)).absolute())
 
 
 def _is_entry(files: Any) -> bool:

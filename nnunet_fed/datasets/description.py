@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from nnunet_fed.inspection.findings import Finding, Severity
+from nnunet_fed.datasets.findings import Finding, Severity
 from nnunet_fed.study.labels import BACKGROUND, IGNORE
 
 NAME = "dataset.json"
