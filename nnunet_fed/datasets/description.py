@@ -69,9 +69,9 @@ def channel_names(content: Mapping[str, Any]) -> dict[str, str]:
 
 
 def known_values(content: Mapping[str, Any]) -> list[int]:
-    """All values that ``labels`` allows in a label file, regions and ``ignore`` included; sorted."""
+    """All values that ``labels`` allows in a label file, background, regions and ``ignore`` included; sorted."""
     entries = content["labels"].values()
-    return sorted({int(value) for entry in entries for value in (entry if isinstance(entry, list) else [entry])})
+    return sorted({0} | {int(value) for entry in entries for value in (entry if isinstance(entry, list) else [entry])})
 
 
 def _missing_keys(content: Mapping[str, Any]) -> Iterator[Finding]:
