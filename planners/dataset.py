@@ -24,7 +24,7 @@ from nnunet_fed.datasets.description import NAME, channel_names, check_descripti
 from nnunet_fed.datasets.findings import FILE, Report, error_console, require
 from nnunet_fed.datasets.listing import list_cases
 from nnunet_fed.errors import ConfigurationError, DisagreementError
-from nnunet_fed.inspection.look import look_at
+from nnunet_fed.inspection.look import Look, look_at
 from nnunet_fed.inspection.reading import choose_reader, endings, reader_class
 from nnunet_fed.study.federation import canonical_json
 from nnunet_fed.study.labels import LabelMap
@@ -118,20 +118,36 @@ def looked_at(dataset_id: int, label_map: LabelMap | None = None, *, keep: bool 
         ConfigurationError: nnU-Net's paths are not set, or there is no such data set.
         DataError: with all that is wrong with it.
     """
-    name = _name_of(dataset_id)
-    kept = Path(nnUNet_preprocessed) / name / FILE if keep else None
-    look = look_at(Path(nnUNet_raw) / name, name, kept, label_map)
+    if keep:
+        look, kept = look_at_dataset(dataset_id, label_map)
+    else:
+        name = _name_of(dataset_id)
+        look, kept = look_at(Path(nnUNet_raw) / name, name, None, label_map), None
     console = error_console()
     look.report.show(console)
-    if kept is not None:
-        try:
-            look.write(kept)
-        except OSError as error:
-            raise ConfigurationError(f"{kept} cannot be written: {error}. Make its folder writable.") from None
-        if look.report.findings:
-            console.print(f"All findings stand in {kept}.", soft_wrap=True)
+    if kept is not None and look.report.findings:
+        console.print(f"All findings stand in {kept}.", soft_wrap=True)
     require([look.report])
     return replace(find_dataset(dataset_id, label_map), dimensions=look.report.dimensions)
+
+
+def look_at_dataset(dataset_id: int, label_map: LabelMap | None = None) -> tuple[Look, Path]:
+    """Look at all of a data set, and keep what is found beside what is preprocessed of it.
+
+    Returns:
+        The look, and the JSON with all of it.
+
+    Raises:
+        ConfigurationError: nnU-Net's paths are not set, there is no such data set, or nothing can be kept there.
+    """
+    name = _name_of(dataset_id)
+    kept = Path(nnUNet_preprocessed) / name / FILE
+    look = look_at(Path(nnUNet_raw) / name, name, kept, label_map)
+    try:
+        look.write(kept)
+    except OSError as error:
+        raise ConfigurationError(f"{kept} cannot be written: {error}. Make its folder writable.") from None
+    return look, kept
 
 
 def _name_of(dataset_id: int) -> str:

@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from nnunet_fed.addresses import without_brackets
 from nnunet_fed.certificates import AUTHORITY_DAYS, SITE_DAYS
 from nnunet_fed.certificates.deny_list import HEADER, DenyList, deny
 from nnunet_fed.certificates.x509 import (
@@ -302,7 +303,7 @@ def _key_usage(signs: bool) -> x509.KeyUsage:
 
 def _general_name(host: str) -> x509.GeneralName:
     with suppress(ValueError):
-        return x509.IPAddress(ipaddress.ip_address(host))
+        return x509.IPAddress(ipaddress.ip_address(without_brackets(host)))
     if not HOST_NAME.fullmatch(host):
         raise ConfigurationError(f"--host {host!r} is neither a host's name nor an address, and goes without a port.")
     return x509.DNSName(host)

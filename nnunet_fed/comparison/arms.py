@@ -26,7 +26,7 @@ from nnunet_fed.comparison.pooled_data import Planned, fix_folds, pool
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.evaluation.summary import result_table
 from nnunet_fed.files import move, new_folder, write_text
-from nnunet_fed.simulation.simulate import LOOKS, Simulation, require_trainer, simulate
+from nnunet_fed.simulation.simulate import Simulation, require_trainer, simulate
 from nnunet_fed.study.federation import Federation
 from nnunet_fed.study.labels import Sources
 from nnunet_fed.study.methods import METHODS, method_settings
@@ -34,6 +34,7 @@ from nnunet_fed.study.toml import explain, from_toml, to_toml
 
 logger = logging.getLogger(__name__)
 SETTINGS, PLANNED, POOLED, RUNS, UNFINISHED = "compare.toml", "planned", "pooled", "runs", "unfinished"
+LOOKS = "data_check"
 """In the folder of a comparison. What is being made is in the last one, and moves when it is complete."""
 VARIANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 """A name of a variant: it becomes part of a folder's, and options follow it after a dot."""

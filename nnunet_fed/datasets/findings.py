@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from enum import Enum
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,13 @@ class Report:
                 more = f"{group[0].kind}: {len(group) - SHOWN} more"
                 table.add_row(group[0].severity.value, _cases(group[SHOWN:]), "", more, "", "as above")
         return table
+
+    def text(self) -> str:
+        """The table in plain text, and all errors as sentences."""
+        console = Console(file=StringIO(), width=WIDTH)
+        with console.capture() as capture:
+            self.show(console)
+        return capture.get() + self.sentences() + "\n"
 
     def show(self, console: Console) -> None:
         """Print the table, if there is anything in it."""

@@ -43,8 +43,8 @@ if TYPE_CHECKING:
 __all__ = ["Simulation", "lesion_table", "plugin_folder", "result_table", "simulate"]
 
 HOST = "127.0.0.1"
-LOOKS = "data_check"
-"""Folder with what was found in each site's data."""
+SITES, PLANNING_LOG = "sites", "plan.log"
+"""Folder with a folder for each site, and the name of the log of what it has planned."""
 MAPPED_DATASET = 2
 """nnU-Net's number of the data set with the federation's labels, where a site has a map."""
 FOLDS = 5
@@ -73,7 +73,7 @@ class Simulation:
     labels: Mapping[str, Sources] = field(default_factory=dict)
     """By site: ``labels`` of its ``site.toml``. A site that is not named has the federation's labels already."""
     looks: Path | None = None
-    """Folder in which what was found in the sites' data is kept; ``None``: ``data_check`` in ``out``."""
+    """Folder that keeps what was found in the sites' data, a folder for each; ``None``: that of the sites in ``out``."""
 
 
 def simulate(simulation: Simulation, console: Console) -> dict[str, Any]:
@@ -99,7 +99,7 @@ def simulate(simulation: Simulation, console: Console) -> dict[str, Any]:
         study = study.model_copy(update={"plans_name": study.planner.replace("Planner", "") + "Plans"})
     _check_names(simulation)
     out = simulation.out.resolve()
-    new_folder(out, LOOKS)
+    _take(out)
     looks = {} if simulation.planned is not None else look_at_sites(simulation, console)
     places = _places(simulation)
     workers = [Worker(place.name, _steps(simulation, study, place)) for place in places]
@@ -232,18 +232,26 @@ def look_at_sites(simulation: Simulation, console: Console) -> dict[str, Look]:
     """Look at all data of all sites, before anything starts; raises :class:`DataError` with all errors of all sites."""
     from nnunet_fed.inspection.look import look_at
 
-    folder = simulation.looks or simulation.out.resolve() / LOOKS
-    looks = {}
+    folder = simulation.looks or simulation.out.resolve() / SITES
+    looks: dict[str, Look] = {}
     for name, source in sorted(simulation.sites.items()):
         label_map = _label_map(simulation, name)
-        looks[name] = look_at(source.resolve(), f"site '{name}'", folder / f"{name}.json", label_map)
+        looks[name] = look_at(source.resolve(), f"site '{name}'", folder / name / FILE, label_map)
         looks[name].report.show(console)
     if any(look.report.findings for look in looks.values()):
         for name, look in looks.items():
-            look.write(folder / f"{name}.json")
+            look.write(folder / name / FILE)
+            write_text(folder / name / PLANNING_LOG, look.report.text())
         console.print(f"All findings stand in {folder}.", soft_wrap=True)
     require([look.report for look in looks.values()], "nothing was started")
     return looks
+
+
+def _take(out: Path) -> None:
+    """Make the folder, or take it if there is nothing in it but what an earlier look has found."""
+    of_sites = list((out / SITES).glob("*/*"))
+    only_looks = bool(of_sites) and {path.name for path in of_sites} <= {FILE, PLANNING_LOG}
+    new_folder(out, SITES if only_looks else "")
 
 
 def _check_names(simulation: Simulation) -> None:
@@ -265,7 +273,7 @@ def _places(simulation: Simulation) -> list[Place]:
     places = []
     for name, source in sorted(simulation.sites.items()):
         split = count_cases(name, source) >= FOLDS or (source / "splits_final.json").is_file()
-        folder = simulation.out.resolve() / "sites" / name
+        folder = simulation.out.resolve() / SITES / name
         fold = simulation.study.fold if split else "all"
         places.append(Place(name, source, folder, fold, _label_map(simulation, name)))
     return places
@@ -305,7 +313,7 @@ def _steps(simulation: Simulation, study: Federation, place: Place) -> list[Step
         del planning[AUGMENTATION_VARIABLE]
     steps = []
     if simulation.planned is None:
-        steps.append(Step("Planning", planning_command(study), planning, folder / "plan.log"))
+        steps.append(Step("Planning", planning_command(study), planning, folder / PLANNING_LOG))
     if simulation.until != "plan":
         training = {AUGMENTATION_VARIABLE: "0", **common, "nnUNet_fed_skip_validation": ""}
         if simulation.until == "train":

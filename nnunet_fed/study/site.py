@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, StrictInt, StrictStr, field_validator, model_validator
 
+from nnunet_fed.addresses import EXAMPLES, host_and_port
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.study.federation import LONGEST_MINUTES, SITE_NAME, Fold
 from nnunet_fed.study.labels import LabelMap
@@ -147,7 +148,6 @@ class Site(Table):
 
 
 def _checked_address(address: str) -> str:
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise ValueError(f"{address!r} is no HOST:PORT, for example 127.0.0.1:7464")
+    if host_and_port(address)[1] == 0:
+        raise ValueError(f"'{address}' is no HOST:PORT, {EXAMPLES}")
     return address

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from serving import Served, make_study
@@ -251,6 +252,22 @@ def site(authority: Authority) -> KeyFiles:
 def test_a_key_that_others_can_read_is_refused(site: KeyFiles, bits: int) -> None:
     site.key.chmod(bits)
     with pytest.raises(ConfigurationError, match=rf"key.pem has the mode {bits:o}: whoever can read it.*chmod 600"):
+        site.read()
+
+
+def test_a_key_on_a_read_only_mount_gets_a_remedy_that_can_be_followed(
+    site: KeyFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.key.chmod(0o444)
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_flag=os.ST_RDONLY))
+    with pytest.raises(
+        ConfigurationError, match=r"has the mode 444.*defaultMode: 0400.*install -m 600 .*key.pem"
+    ) as told:
+        site.read()
+    assert "chmod" not in str(told.value)
+    monkeypatch.undo()
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)  # another user's file
+    with pytest.raises(ConfigurationError, match="install -m 600"):
         site.read()
 
 

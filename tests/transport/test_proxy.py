@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import socket
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from connect_proxy import ConnectProxy
 from serving import Served, make_study
 
 from nnunet_fed.certificates.authority import Authority
@@ -22,61 +20,6 @@ from nnunet_fed.transport.site.client import GrpcCommunicator
 Serve = Callable[..., Served]
 NAME = "coordinator.invalid"
 """Only the proxy resolves it."""
-
-
-class ConnectProxy:
-    """An HTTP proxy that knows the method CONNECT and one host.
-
-    Args:
-        target: ``host:port`` to which it leads; ``None``: it refuses.
-    """
-
-    def __init__(self, target: str | None):
-        self._target = target
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
-        self.asked: list[str] = []
-        """First lines of the requests."""
-        self.authorizations: list[str] = []
-        self.answer = "403 Forbidden"
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def close(self) -> None:
-        self._listener.close()
-
-    def _accept(self) -> None:
-        with suppress(OSError):
-            while True:
-                client, _ = self._listener.accept()
-                threading.Thread(target=self._serve, args=(client,), daemon=True).start()
-
-    def _serve(self, client: socket.socket) -> None:
-        head = b""
-        while not head.endswith(b"\r\n\r\n"):
-            data = client.recv(1)
-            if not data:
-                return
-            head += data
-        first, *headers = head.decode().splitlines()
-        self.asked.append(first)
-        self.authorizations += [line for line in headers if line.lower().startswith("proxy-authorization")]
-        if self._target is None:
-            client.sendall(f"HTTP/1.1 {self.answer}\r\n\r\n".encode())
-            client.close()
-            return
-        host, _, port = self._target.rpartition(":")
-        server = socket.create_connection((host, int(port)))
-        client.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
-        for source, sink in ((client, server), (server, client)):
-            threading.Thread(target=self._pump, args=(source, sink), daemon=True).start()
-
-    @staticmethod
-    def _pump(source: socket.socket, sink: socket.socket) -> None:
-        with suppress(OSError):
-            while data := source.recv(1 << 16):
-                sink.sendall(data)
-        with suppress(OSError):
-            sink.shutdown(socket.SHUT_RDWR)
 
 
 @pytest.fixture(autouse=True)
@@ -184,6 +127,24 @@ def test_this_machine_is_never_asked_of_a_proxy(serve: Serve, monkeypatch: pytes
         ("[::1]:1", "", False),
         ("localhost:1", "", False),
         ("10.0.0.1:1", "", True),
+        ("10.1.2.3:7464", "192.168.0.0/16", True),
+        ("10.1.2.3:7464", "192.168.0.0/16,10.0.0.0/8", False),
+        ("10.1.2.3:7464", "10.1.2.3/8", False),
+        ("10.1.2.3:7464", "10.1.2.3:7464", False),
+        ("10.1.2.3:7464", "10.1.2.3:443", True),
+        ("10.1.2.3:7464", "10.", True),
+        ("c.example.org:7464", "*.example.org", False),
+        ("c.example.org:7464", "example.org another.org", False),
+        ("C.Example.org.:7464", ".EXAMPLE.org", False),
+        ("c.example.org:7464", ".example.org:7464", False),
+        ("c.example.org:7464", "example.org:443", True),
+        ("notexample.org:7464", "example.org,*.example.org", True),
+        ("c.example.org:7464", "10.0.0.0/8, nonsense/x", True),
+        ("[fd00::7]:7464", "fd00::/8", False),
+        ("[fd00::7]:7464", "[fd00::7]", False),
+        ("[fd00::7]:7464", "[fd00:0::7]:7464", False),
+        ("[fd00::7]:7464", "fd00::7", False),
+        ("[fd00::7]:7464", "fd00::8,[fd00::7]:443,10.0.0.0/8", True),
     ],
 )
 def test_for_whom_a_proxy_is_asked(address: str, no_proxy: str, proxied: bool, monkeypatch: pytest.MonkeyPatch) -> None:

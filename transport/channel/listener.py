@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import grpc
 
+from nnunet_fed.addresses import host_and_port
 from nnunet_fed.certificates.deny_list import DenyList
 from nnunet_fed.errors import ConfigurationError, FederationError, NoRoomError
 from nnunet_fed.exchange.payload import CHUNK
@@ -58,11 +59,12 @@ class Listener:
         meter: grpc.ServerInterceptor | None = None,
         window: int = CHUNK,
     ):
+        try:
+            host_and_port(address)  # gRPC would take a port modulo 65536
+        except ValueError as error:
+            raise ConfigurationError(f"{error}.") from None
         if keys is None:
             require_loopback(address)
-        port_text = address.rpartition(":")[2]
-        if not port_text.isdecimal() or int(port_text) > 65535:  # gRPC would take the number modulo 65536
-            raise ConfigurationError(f"'{address}' is no HOST:PORT, for example 127.0.0.1:7464.")
         # a site holds at most one waiting call, one upload or download, and short ones
         calls = 4 * len(sites) + 8
         workers = ThreadPoolExecutor(calls, thread_name_prefix="rpc")

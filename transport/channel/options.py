@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 
+from nnunet_fed.addresses import host_and_port
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.exchange.payload import CHUNK
 from nnunet_fed.study.table import NEWEST_PROTOCOL, OLDEST_PROTOCOL
@@ -79,8 +80,8 @@ def server_options(window: int) -> tuple[tuple[str, int], ...]:
 
 def is_loopback(address: str) -> bool:
     """Whether ``host:port`` can be reached from this machine only."""
-    host = address.rpartition(":")[0].strip("[]")
     try:
+        host, _ = host_and_port(address)
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import base64
 import http.client
+import ipaddress
+import re
 import socket
 from dataclasses import dataclass
 from urllib.parse import unquote, urlsplit
-from urllib.request import getproxies_environment, proxy_bypass
+from urllib.request import getproxies_environment
 
+from nnunet_fed.addresses import host_and_port, in_brackets, without_brackets
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.transport.channel.options import is_loopback
 
@@ -31,7 +34,7 @@ class Proxy:
     @property
     def address(self) -> str:
         """``host:port``."""
-        return f"{self.host}:{self.port}"
+        return f"{in_brackets(self.host)}:{self.port}"
 
     def connect(self, host: str, port: int, timeout: float) -> socket.socket:
         """A connection to a host through the proxy, which resolves the host's name.
@@ -42,6 +45,8 @@ class Proxy:
         """
         connection = http.client.HTTPConnection(self.host, self.port, timeout=timeout)
         connection.set_tunnel(host, port, self._authorization())
+        # before Python 3.12, it asks for an IPv6 address without the brackets that RFC 9112 wants
+        connection._tunnel_host = in_brackets(host)  # type: ignore[attr-defined]
         try:
             connection.connect()
         except (OSError, http.client.HTTPException) as error:
@@ -88,9 +93,9 @@ def proxy_for(address: str) -> Proxy | None:
     Raises:
         ConfigurationError: the variable names no HTTP proxy.
     """
-    host = address.rpartition(":")[0].strip("[]")
+    host, port_there = host_and_port(address)
     given = getproxies_environment()
-    if not given.get("https") or is_loopback(address) or proxy_bypass(host):
+    if not given.get("https") or is_loopback(address) or bypasses(given.get("no", ""), host, port_there):
         return None
     text = given["https"]
     url = text if "://" in text else f"http://{text}"
@@ -104,8 +109,52 @@ def proxy_for(address: str) -> Proxy | None:
             f"{VARIABLES} names no proxy of the form http://HOST:PORT. Correct it, or put '{host}' into no_proxy."
         )
     credentials, at, _ = parts.netloc.rpartition("@")
-    shown_host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
-    return Proxy(f"http://{credentials}{at}{shown_host}:{port}", parts.hostname, port)
+    return Proxy(f"http://{credentials}{at}{in_brackets(parts.hostname)}:{port}", parts.hostname, port)
+
+
+def bypasses(no_proxy: str, host: str, port: int) -> bool:
+    """Whether ``no_proxy`` names a host, as curl and gRPC read it together.
+
+    Args:
+        no_proxy: entries between commas or spaces: ``*``; a domain, which stands for all below it, also as
+            ``.domain`` or ``*.domain``; an address; a range of addresses, ``10.0.0.0/8``; each but the range also with
+            a port, ``host:port``, for which alone it then counts.
+        host: name or address, without brackets.
+        port: at which it is reached.
+    """
+    return any(
+        _names(entry.lower(), host.lower().rstrip("."), port) for entry in re.split(r"[,\s]+", no_proxy) if entry
+    )
+
+
+def _names(entry: str, host: str, port: int) -> bool:
+    if entry == "*":
+        return True
+    address = _address(host)
+    if "/" in entry:
+        try:
+            network = ipaddress.ip_network(entry.replace("[", "").replace("]", ""), strict=False)
+        except ValueError:
+            return False
+        return address is not None and address.version == network.version and address in network
+    if _address(without_brackets(entry)) is None:  # it is a name, or has a port
+        name, separator, number = entry.rpartition(":")
+        if separator and number.isdecimal():
+            if int(number) != port:
+                return False
+            entry = name
+    entry = without_brackets(entry)
+    if address is not None:
+        return address == _address(entry)
+    domain = entry.removeprefix("*").strip(".")
+    return bool(domain) and (host == domain or host.endswith(f".{domain}"))
+
+
+def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        return ipaddress.ip_address(text)
+    except ValueError:
+        return None
 
 
 def proxy_options(proxy: Proxy | None) -> list[tuple[str, str | int]]:

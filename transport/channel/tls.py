@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
+from nnunet_fed.addresses import host_and_port
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.study.site import Site
 from nnunet_fed.transport.channel.allocator import SITE, keep_buffers
@@ -210,11 +211,26 @@ def _content(path: Path) -> bytes:
 
 def _check_private(path: Path) -> None:
     mode = stat.S_IMODE(path.stat().st_mode)
-    if os.name == "posix" and mode & 0o037:
-        raise ConfigurationError(
-            f"The private key {path} has the mode {mode:o}: whoever can read it can take part under its name. Close it "
-            f"with 'chmod 600 {path}'; reading may be granted to a group (640), more may not."
+    if os.name != "posix" or not mode & 0o037:
+        return
+    remedy = f"Close it with 'chmod 600 {path}'; reading may be granted to a group (640), more may not."
+    if not _can_be_closed(path):
+        remedy = (
+            "It cannot be closed there, on a read-only mount or as another user's file, as in a container. Have it "
+            "mounted with a mode of its own (Kubernetes: 'defaultMode: 0400' of the secret; Docker: 'mode: 0400' and "
+            f"'uid' of the secret), or copy it when the container starts, 'install -m 600 {path} /run/key.pem', and "
+            "name the copy as 'key' in site.toml, or with --key."
         )
+    raise ConfigurationError(
+        f"The private key {path} has the mode {mode:o}: whoever can read it can take part under its name. {remedy}"
+    )
+
+
+def _can_be_closed(path: Path) -> bool:
+    """Whether ``chmod`` would work."""
+    if os.statvfs(path).f_flag & os.ST_RDONLY:
+        return False
+    return os.geteuid() in (0, path.stat().st_uid)
 
 
 def diagnose(site: Site) -> str | None:
@@ -229,12 +245,6 @@ def diagnose(site: Site) -> str | None:
         return _not_let_through(site, error) if error.lasts else None
     except (OSError, ssl.SSLError):  # it does not listen, or the connection broke: another try may help
         return None
-
-
-def host_and_port(address: str) -> tuple[str, int]:
-    """Of ``host:port``, as sockets take them."""
-    host, _, port = address.rpartition(":")
-    return host.strip("[]"), int(port)
 
 
 def _not_let_through(site: Site, error: ProxyRefusalError) -> str:

@@ -16,6 +16,7 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
+from nnunet_fed.addresses import host_and_port
 from nnunet_fed.coordinator.coordinator import Coordinator
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.strict_json import to_json
@@ -46,10 +47,10 @@ class StatusServer:
         self.registry.register(CoordinatorCollector(coordinator))
         self.meter = Meter(self.registry)
         """For the server whose calls ``/metrics`` shall count."""
-        host, _, port = address.rpartition(":")
-        host = host.strip("[]")
-        if not host or not port.isdecimal() or int(port) > 65535:
-            raise ConfigurationError(f"--http {address}: '{address}' is no HOST:PORT, for example 127.0.0.1:7465.")
+        try:
+            host, port = host_and_port(address)
+        except ValueError as error:
+            raise ConfigurationError(f"--http {address}: {error}.") from None
         if not anywhere and not is_loopback(address):
             raise ConfigurationError(
                 f"--http {address}: whoever reaches this address could read the status, and whoever is on the way, "
@@ -57,7 +58,7 @@ class StatusServer:
                 "--http-insecure in a network that you trust."
             )
         try:
-            family, *_, place = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+            family, *_, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
             self._server: WSGIServer = type("_Server", (_Server,), {"address_family": family})(place[:2], _Handler)
         except OSError as error:
             raise ConfigurationError(f"--http {address}: cannot listen there: {error}. Choose another one.") from None

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from nnunet_fed.addresses import host_and_port
 from nnunet_fed.errors import ConfigurationError, RefusedError
 from nnunet_fed.exchange.outgoing_log import Outgoing
 from nnunet_fed.preflight.site_checks import Finding, Outcome
@@ -24,7 +25,6 @@ from nnunet_fed.transport.channel.tls import (
     check_security,
     connect,
     diagnose,
-    host_and_port,
     open_channel,
 )
 from nnunet_fed.transport.proto import check_pb2 as pb
