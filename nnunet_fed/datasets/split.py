@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import json
 import logging
 import math
 import re
@@ -24,6 +23,7 @@ from rich.progress import track
 
 from nnunet_fed.datasets.description import NAME, read_description
 from nnunet_fed.datasets.findings import FILE, Report, require
+from nnunet_fed.datasets.folds import SPLITS, read_folds
 from nnunet_fed.datasets.listing import laid_out, list_cases
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.files import link, new_folder, write_json
@@ -162,29 +162,14 @@ class _Pool:
         require([Report(str(folder), folder, tuple(listing.findings), len(listing.cases))], NOTHING)
         ending = dataset["file_ending"]
         files = {case: list(laid_out(case, listing.cases[case], ending)) for case in sorted(listing.cases)}
-        table, splits = folder / "cases.csv", folder / "splits_final.json"
+        table, splits = folder / "cases.csv", folder / SPLITS
         return cls(
             folder,
             {key: value for key, value in dataset.items() if key != "dataset"},
             files,
             _Table.read(table) if table.is_file() else None,
-            _read_folds(splits) if splits.is_file() else None,
+            read_folds(splits) if splits.is_file() else None,
         )
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigurationError(f"{path} is no valid JSON: {error}. Correct it.") from None
-
-
-def _read_folds(path: Path) -> list[dict[str, list[str]]]:
-    folds = _read_json(path)
-    try:
-        return [{part: list(fold[part]) for part in ("train", "val")} for fold in folds]
-    except (TypeError, KeyError):
-        raise ConfigurationError(f"{path} is no list of 'train' and 'val' cases: correct it, or remove it.") from None
 
 
 def _site_name(value: str, table: Path) -> str:
@@ -211,7 +196,7 @@ def _write(pool: _Pool, out: Path, sites: dict[str, list[str]], limit: int | Non
         if pool.table is not None:
             pool.table.write(out / site / "cases.csv", cases)
         if pool.folds is not None:
-            _write_folds(out / site / "splits_final.json", pool.folds, set(cases))
+            _write_folds(out / site / SPLITS, pool.folds, set(cases))
     files = [(site, file) for site, cases in chosen.items() for case in cases for file in pool.files[case]]
     for site, (source, place) in track(files, description="Splitting"):
         link(source, out / site / place)

@@ -14,6 +14,7 @@ from rich.progress import Progress
 
 from nnunet_fed.datasets.description import NAME, channel_names, check_description, known_values, read_description
 from nnunet_fed.datasets.findings import Finding, Report, Severity
+from nnunet_fed.datasets.folds import check_folds
 from nnunet_fed.datasets.listing import list_cases, place_of
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.files import write_json
@@ -84,7 +85,7 @@ def look_at(folder: Path, name: str, kept: Path | None = None, label_map: LabelM
     )  # fmt: skip
     known = None if "labels" not in content or bad & {"labels", "ignore"} else known_values(content)
     listing = list_cases(folder, content)
-    findings += listing.findings
+    findings += [*listing.findings, *check_folds(folder, listing.cases)]
     there = {case: [file for file in files["images"] if Path(file).is_file()] for case, files in listing.cases.items()}
     reader = choose_reader(content, [images[0] for images in there.values() if images])
     jobs = [

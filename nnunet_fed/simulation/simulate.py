@@ -13,7 +13,7 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 
+from nnunet_fed.agreement.odd_plans import ODD
 from nnunet_fed.coordinator.watch import watch
 from nnunet_fed.datasets.description import read_description
 from nnunet_fed.datasets.findings import FILE, require
@@ -43,8 +44,8 @@ if TYPE_CHECKING:
 __all__ = ["Simulation", "lesion_table", "plugin_folder", "result_table", "simulate"]
 
 HOST = "127.0.0.1"
-SITES, PLANNING_LOG = "sites", "plan.log"
-"""Folder with a folder for each site, and the name of the log of what it has planned."""
+SITES, PLANNING, PLANNING_LOG = "sites", "Planning", "plan.log"
+"""Folder with a folder for each site; name of what it does first, and the log of that."""
 MAPPED_DATASET = 2
 """nnU-Net's number of the data set with the federation's labels, where a site has a map."""
 FOLDS = 5
@@ -73,7 +74,7 @@ class Simulation:
     labels: Mapping[str, Sources] = field(default_factory=dict)
     """By site: ``labels`` of its ``site.toml``. A site that is not named has the federation's labels already."""
     looks: Path | None = None
-    """Folder that keeps what was found in the sites' data, a folder for each; ``None``: that of the sites in ``out``."""
+    """Folder that keeps what is found in the sites' data, a folder for each; ``None``: that of the sites in ``out``."""
 
 
 def simulate(simulation: Simulation, console: Console) -> dict[str, Any]:
@@ -125,10 +126,14 @@ def simulate(simulation: Simulation, console: Console) -> dict[str, Any]:
         stack.callback(stop_workers, workers)
         _await(coordinator, address)
 
+        told: set[str] = set()
+
         def running() -> bool:
             if coordinator.exit_status() is not None:
                 raise FederationError(f"The coordinator has ended. {coordinator.last_words()}\n(log: {serve.log})")
             raise_first([worker for worker in workers if worker.failed()])
+            if any(worker.process is not None and worker.process.step.name == PLANNING for worker in workers):
+                _tell_odd_plans(places, told, console)
             going = [worker.advance() for worker in workers]
             return any(going)
 
@@ -254,6 +259,18 @@ def _take(out: Path) -> None:
     new_folder(out, SITES if only_looks else "")
 
 
+def _tell_odd_plans(places: Sequence[Place], told: set[str], console: Console) -> None:
+    """Show what the sites' logs say of odd plans, once; ``told`` keeps what was shown."""
+    for place in places:
+        with suppress(OSError):
+            text = (place.folder / PLANNING_LOG).read_text(encoding="utf-8", errors="replace")
+            for line in text.splitlines():
+                _, found, sentence = line.partition(ODD)
+                if found and sentence not in told:
+                    told.add(sentence)
+                    console.print(f"site '{place.name}': {ODD}{sentence}", soft_wrap=True, markup=False)
+
+
 def _check_names(simulation: Simulation) -> None:
     names = tuple(sorted(simulation.sites))
     if names != simulation.study.sites:
@@ -313,7 +330,7 @@ def _steps(simulation: Simulation, study: Federation, place: Place) -> list[Step
         del planning[AUGMENTATION_VARIABLE]
     steps = []
     if simulation.planned is None:
-        steps.append(Step("Planning", planning_command(study), planning, folder / PLANNING_LOG))
+        steps.append(Step(PLANNING, planning_command(study), planning, folder / PLANNING_LOG))
     if simulation.until != "plan":
         training = {AUGMENTATION_VARIABLE: "0", **common, "nnUNet_fed_skip_validation": ""}
         if simulation.until == "train":

@@ -220,7 +220,9 @@ def test_a_label_map_that_does_not_fit_is_found_before_anything_starts(
     given = with_maps(simulation(tmp_path, {"a": 5, "b": 5}), **labels)
     with pytest.raises(ConfigurationError, match=f"(?s){message}"):
         simulate.simulate(given, quiet())
-    assert not (given.out / "sites").exists()
+    assert not (given.out / "federation.toml").exists()
+    with pytest.raises(ConfigurationError, match=f"(?s){message}"):  # and the same folder can be given again
+        simulate.simulate(given, quiet())
 
 
 def test_regions_are_not_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
