@@ -81,7 +81,7 @@ class Report:
     def summary(self) -> str:
         """How many there are."""
         errors, others = len(self.errors), len(self.findings) - len(self.errors)
-        return f"{self.cases} cases, {_number(errors, 'error')}, {_number(others, 'warning')}"
+        return f"{self.cases} cases, {counted(errors, 'error')}, {counted(others, 'warning')}"
 
     def table(self) -> Table:
         """For a terminal; of many findings of a kind only the first ones."""
@@ -149,7 +149,7 @@ class DataError(ConfigurationError):
         self.reports = tuple(reports)
         bad = [report for report in reports if report.errors]
         parts = [
-            f"The data of {report.name} have {_number(len(report.errors), 'error')} ({consequence}):\n"
+            f"The data of {report.name} have {counted(len(report.errors), 'error')} ({consequence}):\n"
             f"{report.sentences()}"
             for report in bad
         ]
@@ -177,5 +177,6 @@ def _cases(findings: Sequence[Finding]) -> str:
     return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
 
 
-def _number(number: int, what: str) -> str:
+def counted(number: int, what: str) -> str:
+    """``no files``, ``1 file``, ``2 files``."""
     return f"{number or 'no'} {what}{'' if number == 1 else 's'}"

@@ -6,7 +6,7 @@ import json
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from nnunet_fed.datasets.findings import Finding, Severity
+from nnunet_fed.datasets.findings import Finding, Severity, counted
 from nnunet_fed.errors import ConfigurationError
 
 SPLITS = "splits_final.json"
@@ -40,16 +40,16 @@ def check_folds(folder: Path, cases: Collection[str]) -> Iterator[Finding]:
     named = [case for fold in folds for part in fold.values() for case in part]
     gone, unused = sorted(set(named) - set(cases)), sorted(set(cases) - set(named))
     if gone:
-        found, remedy = f"{_shown(gone)} of the folds are not in the data set", "Correct the folds, or remove the file."
+        found, remedy = f"{_shown(gone)} of the folds, not in the data set", "Correct the folds, or remove the file."
         yield Finding(Severity.error, "folds", found, "cases of the data set", remedy, file=SPLITS)
     if unused:
-        found, remedy = f"{_shown(unused)} are in no fold, and will never be used", "Add them to the folds, or remove"
+        found, remedy = f"{_shown(unused)} in no fold, never to be used", "Add them to the folds, or remove"
         yield Finding(Severity.warning, "folds", found, "all cases", f"{remedy} the file.", file=SPLITS)
     both = sorted({case for fold in folds for case in set(fold["train"]) & set(fold["val"])})
     if both:
-        found, remedy = f"{_shown(both)} are in 'train' and 'val' of one fold", "Leave each in one of them."
+        found, remedy = f"{_shown(both)} in 'train' and 'val' of one fold", "Leave each in one of them."
         yield Finding(Severity.warning, "folds", found, "other cases in 'train' than in 'val'", remedy, file=SPLITS)
 
 
 def _shown(cases: list[str]) -> str:
-    return f"{len(cases)} cases ({', '.join(cases[:3])}{', ...' if len(cases) > 3 else ''})"
+    return f"{counted(len(cases), 'case')} ({', '.join(cases[:3])}{', ...' if len(cases) > 3 else ''})"

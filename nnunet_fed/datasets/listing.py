@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nnunet_fed.datasets.findings import Finding, Severity
+from nnunet_fed.datasets.findings import Finding, Severity, counted
 
 IMAGES, LABELS = "imagesTr", "labelsTr"
 SEGMENTATION = "_seg"
@@ -186,7 +186,7 @@ def _with_ending(folder: Path, part: Path, ending: str, found: list[Finding]) ->
             others.append(path.name)
     if others:
         shown = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
-        told = f"{len(others)} files have another ending than file_ending and are left out: {shown}"
+        told = f"{counted(len(others), 'file')} with another ending than file_ending, left out: {shown}"
         remedy = f"Convert or rename them to {ending}, or remove them."
         found.append(_warning("other endings", told, f"files that end with {ending}", remedy, place_of(folder, part)))
 

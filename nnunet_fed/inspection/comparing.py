@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nnunet_fed.datasets.findings import Finding, Severity
+from nnunet_fed.datasets.findings import Finding, Severity, counted
 from nnunet_fed.inspection.reading import FOURTH, MOST_VALUES, OVERWRITE, VECTOR, FileFacts, sidecar_of
 
 SPACING_TOLERANCE = 1e-3
@@ -51,7 +51,7 @@ def findings_of(case: Case, channels: int | None, known: Collection[int] | None,
     for place, facts in files:
         yield from _unreadable(case.name, place, facts)
         if facts.read_as_zero:
-            found = f"{facts.read_as_zero} voxels are NaN or infinite, and nnU-Net reads 0 there"
+            found = f"{counted(facts.read_as_zero, 'voxel')} NaN or infinite, where nnU-Net reads 0"
             remedy = "Replace them by numbers that make sense for these images, unless 0 does."
             yield _warning("NaN or infinite", case.name, place, found, "finite numbers", remedy)
     images = [(place, facts) for place, facts in case.images if not facts.problem and not facts.layout]
@@ -80,7 +80,7 @@ def of_all_cases(cases: Sequence[Case]) -> Iterator[Finding]:
     labels = [case.label[1] for case in cases if case.label and not case.label[1].problem and not case.label[1].layout]
     if labels and not any(value > 0 for facts in labels for value in facts.values):
         remedy = "If that is right, the site may take part: what it trains on is background only."
-        found = f"none of the {len(labels)} label files has any foreground"
+        found = f"there is none in {counted(len(labels), 'label file')}"
         yield Finding(Severity.warning, "no foreground", found, "foreground in some cases", remedy)
     firsts = [
         (case, *case.images[0]) for case in cases
@@ -138,7 +138,7 @@ def _planes(case: str, images: Sequence[Read], channels: int) -> Iterator[Findin
     if sum(found) == channels and len(set(found)) == 1:
         return
     if set(found) == {1}:
-        told = f"{len(images)} image files, and dataset.json names {channels} channels"
+        told = f"{counted(len(images), 'image file')}, and dataset.json names {counted(channels, 'channel')}"
         remedy = "Add the missing files, or correct channel_names."
         yield _error("channels", case, images[0][0], told, "a file for each channel", remedy)
         return
@@ -159,7 +159,7 @@ def _planes(case: str, images: Sequence[Read], channels: int) -> Iterator[Findin
 
 def _intensities(case: str, place: str, facts: FileFacts) -> Iterator[Finding]:
     if facts.not_finite:
-        found = f"{facts.not_finite} voxels are NaN or infinite"
+        found = f"{counted(facts.not_finite, 'voxel')} NaN or infinite"
         remedy = "Replace them by numbers that make sense for these images."
         yield _error("NaN or infinite", case, place, found, "finite numbers", remedy)
     elif facts.lowest == facts.highest:
@@ -172,7 +172,7 @@ def _label_values(
     case: str, place: str, facts: FileFacts, known: Collection[int] | None, mapped: bool
 ) -> Iterator[Finding]:
     if facts.not_finite:
-        found = f"{facts.not_finite} voxels are NaN or infinite"
+        found = f"{counted(facts.not_finite, 'voxel')} NaN or infinite"
         yield _error("NaN or infinite", case, place, found, "values of labels", "Give these voxels a label's value.")
     if known is None:
         return
@@ -203,7 +203,8 @@ def _geometry(case: str, place: str, facts: FileFacts, other: str, image: FileFa
         yield _error("shape", case, place, found, wanted, remedy)
         return
     if facts.spacing and image.spacing and not _close(facts.spacing, image.spacing, SPACING_TOLERANCE):
-        found, wanted = f"spacing {_by(facts.spacing)}", f"spacing {_by(image.spacing)}, as {other}"
+        found = f"spacing {_by(facts.spacing)} mm (slices first)"
+        wanted = f"spacing {_by(image.spacing)} mm, as {other}"
         yield _error("spacing", case, place, found, wanted, remedy)
         return
     remedy = (

@@ -232,7 +232,7 @@ def _other_reader(path: Path, reader: str) -> str:
 def _words(error: Exception, path: Path) -> str:
     """What an error says, in one line and without places in somebody's source code."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    text = text.rpartition("ITK ERROR: ")[2].replace(str(path), path.name)
+    text = text.rpartition("ERROR: ")[2].replace(str(path), path.name)
     text = re.sub(r"\w+\(0x[0-9a-f]+\): ", "", text)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return " ".join(lines)[:300] or type(error).__name__

@@ -13,23 +13,28 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from rich.console import Console
 
-from nnunet_fed.agreement.odd_plans import ODD
 from nnunet_fed.coordinator.watch import watch
-from nnunet_fed.datasets.description import read_description
-from nnunet_fed.datasets.findings import FILE, require
-from nnunet_fed.datasets.listing import list_cases
+from nnunet_fed.datasets.findings import FILE
 from nnunet_fed.errors import ConfigurationError, FederationError, UnreachableError
 from nnunet_fed.evaluation.summary import lesion_table, result_table, site_summary, summarise
-from nnunet_fed.files import new_folder, write_json, write_text
+from nnunet_fed.files import write_json, write_text
 from nnunet_fed.processes import Process, Step, Worker, raise_first, signals_interrupt, stop, stop_workers
+from nnunet_fed.simulation.first_look import (
+    PLANNING_LOG,
+    SITES,
+    count_cases,
+    look_at_sites,
+    take,
+    tell_odd_plans,
+)
 from nnunet_fed.simulation.reuse_plans import DATASET, adopt, check_same_planning
 from nnunet_fed.study.federation import Federation
 from nnunet_fed.study.labels import LabelMap, Sources
@@ -38,14 +43,11 @@ from nnunet_fed.study.site import SITE_FILE_VARIABLE, Site
 from nnunet_fed.study.toml import to_toml
 from nnunet_fed.transport.site.client import GrpcCommunicator
 
-if TYPE_CHECKING:
-    from nnunet_fed.inspection.look import Look
-
 __all__ = ["Simulation", "lesion_table", "plugin_folder", "result_table", "simulate"]
 
 HOST = "127.0.0.1"
-SITES, PLANNING, PLANNING_LOG = "sites", "Planning", "plan.log"
-"""Folder with a folder for each site; name of what it does first, and the log of that."""
+PLANNING = "Planning"
+"""What a site does first."""
 MAPPED_DATASET = 2
 """nnU-Net's number of the data set with the federation's labels, where a site has a map."""
 FOLDS = 5
@@ -100,8 +102,12 @@ def simulate(simulation: Simulation, console: Console) -> dict[str, Any]:
         study = study.model_copy(update={"plans_name": study.planner.replace("Planner", "") + "Plans"})
     _check_names(simulation)
     out = simulation.out.resolve()
-    _take(out)
-    looks = {} if simulation.planned is not None else look_at_sites(simulation, console)
+    take(out)
+    looks = (
+        {}
+        if simulation.planned is not None
+        else look_at_sites(simulation.sites, _label_maps(simulation), simulation.looks or out / SITES, console)
+    )
     places = _places(simulation)
     workers = [Worker(place.name, _steps(simulation, study, place)) for place in places]
     address, *others = (f"{HOST}:{port}" for port in free_ports(1 + len(places)))
@@ -133,7 +139,7 @@ def simulate(simulation: Simulation, console: Console) -> dict[str, Any]:
                 raise FederationError(f"The coordinator has ended. {coordinator.last_words()}\n(log: {serve.log})")
             raise_first([worker for worker in workers if worker.failed()])
             if any(worker.process is not None and worker.process.step.name == PLANNING for worker in workers):
-                _tell_odd_plans(places, told, console)
+                tell_odd_plans({place.name: place.folder for place in places}, told, console)
             going = [worker.advance() for worker in workers]
             return any(going)
 
@@ -233,44 +239,6 @@ class Place:
         return self.folder / "nnUNet_results" / self.trained_dataset / model / f"fold_{self.fold}"
 
 
-def look_at_sites(simulation: Simulation, console: Console) -> dict[str, Look]:
-    """Look at all data of all sites, before anything starts; raises :class:`DataError` with all errors of all sites."""
-    from nnunet_fed.inspection.look import look_at
-
-    folder = simulation.looks or simulation.out.resolve() / SITES
-    looks: dict[str, Look] = {}
-    for name, source in sorted(simulation.sites.items()):
-        label_map = _label_map(simulation, name)
-        looks[name] = look_at(source.resolve(), f"site '{name}'", folder / name / FILE, label_map)
-        looks[name].report.show(console)
-    if any(look.report.findings for look in looks.values()):
-        for name, look in looks.items():
-            look.write(folder / name / FILE)
-            write_text(folder / name / PLANNING_LOG, look.report.text())
-        console.print(f"All findings stand in {folder}.", soft_wrap=True)
-    require([look.report for look in looks.values()], "nothing was started")
-    return looks
-
-
-def _take(out: Path) -> None:
-    """Make the folder, or take it if there is nothing in it but what an earlier look has found."""
-    of_sites = list((out / SITES).glob("*/*"))
-    only_looks = bool(of_sites) and {path.name for path in of_sites} <= {FILE, PLANNING_LOG}
-    new_folder(out, SITES if only_looks else "")
-
-
-def _tell_odd_plans(places: Sequence[Place], told: set[str], console: Console) -> None:
-    """Show what the sites' logs say of odd plans, once; ``told`` keeps what was shown."""
-    for place in places:
-        with suppress(OSError):
-            text = (place.folder / PLANNING_LOG).read_text(encoding="utf-8", errors="replace")
-            for line in text.splitlines():
-                _, found, sentence = line.partition(ODD)
-                if found and sentence not in told:
-                    told.add(sentence)
-                    console.print(f"site '{place.name}': {ODD}{sentence}", soft_wrap=True, markup=False)
-
-
 def _check_names(simulation: Simulation) -> None:
     names = tuple(sorted(simulation.sites))
     if names != simulation.study.sites:
@@ -292,33 +260,12 @@ def _places(simulation: Simulation) -> list[Place]:
         split = count_cases(name, source) >= FOLDS or (source / "splits_final.json").is_file()
         folder = simulation.out.resolve() / SITES / name
         fold = simulation.study.fold if split else "all"
-        places.append(Place(name, source, folder, fold, _label_map(simulation, name)))
+        places.append(Place(name, source, folder, fold, _label_maps(simulation).get(name)))
     return places
 
 
-def _label_map(simulation: Simulation, site: str) -> LabelMap | None:
-    sources = simulation.labels.get(site)
-    return None if sources is None else LabelMap(MAPPED_DATASET, sources)
-
-
-def count_cases(site: str, folder: Path) -> int:
-    """Number of training cases in a raw data set; raises :class:`ConfigurationError` if it is none."""
-    content, _ = read_description(folder / "dataset.json")
-    for part in ("dataset.json", *(() if content and "dataset" in content else ("imagesTr", "labelsTr"))):
-        if not (folder / part).exists():
-            raise ConfigurationError(
-                f"The folder {folder} of site '{site}' has no {part}: name a data set in nnU-Net's raw layout."
-            )
-    if not content or "file_ending" not in content:
-        path = folder / "dataset.json"
-        raise ConfigurationError(f"{path} of site '{site}' has no 'file_ending': correct it.")
-    cases = list_cases(folder, content).cases
-    if not cases:
-        raise ConfigurationError(
-            f"{folder / 'imagesTr'} of site '{site}' has no image CASE_0000{content['file_ending']}: put the training "
-            "images there."
-        )
-    return len(cases)
+def _label_maps(simulation: Simulation) -> dict[str, LabelMap]:
+    return {site: LabelMap(MAPPED_DATASET, sources) for site, sources in simulation.labels.items()}
 
 
 def _steps(simulation: Simulation, study: Federation, place: Place) -> list[Step]:

@@ -369,7 +369,7 @@ def truncate(file: Path) -> None:
         ),
         (spoil(1.5), r"c1.mha: voxels of value 1.5; wanted"),
         (spoil(-1), r"c1.mha: voxels of value -1; wanted"),
-        (spoil(float("nan")), r"c1.mha: 1 voxels are NaN"),
+        (spoil(float("nan")), r"c1.mha: 1 voxel NaN"),
         (lambda file: file.write_text("no image"), r"case c1, labelsTr/c1.mha: it cannot be read: "),
         (truncate, r"case c1, labelsTr/c1.mha: it cannot be read: "),
     ],

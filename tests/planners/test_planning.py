@@ -343,7 +343,7 @@ def test_paths_that_are_not_set(raw: Path, monkeypatch: pytest.MonkeyPatch, vari
         ),
         (
             lambda folder: (folder / "imagesTr" / "case_001_0001.nii.gz").unlink(),
-            r"case case_001, imagesTr.*: 1 image files",
+            r"case case_001, imagesTr.*: 1 image file,",
         ),
         (
             lambda folder: [

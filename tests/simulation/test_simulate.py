@@ -27,7 +27,8 @@ from nnunet_fed.errors import ConfigurationError, FederationError
 from nnunet_fed.evaluation.lesions import CaseResult, Lesion, aggregate
 from nnunet_fed.evaluation.summary import lesion_table, result_table, site_summary, summarise
 from nnunet_fed.simulation import simulate
-from nnunet_fed.simulation.simulate import Simulation, count_cases, plugin_folder, training_command
+from nnunet_fed.simulation.first_look import count_cases
+from nnunet_fed.simulation.simulate import Simulation, plugin_folder, training_command
 from nnunet_fed.study.federation import Federation
 from nnunet_fed.study.labels import LabelMap
 from nnunet_fed.study.site import Site
