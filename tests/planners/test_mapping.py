@@ -219,6 +219,7 @@ def test_copies_where_links_are_not_allowed(raw: Path, monkeypatch: pytest.Monke
 def test_files_listed_in_dataset_json(raw: Path) -> None:
     source = write(raw)
     (source / "labelsTr").rename(source / "elsewhere")
+    (source / "splits_final.json").unlink()
     listed = {"x": {"images": ["imagesTr/c0_0000.nii.gz"], "label": "elsewhere/c0.nii.gz"}}
     content = json.loads((source / "dataset.json").read_text()) | {"dataset": listed, "numTraining": 1}
     (source / "dataset.json").write_text(json.dumps(content))
