@@ -46,9 +46,9 @@ def check_whole(path: Path) -> Whole:
         raise ValueError("it is empty")
     is_nifti = path.name.lower().endswith((".nii", ".nii.gz"))
     if start == b"\x1f\x8b":
-        with gzip.open(path) as file:
-            content = file.read()
-        return Whole(len(content), _check_nifti(content) if is_nifti else 0)
+        with gzip.open(path) as packed:
+            unpacked = packed.read()
+        return Whole(len(unpacked), _check_nifti(unpacked) if is_nifti else 0)
     if is_nifti:
         with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
             return Whole(len(content), _check_nifti(content))
@@ -62,7 +62,8 @@ def _check_nifti(content: bytes | mmap) -> int:
         return 0  # of another version, or none: its library will say
     number, *sizes = struct.unpack_from(f"{order}8h", content, 40)
     kind, bits = struct.unpack_from(f"{order}2h", content, 70)
-    offset, voxels = int(struct.unpack_from(f"{order}f", content, 108)[0]), prod(sizes[: max(0, number)])
+    offset = int(struct.unpack_from(f"{order}f", content, 108)[0])
+    voxels = int(prod(sizes[: max(0, number)]))
     if len(content) < offset + voxels * bits // 8:
         told = offset + voxels * bits // 8
         raise ValueError(f"it is cut off: it has {len(content)} bytes, and its header speaks of {told}")

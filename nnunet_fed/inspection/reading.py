@@ -67,7 +67,10 @@ class FileFacts:
     @classmethod
     def restore(cls, stored: Mapping[str, Any]) -> FileFacts:
         """The facts of :meth:`stored`."""
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()})
+        facts: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()
+        }
+        return cls(**facts)
 
 
 def endings() -> set[str]:
@@ -88,7 +91,9 @@ def choose_reader(content: Mapping[str, Any], images: Sequence[str]) -> str:
     if named != "None" and reader_class(str(named)) is not None:
         return str(named)
     ending = str(content["file_ending"]).lower()
-    candidates = [reader.__name__ for reader in LIST_OF_IO_CLASSES if ending in reader.supported_file_endings]
+    candidates: list[str] = [
+        reader.__name__ for reader in LIST_OF_IO_CLASSES if ending in reader.supported_file_endings
+    ]
     if len(candidates) > 1:
         for image in images:
             for name in candidates:
@@ -139,7 +144,8 @@ def _read(path: Path, reader: str, is_label: bool, whole: Whole) -> tuple[FileFa
     if reader == SimpleITKIO.__name__:
         return _by_itk(path, whole)
     if reader in (NibabelIO.__name__, NibabelIOWithReorient.__name__):
-        shape = nibabel.load(path).shape
+        header: Any = nibabel.load(path)
+        shape = header.shape
         if len(shape) > 3:
             return FileFacts(layout=FOURTH, dimensions=len(shape), planes=shape[3], shape=shape[2::-1]), None
     spacing_known = True

@@ -73,7 +73,7 @@ def _read_some(
 
 def _processes(files: int) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(default_num_processes, cores, -(-files // FILES_A_PROCESS)))
+    return max(1, min(int(default_num_processes), cores, -(-files // FILES_A_PROCESS)))
 
 
 def _be_silent() -> None:
