@@ -100,7 +100,7 @@ def simulate(simulation: Simulation, console: Console) -> dict[str, Any]:
         check_same_planning(simulation.planned, study, simulation.sites, simulation.labels)
     if study.plans_name is None:
         study = study.model_copy(update={"plans_name": study.planner.replace("Planner", "") + "Plans"})
-    _check_names(simulation)
+    _check_sites(simulation)
     out = simulation.out.resolve()
     take(out)
     looks = (
@@ -239,7 +239,7 @@ class Place:
         return self.folder / "nnUNet_results" / self.trained_dataset / model / f"fold_{self.fold}"
 
 
-def _check_names(simulation: Simulation) -> None:
+def _check_sites(simulation: Simulation) -> None:
     names = tuple(sorted(simulation.sites))
     if names != simulation.study.sites:
         raise ConfigurationError(
@@ -252,6 +252,11 @@ def _check_names(simulation: Simulation) -> None:
     strangers = sorted(set(simulation.labels) - set(names))
     if strangers:
         raise ConfigurationError(f"There is a label map for '{strangers[0]}', but the sites are {', '.join(names)}.")
+    for name, folder in sorted(simulation.sites.items()):
+        if not (folder / "dataset.json").is_file():
+            raise ConfigurationError(
+                f"The folder {folder} of site '{name}' has no dataset.json: name a data set in nnU-Net's raw layout."
+            )
 
 
 def _places(simulation: Simulation) -> list[Place]:

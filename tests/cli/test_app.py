@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -92,12 +93,12 @@ def test_a_port_in_use(command: Command, study_file: Path, serve: Callable[..., 
     assert f"Cannot listen on {address}" in command.fails(*listen(study_file, address))
 
 
-@pytest.mark.parametrize("address", ["0.0.0.0:0", "localhost", "hospital.example:7464"])
+@pytest.mark.parametrize("address", ["0.0.0.0:0", "hospital.example:7464"])
 def test_an_address_that_is_not_on_this_machine(command: Command, study_file: Path, address: str) -> None:
     assert f"'{address}' is not on this machine" in command.fails(*listen(study_file, address))
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1:99999", "127.0.0.1:http", "127.0.0.1:", "localhost:-1"])
+@pytest.mark.parametrize("address", ["127.0.0.1:99999", "127.0.0.1:http", "127.0.0.1:", "localhost", "localhost:-1"])
 def test_an_address_with_an_impossible_port(command: Command, study_file: Path, address: str) -> None:
     assert f"'{address}' is no HOST:PORT" in command.fails(*listen(study_file, address))
 
@@ -218,7 +219,9 @@ def test_planning_that_fails(
     served = serve(make_study())
     use_site(monkeypatch, tmp_path, served.server.address)
     use_dataset(monkeypatch, tmp_path, 1)
-    assert "dataset.json cannot be read" in command.fails("plan_and_preprocess", "-d", "1")
+    status, out, err = command("plan_and_preprocess", "-d", "1")
+    assert (status, "Traceback" in out + err) == (2, False)
+    assert re.search(r"^Error: The data of .* have 1 error \(nothing was sent\):\nerror, no dataset.json: ", err, re.M)
     assert served.coordinator.status()["sites"]["a"]["progress"]["phase"] == "failed", "who watches sees it"
 
 
