@@ -18,7 +18,6 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
-from nnunetv2.experiment_planning.verify_dataset_integrity import verify_dataset_integrity
 from rich.console import Console
 from rich.table import Table
 
@@ -58,7 +57,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     arguments = parser.parse_args()
-    # read when nnunetv2.configuration is imported, which is done by now
+    # within, since each process that is started imports what stands above: PyTorch, too, with this
+    from nnunetv2.experiment_planning.verify_dataset_integrity import verify_dataset_integrity
+
     from nnunet_fed.inspection import workers
 
     workers.default_num_processes = arguments.processes
