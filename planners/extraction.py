@@ -87,8 +87,17 @@ def _analyse(
     labels: Mapping[str, Any],
 ) -> tuple[Any, ...]:
     """What nnU-Net says of a case, and the volumes of its lesions; runs in a worker."""
-    result = analyze_case(files["images"], files["label"], reader, samples)
-    segmentation, _ = reader().read_seg(files["label"])
+    read: list[Any] = []
+
+    class Keeping(reader):  # type: ignore[misc]
+        """Keeps the labels, which are read once; nnU-Net then marks what lies outside as -1, which is no lesion."""
+
+        def read_seg(self, seg_fname: str) -> Any:
+            read.append(super().read_seg(seg_fname))
+            return read[-1]
+
+    result = analyze_case(files["images"], files["label"], Keeping, samples)
+    segmentation, _ = read[-1] if read else reader().read_seg(files["label"])
     # the spacing of the images: a label file without a sidecar (TIFF) has none
     return (*result, lesion_volumes(segmentation[0], result[1], labels))
 

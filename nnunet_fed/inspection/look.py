@@ -27,7 +27,7 @@ from nnunet_fed.inspection.reading import (
     reader_class,
     sidecar_of,
 )
-from nnunet_fed.inspection.workers import Job, read_all
+from nnunet_fed.inspection.workers import Job, Readers
 from nnunet_fed.study.labels import LabelMap
 
 FORMAT = 1
@@ -60,7 +60,9 @@ class Look:
         write_json(path, {**self.report.to_json(), **kept}, indent=1)
 
 
-def look_at(folder: Path, name: str, kept: Path | None = None, label_map: LabelMap | None = None) -> Look:
+def look_at(
+    folder: Path, name: str, kept: Path | None = None, label_map: LabelMap | None = None, readers: Readers | None = None
+) -> Look:
     """Read ``dataset.json`` and every training file of a data set once, and tell all that is wrong.
 
     Args:
@@ -68,7 +70,11 @@ def look_at(folder: Path, name: str, kept: Path | None = None, label_map: LabelM
         name: of the data set for the reader.
         kept: JSON of an earlier look: what it says of files whose size and time are as they were is taken over.
         label_map: of ``site.toml``; with one, the labels need not be as nnU-Net wants them.
+        readers: processes that go on to another data set; ``None``: some are started for this one.
     """
+    if readers is None:
+        with Readers() as readers:
+            return look_at(folder, name, kept, label_map, readers)
     content, findings = read_description(folder / NAME)
     if content is None:
         return Look(Report(name, folder, tuple(findings), 0), "", {}, {})
@@ -93,7 +99,7 @@ def look_at(folder: Path, name: str, kept: Path | None = None, label_map: LabelM
         *((files["label"], True) for files in listing.cases.values() if Path(files["label"]).is_file()),
     ]
     states = {job: _state(job[0], reader, job[1]) for job in jobs}
-    facts = _facts(states, reader, name, _kept(kept, folder, reader))
+    facts = _facts(states, reader, name, _kept(kept, folder, reader), readers)
     cases = []
     for case, files in listing.cases.items():
         images = [(place_of(folder, file), facts[file, False]) for file in there[case]]
@@ -112,7 +118,7 @@ def look_at(folder: Path, name: str, kept: Path | None = None, label_map: LabelM
 
 
 def _facts(
-    states: Mapping[Job, Any], reader: str, name: str, kept: Mapping[Job, tuple[Any, FileFacts]]
+    states: Mapping[Job, Any], reader: str, name: str, kept: Mapping[Job, tuple[Any, FileFacts]], readers: Readers
 ) -> dict[Job, FileFacts]:
     """Facts of all files, in the order of the states."""
     known = {job: kept[job][1] for job, state in states.items() if job in kept and kept[job][0] == state}
@@ -121,7 +127,7 @@ def _facts(
         # a console of its own: sites that are threads of one process would share the global one
         with Progress(console=Console(stderr=True)) as progress:
             bar = progress.add_task(f"Looking at {name}", total=len(new))
-            known |= read_all(new, reader, lambda: progress.advance(bar))
+            known |= readers.read_all(new, reader, lambda: progress.advance(bar))
     return {job: known[job] for job in states}
 
 

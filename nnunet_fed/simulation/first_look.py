@@ -49,11 +49,13 @@ def look_at_sites(
         DataError: with all errors of all sites.
     """
     from nnunet_fed.inspection.look import look_at  # with nnU-Net's readers, which others spare
+    from nnunet_fed.inspection.workers import Readers
 
     looks: dict[str, Look] = {}
-    for name, source in sorted(sites.items()):
-        looks[name] = look_at(source.resolve(), f"site '{name}'", folder / name / FILE, maps.get(name))
-        looks[name].report.show(console)
+    with Readers() as readers:
+        for name, source in sorted(sites.items()):
+            looks[name] = look_at(source.resolve(), f"site '{name}'", folder / name / FILE, maps.get(name), readers)
+            looks[name].report.show(console)
     if any(look.report.findings for look in looks.values()):
         for name, look in looks.items():
             look.write(folder / name / FILE)

@@ -20,9 +20,9 @@ from rich.console import Console
 from skimage import io
 
 from nnunet_fed.datasets.findings import SHOWN, DataError, Finding, require
-from nnunet_fed.inspection import look as look_module
 from nnunet_fed.inspection.look import look_at
 from nnunet_fed.inspection.reading import FileFacts
+from nnunet_fed.inspection.workers import Readers
 from nnunet_fed.study.labels import LabelMap
 
 PAGE = Path(__file__).parents[2] / "docs" / "data.md"
@@ -212,13 +212,13 @@ def test_an_unpacked_nifti_that_is_cut_off(tmp_path: Path) -> None:
 def test_a_second_look_reads_what_has_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, kept = make(tmp_path / "data"), tmp_path / "kept.json"
     read: list[str] = []
-    original = look_module.read_all
+    original = Readers.read_all
 
-    def noting(jobs: Any, *others: Any) -> dict[Any, FileFacts]:
+    def noting(self: Readers, jobs: Any, *others: Any) -> dict[Any, FileFacts]:
         read.extend(Path(file).name for file, _ in jobs)
-        return original(jobs, *others)
+        return original(self, jobs, *others)
 
-    monkeypatch.setattr(look_module, "read_all", noting)
+    monkeypatch.setattr(Readers, "read_all", noting)
     look_at(folder, "own", kept).write(kept)
     assert len(read) == 6
     write_itk(arrays(1)[1] * 3, folder / "labelsTr/c1.nii.gz")
