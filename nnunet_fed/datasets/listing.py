@@ -172,7 +172,7 @@ def _with_ending(folder: Path, part: Path, ending: str, found: list[Finding]) ->
         place = place_of(folder, path)
         if path.name.startswith("."):
             if path.name.endswith(ending):
-                remedy = f"Delete the hidden files: find '{part}' -name '.*' -type f -delete"
+                remedy = f"Delete the hidden files: find '{part}' -name '.*{ending}' -type f -delete"
                 told = "a hidden file, such as some systems leave beside another; nnU-Net would take it for a case"
                 found.append(_error("hidden files", told, "images and labels only", remedy, place))
         elif path.name.endswith(ending):
