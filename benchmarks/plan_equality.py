@@ -32,6 +32,7 @@ from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_en
 )
 from rich.console import Console
 from rich.table import Table
+from skimage import io
 
 from nnunet_fed.agreement.fingerprint import LocalFingerprint
 from nnunet_fed.agreement.plan_digest import comparable, differences
@@ -47,7 +48,7 @@ STOCK: dict[str, Any] = {
     "nnUNetPlannerFedResEncL": nnUNetPlannerResEncL,
     "nnUNetPlannerFedResEncXL": nnUNetPlannerResEncXL,
 }
-REAL = ("scgm_cc0", "hippocampus")
+REAL = ("scgm_cc0", "hippocampus", "nuclei")
 INTENSITIES = "foreground_intensity_properties_per_channel"
 POOL = 1
 
@@ -138,6 +139,27 @@ def write_random(
     (folder / "dataset.json").write_text(json.dumps(content), encoding="utf-8")
 
 
+def write_colours(folder: Path, seed: int, cases: int) -> None:
+    """Random pictures of boxes as nnU-Net documents colours: one PNG a case, and three channels."""
+    rng = np.random.default_rng(seed)
+    for name in ("imagesTr", "labelsTr"):
+        (folder / name).mkdir(parents=True)
+    for case in range(cases):
+        size = rng.integers(64, 200, 2)
+        labels = np.zeros(size, np.uint8)
+        labels[tuple(slice(length // 4, length // 2) for length in size)] = 1
+        picture = rng.normal([60, 90, 120] + 60 * labels[..., None], 10).clip(0, 255).astype(np.uint8)
+        io.imsave(folder / "imagesTr" / f"case_{case:03d}_0000.png", picture, check_contrast=False)
+        io.imsave(folder / "labelsTr" / f"case_{case:03d}.png", labels, check_contrast=False)
+    content = {
+        "channel_names": {"0": "R", "1": "G", "2": "B"},
+        "labels": {"background": 0, "nucleus": 1},
+        "numTraining": cases,
+        "file_ending": ".png",
+    }
+    (folder / "dataset.json").write_text(json.dumps(content), encoding="utf-8")
+
+
 def pool_of(sites: Sequence[Path], pool: Path) -> dict[str, list[str]]:
     """Link the cases of several data sets into one; returns the sites' cases."""
     for name in ("imagesTr", "labelsTr"):
@@ -159,6 +181,12 @@ def pooled_and_split(name: str, data: Path, folder: Path) -> dict[str, list[str]
     if name == "hippocampus":
         pool.symlink_to((data / name).resolve())
         return split_by_column(pool, parts, "intensity_group")
+    if name == "nuclei":
+        pool.symlink_to((data / name).resolve())
+        return split_by_column(pool, parts, "group")
+    if name == "RGB phantom":
+        write_colours(pool, 3, cases=9)
+        return split_at_random(pool, parts, sites=3)
     if name == "scgm_cc0":
         parts.symlink_to((data / name).resolve())
         return pool_of(sorted(file.parent for file in parts.glob("*/dataset.json")), pool)
@@ -319,7 +347,13 @@ def main() -> None:
     DatasetFingerprintExtractor.__init__ = init
     console = Console(width=None if sys.stdout.isatty() else 140)
     rows: list[Row] = []
-    names = [*REAL, "2D phantom", "CT and MRI phantom", *(f"random {seed}" for seed in range(arguments.random))]
+    names = [
+        *REAL,
+        "2D phantom",
+        "RGB phantom",
+        "CT and MRI phantom",
+        *(f"random {seed}" for seed in range(arguments.random)),
+    ]
     for name in arguments.only or names:
         if name in REAL and not (arguments.data / name / "cases.csv").is_file():
             console.print(f"{name} is skipped: there is no {arguments.data / name / 'cases.csv'} (see --data).")

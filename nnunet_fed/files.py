@@ -160,11 +160,16 @@ def same_file(source: Path, target: Path) -> None:
         shutil.copy2(source, target)
 
 
-def new_folder(out: Path) -> None:
-    """Make ``out`` with its parents, or take it if it is empty; else raise :class:`ConfigurationError`."""
+def new_folder(out: Path, may_hold: str = "") -> None:
+    """Make ``out`` with its parents, or take it if it is empty; else raise :class:`ConfigurationError`.
+
+    Args:
+        out: the folder.
+        may_hold: name of something in it that is left alone.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        empty = not any(out.iterdir())
+        empty = all(entry.name == may_hold for entry in out.iterdir())
     except OSError as error:
         raise ConfigurationError(f"{out} cannot be made: {error.strerror}. Name another folder.") from None
     if not empty:

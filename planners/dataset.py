@@ -1,13 +1,12 @@
-"""A site's raw data set: find it, check it, describe it, and compare the sites' descriptions."""
+"""A site's raw data set: find it, describe it, and compare the sites' descriptions."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from io import StringIO
 from multiprocessing.pool import ThreadPool
@@ -15,15 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import nnunetv2.utilities.utils
-from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 from nnunetv2.utilities.dataset_name_id_conversion import convert_id_to_dataset_name
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from nnunet_fed.datasets.description import NAME, channel_names, check_description, read_description
+from nnunet_fed.datasets.findings import FILE, Report, error_console, require
+from nnunet_fed.datasets.listing import list_cases
 from nnunet_fed.errors import ConfigurationError, DisagreementError
+from nnunet_fed.inspection.look import Look, look_at
+from nnunet_fed.inspection.reading import choose_reader, endings, reader_class
 from nnunet_fed.study.federation import canonical_json
+from nnunet_fed.study.labels import LabelMap
 from nnunet_fed.study.method_table import MethodTable
 
 # nnU-Net lists the cases in a pool of forked processes, before and after planning talks to the coordinator. A process
@@ -54,12 +58,14 @@ class RawDataset:
     json: dict[str, Any]
     """The content of ``dataset.json``."""
     cases: dict[str, dict[str, Any]]
-    """nnU-Net's table of training cases: by name, ``images`` (one file a channel) and ``label``."""
+    """nnU-Net's table of training cases: by name, ``images`` (a file a channel, or one of colours) and ``label``."""
+    dimensions: int = 3
+    """2 if most cases have one slice; known once the files were looked at (:func:`looked_at`)."""
 
     @property
     def channel_names(self) -> list[str]:
-        """Names of the channels in the order of the file."""
-        return [str(name) for name in self.json.get("channel_names", self.json.get("modality", {})).values()]
+        """Names of the channels in the order of their numbers."""
+        return list(channel_names(self.json).values())
 
     @property
     def preprocessed(self) -> Path:
@@ -76,22 +82,72 @@ def preprocessed_folder(dataset_id: int) -> Path:
     return Path(nnUNet_preprocessed) / _name_of(dataset_id)
 
 
-def find_dataset(dataset_id: int) -> RawDataset:
-    """Look a data set up as nnU-Net does, and check that its files are there; none is opened.
+def find_dataset(dataset_id: int, label_map: LabelMap | None = None) -> RawDataset:
+    """Look a data set up as nnU-Net does, and check ``dataset.json`` and that all files are there; none is opened.
+
+    Args:
+        dataset_id: nnU-Net's number.
+        label_map: of ``site.toml``; with one, the labels need not be as nnU-Net wants them.
 
     Raises:
-        ConfigurationError: nnU-Net's paths are not set, there is no such data set, or a file of it is missing.
+        ConfigurationError: nnU-Net's paths are not set, there is no such data set, or something of it is wrong.
     """
     name = _name_of(dataset_id)
     folder = Path(nnUNet_raw) / name
-    content = _read_dataset_json(folder / "dataset.json")
+    content, findings = read_description(folder / NAME)
+    if content is not None:
+        findings += check_description(content, endings(), label_map is not None)
+    require([Report(name, folder, tuple(findings), 0)])
+    assert content is not None  # or there would be an error
+    listing = list_cases(folder, content)
+    require([Report(name, folder, tuple(listing.findings), len(listing.cases))])
+    return RawDataset(dataset_id, name, folder, content, listing.cases)
+
+
+def looked_at(dataset_id: int, label_map: LabelMap | None = None, *, keep: bool = True) -> RawDataset:
+    """Look at all of a data set, show what is found, and go on if nothing is wrong.
+
+    What is found, and what was read of the files, is kept in ``nnUNet_preprocessed``, and makes the next look quick.
+
+    Args:
+        dataset_id: nnU-Net's number.
+        label_map: of ``site.toml``, if the labels will be mapped.
+        keep: write it; without, nothing is written or taken over.
+
+    Raises:
+        ConfigurationError: nnU-Net's paths are not set, or there is no such data set.
+        DataError: with all that is wrong with it.
+    """
+    if keep:
+        look, kept = look_at_dataset(dataset_id, label_map)
+    else:
+        name = _name_of(dataset_id)
+        look, kept = look_at(Path(nnUNet_raw) / name, name, None, label_map), None
+    console = error_console()
+    look.report.show(console)
+    if kept is not None and look.report.findings:
+        console.print(f"All findings stand in {kept}.", soft_wrap=True)
+    require([look.report])
+    return replace(find_dataset(dataset_id, label_map), dimensions=look.report.dimensions)
+
+
+def look_at_dataset(dataset_id: int, label_map: LabelMap | None = None) -> tuple[Look, Path]:
+    """Look at all of a data set, and keep what is found beside what is preprocessed of it.
+
+    Returns:
+        The look, and the JSON with all of it.
+
+    Raises:
+        ConfigurationError: nnU-Net's paths are not set, there is no such data set, or nothing can be kept there.
+    """
+    name = _name_of(dataset_id)
+    kept = Path(nnUNet_preprocessed) / name / FILE
+    look = look_at(Path(nnUNet_raw) / name, name, kept, label_map)
     try:
-        cases = nnunetv2.utilities.utils.get_filenames_of_train_images_and_targets(str(folder), content)
+        look.write(kept)
     except OSError as error:
-        raise ConfigurationError(f"The training cases of {folder} cannot be listed: {error}.") from None
-    dataset = RawDataset(dataset_id, name, folder, content, {str(case): files for case, files in cases.items()})
-    _check_cases(dataset)
-    return dataset
+        raise ConfigurationError(f"{kept} cannot be written: {error}. Make its folder writable.") from None
+    return look, kept
 
 
 def _name_of(dataset_id: int) -> str:
@@ -109,83 +165,26 @@ def _name_of(dataset_id: int) -> str:
         ) from None
 
 
-def _read_dataset_json(path: Path) -> dict[str, Any]:
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(f"{path} cannot be read: {error}. nnU-Net needs this file.") from None
-    missing = [key for key in ("labels", "numTraining", "file_ending") if key not in content]
-    if "channel_names" not in content and "modality" not in content:
-        missing.append("channel_names")
-    if missing:
-        raise ConfigurationError(f"{path} lacks {', '.join(missing)}; see nnU-Net's documentation of dataset.json.")
-    if not all(isinstance(value, int | list) for value in content["labels"].values()):
-        raise ConfigurationError(f"{path}: labels must give a number, or a list of numbers, for each name.")
-    return content
-
-
-def _check_cases(dataset: RawDataset) -> None:
-    if not dataset.cases:
-        raise ConfigurationError(
-            f"{dataset.folder / 'imagesTr'} holds no training case *_0000{dataset.json['file_ending']}; "
-            "put them there or correct file_ending in dataset.json."
-        )
-    channels = len(dataset.channel_names)
-    for case, files in dataset.cases.items():
-        if len(files["images"]) != channels:
-            raise ConfigurationError(
-                f"Case {case} of {dataset.name} has {len(files['images'])} image files, but dataset.json names "
-                f"{channels} channels. Add the missing files or correct channel_names."
-            )
-        for file in (*files["images"], files["label"]):
-            if not Path(file).is_file():
-                raise ConfigurationError(
-                    f"Case {case} of {dataset.name} lacks the file {file}. Add it, or remove the case."
-                )
-    if dataset.json["numTraining"] != len(dataset.cases):
-        raise ConfigurationError(
-            f"{dataset.folder / 'dataset.json'} says numTraining = {dataset.json['numTraining']}, but there are "
-            f"{len(dataset.cases)} training cases. Complete the data set or correct the number."
-        )
-
-
 def reader_of(dataset: RawDataset) -> Any:
-    """nnU-Net's class that reads and writes the files of a data set, tried on the first image.
-
-    Raises:
-        ConfigurationError: that image cannot be read.
-    """
-    first = next(iter(dataset.cases.values()))["images"][0]
-    try:
-        return determine_reader_writer_from_dataset_json(dataset.json, first, verbose=False)
-    except Exception as error:  # the readers raise whatever their libraries do
-        raise ConfigurationError(f"{first} cannot be read: {error}. Replace the case.") from error
+    """nnU-Net's class that reads and writes the files of a data set."""
+    return reader_class(choose_reader(dataset.json, [files["images"][0] for files in dataset.cases.values()]))
 
 
 def describe(dataset: RawDataset, planner: str) -> dict[str, Any]:
     """What the sites compare before they plan; nothing in it tells of a single case.
 
     Args:
-        dataset: this site's data set; its first case is opened for the number of dimensions.
+        dataset: this site's data set, which was looked at.
         planner: name of the planner's class.
 
     Returns:
         JSON values by the name of the property.
-
-    Raises:
-        ConfigurationError: the first case cannot be read.
     """
-    first = next(iter(dataset.cases.values()))
-    reader = reader_of(dataset)
-    try:
-        images, _ = reader().read_images(first["images"])
-    except Exception as error:  # the readers raise whatever their libraries do
-        raise ConfigurationError(f"{', '.join(first['images'])} cannot be read: {error}. Replace the case.") from error
     return {
         _CHANNELS: dataset.channel_names,
         "labels": _ordered_labels(dataset.json["labels"]),
         "regions_class_order": dataset.json.get("regions_class_order"),
-        "dimensions": 2 if images.shape[1] == 1 else 3,
+        "dimensions": dataset.dimensions,
         "nnunetv2": ".".join(re.findall(r"\d+", version("nnunetv2"))[:3]),
         "nnunet_fed": PLANNED_AS,
         "planner": planner,

@@ -91,7 +91,8 @@ def dry_run_planning(
 
     write(_BEFORE.format(site=site))
     with _preprocessed_elsewhere(), redirect_stdout(sys.stderr):  # for what nnU-Net prints
-        agree(DryRunCommunicator(site.name, study.sites, show), study, dataset_id, processes, labels=site.label_map)
+        alone = DryRunCommunicator(site.name, study.sites, show)
+        agree(alone, study, dataset_id, processes, labels=site.label_map, keep_look=False)
     write(_AFTER)
 
 

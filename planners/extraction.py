@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
-from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 from rich.console import Console
 from rich.progress import Progress
 
 from nnunet_fed.agreement.fingerprint import LocalFingerprint
 from nnunet_fed.errors import FederationError
 from nnunet_fed.evaluation.lesions import lesion_volumes
+from nnunet_fed.inspection.reading import choose_reader, reader_class
 
 
 def extract(dataset_id: int, total_cases: int, processes: int) -> LocalFingerprint:
@@ -40,9 +40,7 @@ def extract(dataset_id: int, total_cases: int, processes: int) -> LocalFingerpri
     extractor = DatasetFingerprintExtractor(dataset_id, processes)
     cases: dict[str, dict[str, Any]] = extractor.dataset
     samples = int(extractor.num_foreground_voxels_for_intensitystats // total_cases)
-    reader = determine_reader_writer_from_dataset_json(
-        extractor.dataset_json, next(iter(cases.values()))["images"][0], verbose=False
-    )
+    reader = reader_class(choose_reader(extractor.dataset_json, [files["images"][0] for files in cases.values()]))
     results: dict[str, tuple[Any, ...]] = {}
     waiting = list(reversed(cases))
     running: dict[Future[Any], str] = {}
@@ -89,8 +87,17 @@ def _analyse(
     labels: Mapping[str, Any],
 ) -> tuple[Any, ...]:
     """What nnU-Net says of a case, and the volumes of its lesions; runs in a worker."""
-    result = analyze_case(files["images"], files["label"], reader, samples)
-    segmentation, _ = reader().read_seg(files["label"])
+    read: list[Any] = []
+
+    class Keeping(reader):  # type: ignore[misc]
+        """Keeps the labels, which are read once; nnU-Net then marks what lies outside as -1, which is no lesion."""
+
+        def read_seg(self, seg_fname: str) -> Any:
+            read.append(super().read_seg(seg_fname))
+            return read[-1]
+
+    result = analyze_case(files["images"], files["label"], Keeping, samples)
+    segmentation, _ = read[-1] if read else reader().read_seg(files["label"])
     # the spacing of the images: a label file without a sidecar (TIFF) has none
     return (*result, lesion_volumes(segmentation[0], result[1], labels))
 

@@ -23,8 +23,10 @@ import nnunet_fed.planners
 from nnunet_fed.agreement.fingerprint import INTENSITIES
 from nnunet_fed.agreement.plan_digest import plans_digest
 from nnunet_fed.agreement.quantiles import Floats
+from nnunet_fed.datasets.description import channel_names
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.files import move
+from nnunet_fed.inspection.reading import choose_reader, reader_class
 from nnunet_fed.study.federation import PLANS_KEY, digest_of
 
 logger = logging.getLogger(__name__)
@@ -71,7 +73,17 @@ class HarmonisedPlanner:
     def __init__(self, dataset_name_or_id: str | int, *, total_cases: int, study: dict[str, Any], **options: Any):
         super().__init__(dataset_name_or_id, **{**self.defaults, **options})  # type: ignore[call-arg]
         self.dataset_json["numTraining"] = total_cases
+        # nnU-Net takes the n-th name for the n-th channel, whatever its key says
+        self.dataset_json[self._channels_key] = channel_names(self.dataset_json)
         self.study = study
+
+    @property
+    def _channels_key(self) -> str:
+        return "channel_names" if "channel_names" in self.dataset_json else "modality"
+
+    def determine_reader_writer(self) -> Any:
+        """As nnU-Net chooses it; nnU-Net itself prints the traceback of each class that does not fit."""
+        return reader_class(choose_reader(self.dataset_json, [files["images"][0] for files in self.dataset.values()]))
 
     @property
     def plans_file(self) -> Path:

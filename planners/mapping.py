@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from nnunetv2.paths import nnUNet_raw
 from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
+from rich.console import Console
+from rich.progress import Progress
 
+from nnunet_fed.datasets.listing import laid_out
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.files import link, move, write_json
-from nnunet_fed.planners.dataset import RawDataset, find_dataset
-from nnunet_fed.planners.inspection import foreign_values, inspect, known_values
+from nnunet_fed.planners.dataset import RawDataset, find_dataset, looked_at, reader_of
 from nnunet_fed.study.federation import digest_of
 from nnunet_fed.study.labels import LabelMap, ResolvedMap
 
@@ -27,7 +30,9 @@ _CARRIED = ("imagesTs", "splits_final.json", "cases.csv")
 """Linked as they are, if they are there."""
 
 
-def prepare_dataset(dataset_id: int, label_map: LabelMap | None = None, workers: int = 4) -> RawDataset:
+def prepare_dataset(
+    dataset_id: int, label_map: LabelMap | None = None, workers: int = 4, *, keep_look: bool = True
+) -> RawDataset:
     """The data set that a site plans and trains with.
 
     Without a map that is the site's own, once all its files have been looked through. With a map it is a data set
@@ -38,7 +43,8 @@ def prepare_dataset(dataset_id: int, label_map: LabelMap | None = None, workers:
     Args:
         dataset_id: nnU-Net's number of the site's own data set.
         label_map: of ``site.toml``; ``None``: the labels are the federation's already.
-        workers: cases that are read at the same time.
+        workers: label files that are mapped at the same time.
+        keep_look: keep what was read of the files, for the next time.
 
     Raises:
         ConfigurationError: the data set, the map, the number of the mapped data set or a file is wrong.
@@ -48,10 +54,8 @@ def prepare_dataset(dataset_id: int, label_map: LabelMap | None = None, workers:
             f"{dataset_id} is mapped_dataset in site.toml, which is built from the site's own data set. Plan with the "
             "number of that one."
         )
-    dataset = find_dataset(dataset_id)
+    dataset = looked_at(dataset_id, label_map, keep=keep_look)
     if label_map is None:
-        known = known_values(dataset)
-        inspect(dataset, "Checking files", workers, lambda reader, case, seg: foreign_values(seg[0], known))
         return dataset
     resolved = label_map.resolve(dataset.json["labels"], str(dataset.folder / "dataset.json"))
     target = _target(dataset, label_map)
@@ -69,7 +73,7 @@ def prepare_dataset(dataset_id: int, label_map: LabelMap | None = None, workers:
             raise ConfigurationError(
                 f"{target} cannot be built: {error}. Make room, or make {target.parent} writable."
             ) from None
-    return find_dataset(label_map.dataset)
+    return replace(find_dataset(label_map.dataset), dimensions=dataset.dimensions)
 
 
 def _target(dataset: RawDataset, label_map: LabelMap) -> Path:
@@ -106,15 +110,9 @@ def _carried(dataset: RawDataset) -> list[str]:
 
 
 def _is_complete(target: Path, dataset: RawDataset, provenance: dict[str, Any]) -> bool:
-    names = [name for case, files in dataset.cases.items() for name in _file_names(dataset, case, files)]
-    return _provenance(target) == provenance and all((target / name).is_file() for name in names)
-
-
-def _file_names(dataset: RawDataset, case: str, files: dict[str, Any]) -> list[str]:
-    """A case's image files by channel, and its label file, as nnU-Net names them."""
     ending = dataset.json["file_ending"]
-    images = [f"imagesTr/{case}_{channel:04d}{ending}" for channel in range(len(files["images"]))]
-    return [*images, f"labelsTr/{case}{ending}"]
+    places = [place for case, files in dataset.cases.items() for _, place in laid_out(case, files, ending)]
+    return _provenance(target) == provenance and all((target / place).is_file() for place in places)
 
 
 def _in_words(dataset: RawDataset, resolved: ResolvedMap) -> str:
@@ -135,18 +133,7 @@ def _build(target: Path, dataset: RawDataset, resolved: ResolvedMap, provenance:
         (building / name).mkdir(parents=True)
     _link_files(building, dataset)
 
-    def rewrite(reader: Any, case: str, seg: tuple[npt.NDArray[np.float32], dict[str, Any]]) -> list[float]:
-        foreign = foreign_values(seg[0], resolved.values)
-        if not foreign:
-            mapped = np.zeros(seg[0].shape[1:], np.uint16)
-            for value, number in resolved.values.items():
-                if number:
-                    mapped[seg[0][0] == value] = number
-            file = building / "labelsTr" / f"{case}{dataset.json['file_ending']}"
-            reader.write_seg(mapped, str(file), seg[1])
-        return foreign
-
-    inspect(dataset, "Mapping labels", workers, rewrite)
+    _map_labels(building, dataset, resolved, workers)
     left_out = ("dataset", "regions_class_order")
     content = {key: value for key, value in dataset.json.items() if key not in left_out}
     content |= {"labels": resolved.labels, PROVENANCE: provenance}
@@ -157,15 +144,35 @@ def _build(target: Path, dataset: RawDataset, resolved: ResolvedMap, provenance:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def _map_labels(building: Path, dataset: RawDataset, resolved: ResolvedMap, workers: int) -> None:
+    """Write all label files anew. Cases are read in threads, since unpacking happens outside Python."""
+    reader_class = reader_of(dataset)
+
+    def of_case(case: str) -> None:
+        reader = reader_class()
+        seg, properties = reader.read_seg(dataset.cases[case]["label"])
+        whole = np.rint(seg[0])  # the look has let rounding noise pass
+        mapped = np.zeros(whole.shape, np.uint16)
+        for value, number in resolved.values.items():
+            if number:
+                mapped[whole == value] = number
+        reader.write_seg(mapped, str(building / "labelsTr" / f"{case}{dataset.json['file_ending']}"), properties)
+
+    # a console of its own: sites that are threads of one process would share the global one
+    with ThreadPoolExecutor(workers) as pool, Progress(console=Console(stderr=True)) as progress:
+        jobs = [pool.submit(of_case, case) for case in dataset.cases]
+        try:
+            for job in progress.track(jobs, description=f"Mapping labels of {dataset.name}"):
+                job.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
 def _link_files(building: Path, dataset: RawDataset) -> None:
-    ending = dataset.json["file_ending"]
     for case, files in dataset.cases.items():
-        for source, name in zip(files["images"], _file_names(dataset, case, files), strict=False):
-            link(Path(source), building / name)
-        # nnU-Net's TIFF reader finds the spacing there
-        first = Path(files["images"][0])
-        sidecar = first.with_name(f"{first.name.removesuffix(ending)[:-5]}.json")
-        if sidecar.is_file():
-            link(sidecar, building / "imagesTr" / f"{case}.json")
+        for source, place in laid_out(case, files, dataset.json["file_ending"]):
+            if not place.startswith("labelsTr/"):
+                link(source, building / place)
     for name in _carried(dataset):
         link(dataset.folder / name, building / name)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from nnunetv2.experiment_planning.plan_and_preprocess_api import preprocess_dataset
 
 from nnunet_fed.agreement.fingerprint import INTENSITIES, LocalFingerprint, fingerprint_of, own_intensities
+from nnunet_fed.agreement.odd_plans import ODD, far_from_own, require_voxels, thin_patches
 from nnunet_fed.agreement.plan_digest import comparable, differences
 from nnunet_fed.errors import ConfigurationError, DisagreementError, FederationError
 from nnunet_fed.evaluation.lesions import SMALL_LESIONS, small_lesion_thresholds
@@ -23,6 +23,7 @@ from nnunet_fed.planners.explanation import Row, explain
 from nnunet_fed.planners.extraction import extract
 from nnunet_fed.planners.geometry import harmonised_planner
 from nnunet_fed.planners.harmonised import check_preprocessor, planner_class
+from nnunet_fed.planners.leftovers import drop_newer_references, set_old_folds_aside
 from nnunet_fed.planners.mapping import prepare_dataset
 from nnunet_fed.study.federation import PLANS_KEY, Federation
 from nnunet_fed.study.labels import LabelMap
@@ -49,6 +50,8 @@ class PlanningResult:
     """Training cases at this site."""
     explanation: tuple[Row, ...] = field(default=(), compare=False)
     """What this site would have planned alone; none if it is not known."""
+    odd_plans: tuple[str, ...] = ()
+    """What had better be looked at before anybody trains; the same at all sites, and logged."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,11 @@ def plan_and_preprocess(
     dataset, planner, plans = agreement.dataset, agreement.planner, agreement.plans
     check_configurations(plans, wanted)
 
+    odd_plans = tuple(thin_patches(plans, wanted))
+    for text in (*odd_plans, *far_from_own(agreement.local, plans, wanted)):
+        logger.warning("%s%s", ODD, text)
+    require_voxels(communicator.site, agreement.local, plans, wanted)
+
     report("preprocessing")
     preprocess(communicator.site, dataset, planner.plans_identifier, plans, wanted, processes)
     explanation = explain(planner, agreement.local, plans, study.overwrite_target_spacing)
@@ -109,6 +117,7 @@ def plan_and_preprocess(
         agreement.total_cases,
         len(dataset.cases),
         explanation,
+        odd_plans,
     )
 
 
@@ -120,12 +129,16 @@ def agree(
     report: Callable[[str], None] = lambda phase: None,
     *,
     labels: LabelMap | None = None,
+    keep_look: bool = True,
 ) -> Agreement:
-    """The part of :func:`plan_and_preprocess` before preprocessing: all that needs the other sites."""
+    """The part of :func:`plan_and_preprocess` before preprocessing: all that needs the other sites.
+
+    Without ``keep_look``, what was read of the files is not kept for the next time.
+    """
     report("checking")
     make = planner_class(study.planner)
     check_preprocessor(study.preprocessor_name)
-    dataset = prepare_dataset(dataset_id, labels, processes)
+    dataset = prepare_dataset(dataset_id, labels, processes, keep_look=keep_look)
     _check_number(communicator.site, dataset, study)
     descriptions = communicator.gather(DESCRIPTIONS, describe(dataset, study.planner))
     check_agreement(descriptions, study.method)
@@ -277,7 +290,8 @@ def preprocess(
             markers[name].unlink(missing_ok=True)
         else:
             logger.info("%s is preprocessed already in %s", name, folders[name].name)
-    _drop_newer_references(dataset)
+    drop_newer_references(dataset)
+    set_old_folds_aside(dataset)
     try:
         # also without a configuration: it brings the references in gt_segmentations up to date
         preprocess_dataset(dataset.id, plans_name, open_ones, [processes])
@@ -288,11 +302,3 @@ def preprocess(
         ) from error
     for name in open_ones:
         write_json(markers[name], {"configuration": name, "cases": len(dataset.cases)}, indent=4)
-
-
-def _drop_newer_references(dataset: RawDataset) -> None:
-    """Remove copied references that are newer than the raw ones, which nnU-Net would keep."""
-    for case, files in dataset.cases.items():
-        copy = dataset.preprocessed / "gt_segmentations" / f"{case}{dataset.json['file_ending']}"
-        if copy.is_file() and copy.stat().st_mtime > Path(files["label"]).stat().st_mtime:
-            copy.unlink()

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
-from nnunet_fed.errors import FederationError
+from nnunet_fed.errors import ConfigurationError, FederationError
 from nnunet_fed.exchange.keys import PLANS
 from nnunet_fed.preflight import site_checks as checks
 from nnunet_fed.preflight.site_checks import Finding, Outcome
@@ -42,20 +43,28 @@ def check(
         TrainingDevice, typer.Option("-device", help="Where the training will run.")
     ] = TrainingDevice.cuda,
     megabytes: Annotated[float, typer.Option(min=0.01, max=60, help="So much is sent and received, for its time.")] = 8,
+    data: Annotated[
+        bool, typer.Option("--data", help="With -d: read all of its files, and show all that is wrong with them.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """At a site: is everything ready for the study? A line each; exit status 0 fine, 1 something failed, 3 warnings."""
+    if data and dataset is None:
+        raise ConfigurationError("--data: name the data set with -d.")
     findings, package = [], logging.getLogger("nnunet_fed")
     with ExitStack() as stack:
         stack.callback(package.setLevel, package.level)
         package.setLevel(logging.ERROR)  # what the log would tell, the findings tell
         size = int(megabytes * 1e6)
-        for finding in _Check(stack, dataset, plans_name, configuration, trainer, device.value, size).findings():
+        checks_of_site = _Check(stack, dataset, plans_name, configuration, trainer, device.value, size, data)
+        for finding in checks_of_site.findings():
             findings.append(finding)
             if not as_json:
                 typer.echo(finding.line)
     if as_json:
         typer.echo(to_json([asdict(finding) for finding in findings], indent=2))
+    elif checks_of_site.look is not None:
+        checks_of_site.look.report.show(Console())
     raise typer.Exit(checks.exit_status(findings))
 
 
@@ -70,18 +79,22 @@ class _Check:
     trainer: str | None
     device: str
     size: int
+    data: bool
     site: Site | None = None
     study: Federation | None = None
     published: dict[str, Any] | None = None
     plans: dict[str, Any] | None = None
     footprint: Any = None
     probe: Any = None
+    look: Any = None
 
     def findings(self) -> Iterator[Finding]:
         """Do them."""
         yield self._try("site.toml", self._read_site)
         yield from self._way()
         yield self._try("nnU-Net paths", checks.check_paths)
+        if self.data:
+            yield self._try("data", self._check_data)
         yield self._try("trainer", self._check_trainer)
         yield self._try("plans", self._check_plans)
         yield self._try("memory", self._check_memory)
@@ -152,6 +165,17 @@ class _Check:
         yield checks.check_clock(introduction.halfway, reply.now, introduction.trip)
         told = {**introduction.versions, "the coordinator": {"nnunet-fed": reply.version}}
         yield checks.check_versions(site.name, told)
+
+    def _check_data(self) -> Finding:
+        from nnunet_fed.planners.dataset import look_at_dataset
+
+        assert self.dataset is not None
+        self.look, kept = look_at_dataset(self.dataset, self.site.label_map if self.site else None)
+        report = self.look.report
+        text = f"{report.name}: {report.summary}; all of it stands in {kept}"
+        if report.errors:
+            return Finding("data", Outcome.failed, f"{text}.", "The table at the end says what to do.")
+        return Finding("data", Outcome.warning if report.findings else Outcome.ok, text)
 
     def _check_trainer(self) -> Finding:
         from nnunet_fed.simulation.simulate import plugin_folder, require_trainer

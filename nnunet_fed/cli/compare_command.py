@@ -10,6 +10,7 @@ from rich.console import Console
 
 from nnunet_fed.cli.option_values import named_values
 from nnunet_fed.cli.shared_options import MachineOptions, SiteOptions, StudyOptions, grouped
+from nnunet_fed.datasets.findings import error_console
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.study.methods import METHODS
 
@@ -55,7 +56,7 @@ def compare(
         _by_method(option or []), variants, sites.label_maps(), machine.device, machine.threads,
     )  # fmt: skip
     require_monai()
-    console = Console(stderr=True)
+    console = error_console()
     left_out = run(comparison, console)
     content = write_results(comparison, nsd_tolerance, left_out, console)
     for table in tables(content):

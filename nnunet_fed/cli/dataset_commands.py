@@ -21,12 +21,19 @@ def split(
     seed: Annotated[int, typer.Option(help="With --sites: another draw.")] = 0,
 ) -> None:
     """Make site folders from a pooled data set."""
+    from nnunet_fed.datasets.findings import FILE, error_console, require
     from nnunet_fed.datasets.split import split_at_random, split_by_column
+    from nnunet_fed.inspection.look import look_at
 
     if (by is None) == (sites is None):
         raise ConfigurationError("Give either --by COLUMN or --sites N.")
     if by is not None and alpha is not None:
         raise ConfigurationError("--alpha goes with --sites.")
+    look = look_at(folder, str(folder), out / FILE)
+    look.report.show(error_console())
+    if look.report.findings:
+        look.write(out / FILE)
+    require([look.report], "nothing was split")
     made = (
         split_by_column(folder, out, by, limit) if by else split_at_random(folder, out, sites or 0, alpha, limit, seed)
     )

@@ -60,6 +60,8 @@ def plan_and_preprocess(
         raise
     if result.explanation:
         Console().print(explanation_table(result.explanation))
+    if result.odd_plans and communicator.site == study.sites[0]:  # once is enough
+        communicator.note("before anybody trains: " + " ".join(result.odd_plans))
     planned_by = "as the federation published them" if join else f"the same at all {len(study.sites)} sites"
     print(
         f"{result.dataset_name}: {result.local_cases} cases, plans {result.plans_name} ({result.plans_digest[:12]}) of "

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from nnunet_fed.cli.option_values import named_values
 from nnunet_fed.cli.shared_options import MachineOptions, SiteOptions, StudyOptions, grouped
+from nnunet_fed.datasets.findings import error_console
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.study.federation import Federation
 from nnunet_fed.study.methods import METHODS, method_settings
@@ -59,7 +60,7 @@ def simulate(
         study = Federation.model_validate(settings)
     except ValidationError as error:
         raise ConfigurationError(explain(error, Federation)) from None
-    console = Console(stderr=True)
+    console = error_console()
     maps = sites.label_maps()
     summary = run(Simulation(folders, out, study, until.value, machine.device, machine.threads, planned, maps), console)
     for table in (result_table(summary), lesion_table(summary)):

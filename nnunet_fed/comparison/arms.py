@@ -34,6 +34,7 @@ from nnunet_fed.study.toml import explain, from_toml, to_toml
 
 logger = logging.getLogger(__name__)
 SETTINGS, PLANNED, POOLED, RUNS, UNFINISHED = "compare.toml", "planned", "pooled", "runs", "unfinished"
+LOOKS = "data_check"
 """In the folder of a comparison. What is being made is in the last one, and moves when it is complete."""
 VARIANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 """A name of a variant: it becomes part of a folder's, and options follow it after a dot."""
@@ -192,7 +193,10 @@ def _check(comparison: Comparison) -> None:
 
 
 def _plan(comparison: Comparison, study: Federation, console: Console, folder: Path) -> None:
-    planning = Simulation(comparison.sites, folder, study, "plan", threads=comparison.threads, labels=comparison.labels)
+    planning = Simulation(
+        comparison.sites, folder, study, "plan", threads=comparison.threads, labels=comparison.labels,
+        looks=comparison.out / LOOKS,
+    )  # fmt: skip
     simulate(planning, console)
     for site in study.sites:
         fix_folds(folder / "sites" / site)

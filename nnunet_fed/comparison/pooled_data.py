@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nnunet_fed.datasets.listing import laid_out, list_cases
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.files import link, write_json, write_text
 from nnunet_fed.simulation.reuse_plans import plans_of
@@ -108,7 +109,7 @@ def pool(planned: Path, out: Path, study: Federation) -> None:
             )
     names = pooled_names({site.site: site.cases for site in sites})
     folds = pooled_folds({site.site: site.folds for site in sites}, names)
-    dataset = {**first.dataset, "numTraining": len(names)}
+    dataset = {key: value for key, value in first.dataset.items() if key != "dataset"} | {"numTraining": len(names)}
 
     raw = out / DATA
     for part in ("imagesTr", "labelsTr"):
@@ -128,8 +129,9 @@ def pool(planned: Path, out: Path, study: Federation) -> None:
         ending = re.escape(site.dataset["file_ending"])
         _link_cases(site.folder / identifier, preprocessed / identifiers[0], own, r"(?:_seg)?\.\w+")
         _link_cases(site.folder / "gt_segmentations", preprocessed / "gt_segmentations", own, ending)
-        _link_cases(site.raw / "imagesTr", raw / "imagesTr", own, rf"_\d{{4}}{ending}|\.json")
-        _link_cases(site.raw / "labelsTr", raw / "labelsTr", own, ending)
+        for case, files in list_cases(site.raw, site.dataset).cases.items():
+            for source, target in laid_out(case, files, site.dataset["file_ending"], own[case]):
+                link(source, raw / target)
     write_json(out / CASES, {name: list(origin) for origin, name in names.items()}, indent=4)
     write_text(out / "federation.toml", to_toml(study.model_dump(mode="json")))
 

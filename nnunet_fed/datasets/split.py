@@ -1,14 +1,13 @@
 """Site folders from one pooled data set in nnU-Net's raw layout, to try a federation without several hospitals.
 
-Only the training cases are split (``imagesTr``, ``labelsTr``); test images stay where they are. nnU-Net itself is not
-imported, so the command starts at once; file names are read by its rule ``CASE_XXXX`` + ``file_ending``. Source: ours.
+Only the training cases are split; test images stay where they are. A list of files in ``dataset.json`` becomes
+``imagesTr`` and ``labelsTr``. Source: ours.
 """
 
 from __future__ import annotations
 
 import csv
 import hashlib
-import json
 import logging
 import math
 import re
@@ -22,11 +21,16 @@ from typing import Any
 import numpy as np
 from rich.progress import track
 
+from nnunet_fed.datasets.description import NAME, read_description
+from nnunet_fed.datasets.findings import FILE, Report, require
+from nnunet_fed.datasets.folds import SPLITS, read_folds
+from nnunet_fed.datasets.listing import laid_out, list_cases
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.files import link, new_folder, write_json
 from nnunet_fed.study.federation import SITE_NAME
 
 logger = logging.getLogger(__name__)
+NOTHING = "nothing was written"
 
 
 def split_by_column(folder: Path, out: Path, column: str, limit: int | None = None) -> dict[str, list[str]]:
@@ -142,69 +146,30 @@ class _Table:
 class _Pool:
     folder: Path
     dataset: dict[str, Any]
-    files: dict[str, list[Path]]
-    """Images, label and TIFF's spacing files by case, relative to the folder; the cases are sorted."""
+    files: dict[str, list[tuple[Path, str]]]
+    """By case: images, label and TIFF's spacing files, each with its place in the site's folder; sorted by case."""
     table: _Table | None
     folds: list[dict[str, list[str]]] | None
     """Of ``splits_final.json``."""
 
     @classmethod
     def read(cls, folder: Path) -> _Pool:
-        path = folder / "dataset.json"
-        if not path.is_file():
-            raise ConfigurationError(f"{path} does not exist: name a data set in nnU-Net's raw layout.")
-        dataset = _read_json(path)
-        if not isinstance(dataset, dict) or not isinstance(dataset.get("file_ending"), str):
-            raise ConfigurationError(f"{path} has no 'file_ending': add it, for example '.nii.gz'.")
-        if "dataset" in dataset:
-            raise ConfigurationError(
-                f"{path} lists its files in a table 'dataset', which cannot be split: move the files to imagesTr and "
-                "labelsTr and remove the table."
-            )
-        table, splits = folder / "cases.csv", folder / "splits_final.json"
+        dataset, findings = read_description(folder / NAME)
+        require([Report(str(folder), folder, tuple(findings), 0)], NOTHING)
+        if not dataset or not isinstance(dataset.get("file_ending"), str):
+            raise ConfigurationError(f"{folder / NAME} has no 'file_ending': add it, for example '.nii.gz'.")
+        listing = list_cases(folder, {key: value for key, value in dataset.items() if key != "numTraining"})
+        require([Report(str(folder), folder, tuple(listing.findings), len(listing.cases))], NOTHING)
+        ending = dataset["file_ending"]
+        files = {case: list(laid_out(case, listing.cases[case], ending)) for case in sorted(listing.cases)}
+        table, splits = folder / "cases.csv", folder / SPLITS
         return cls(
             folder,
-            dataset,
-            _files(folder, dataset["file_ending"]),
+            {key: value for key, value in dataset.items() if key != "dataset"},
+            files,
             _Table.read(table) if table.is_file() else None,
-            _read_folds(splits) if splits.is_file() else None,
+            read_folds(splits) if splits.is_file() else None,
         )
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigurationError(f"{path} is no valid JSON: {error}. Correct it.") from None
-
-
-def _read_folds(path: Path) -> list[dict[str, list[str]]]:
-    folds = _read_json(path)
-    try:
-        return [{part: list(fold[part]) for part in ("train", "val")} for fold in folds]
-    except (TypeError, KeyError):
-        raise ConfigurationError(f"{path} is no list of 'train' and 'val' cases: correct it, or remove it.") from None
-
-
-def _files(folder: Path, ending: str) -> dict[str, list[Path]]:
-    """Files of every case, relative to the folder."""
-    files: dict[str, list[Path]] = {}
-    for path in sorted((folder / "imagesTr").glob(f"*{ending}")):
-        match = re.fullmatch(r"(.+)_\d{4}", path.name.removesuffix(ending))
-        if not match:
-            raise ConfigurationError(f"{path} has no channel number: name it CASE_0000{ending}, as nnU-Net wants it.")
-        files.setdefault(match[1], []).append(Path("imagesTr", path.name))
-    if not files:
-        raise ConfigurationError(f"{folder / 'imagesTr'} has no image CASE_0000{ending}: name a data set with some.")
-    for case, names in files.items():
-        label = Path("labelsTr", case + ending)
-        if not (folder / label).is_file():
-            raise ConfigurationError(f"{folder / label} does not exist: add it, or remove the image of '{case}'.")
-        names.append(label)
-        # nnU-Net's TIFF reader finds the spacing there
-        sidecars = (Path(subset, f"{case}.json") for subset in ("imagesTr", "labelsTr"))
-        names.extend(sidecar for sidecar in sidecars if (folder / sidecar).is_file())
-    return dict(sorted(files.items()))
 
 
 def _site_name(value: str, table: Path) -> str:
@@ -222,7 +187,7 @@ def _shuffled(cases: Iterable[str], salt: str) -> list[str]:
 def _write(pool: _Pool, out: Path, sites: dict[str, list[str]], limit: int | None, seed: int) -> dict[str, list[str]]:
     if limit is not None and limit < 1:
         raise ConfigurationError(f"The limit is {limit}: use at least 1 case per site.")
-    new_folder(out)
+    new_folder(out, FILE)
     chosen = {site: sorted(_shuffled(cases, f"limit {seed}")[:limit]) for site, cases in sites.items()}
     for site, cases in chosen.items():
         for subset in ("imagesTr", "labelsTr"):
@@ -231,10 +196,10 @@ def _write(pool: _Pool, out: Path, sites: dict[str, list[str]], limit: int | Non
         if pool.table is not None:
             pool.table.write(out / site / "cases.csv", cases)
         if pool.folds is not None:
-            _write_folds(out / site / "splits_final.json", pool.folds, set(cases))
-    files = [(site, name) for site, cases in chosen.items() for case in cases for name in pool.files[case]]
-    for site, name in track(files, description="Splitting"):
-        link(pool.folder / name, out / site / name)
+            _write_folds(out / site / SPLITS, pool.folds, set(cases))
+    files = [(site, file) for site, cases in chosen.items() for case in cases for file in pool.files[case]]
+    for site, (source, place) in track(files, description="Splitting"):
+        link(source, out / site / place)
     return chosen
 
 

@@ -238,9 +238,19 @@ class SuperModelPredictor(nnUNetPredictor):
                 f"-i {source}: there are no images with names as nnU-Net's, such as case_0000{ending}."
             )
         for files in cases:
-            if len(files) != channels:
+            found = len(files)
+            if found != channels:  # or one file has several: colours
+                found = self._planes(files)
+            if found != channels:
                 raise ConfigurationError(
-                    f"-i {source}: the model needs {channels} channels of each case, but there are {len(files)} of "
+                    f"-i {source}: the model needs {channels} channels of each case, but there are {found} of "
                     f"{Path(files[0]).name}."
                 )
         return cases
+
+    def _planes(self, files: list[str]) -> int:
+        try:
+            image, _ = self.plans_manager.image_reader_writer_class().read_images(files)
+        except Exception as error:  # the readers raise whatever their libraries do
+            raise FederationError(f"{', '.join(files)} cannot be read: {error}. Replace the case.") from error
+        return len(image)

@@ -17,6 +17,8 @@ import numpy.typing as npt
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Canvas
 
+from nnunet_fed.datasets.description import read_description
+from nnunet_fed.datasets.listing import list_cases
 from nnunet_fed.evaluation.lesions import foreground_classes
 from nnunet_fed.report.blocks import Figure, Paragraph, Section, number
 from nnunet_fed.report.charts import COLOURS
@@ -77,7 +79,15 @@ def _image(place: Path, case: str) -> Path | None:
     """The first channel of a case."""
     pattern = re.compile(re.escape(case) + r"_0000\..+")
     folders = sorted((place / "nnUNet_raw").glob("*/imagesTr"))
-    return next((path for folder in folders for path in sorted(folder.iterdir()) if pattern.fullmatch(path.name)), None)
+    for folder in folders:
+        for path in sorted(folder.iterdir()):
+            if pattern.fullmatch(path.name):
+                return path
+    for description in (place / "nnUNet_raw").glob("*/dataset.json"):  # with a list of files
+        content, _ = read_description(description)
+        if content and "dataset" in content and case in (cases := list_cases(description.parent, content).cases):
+            return Path(cases[case]["images"][0])
+    return None
 
 
 def _reference(folder: Path, site: str, case: str, prediction: Path) -> Path | None:
@@ -88,10 +98,13 @@ def _reference(folder: Path, site: str, case: str, prediction: Path) -> Path | N
 
 
 def _read(path: Path) -> Array:
-    """Voxels of shape (z, y, x)."""
+    """Voxels of shape (z, y, x); of colours the mean."""
     import SimpleITK
 
-    voxels: Array = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(path)))
+    image = SimpleITK.ReadImage(str(path))
+    voxels: Array = SimpleITK.GetArrayFromImage(image)
+    if image.GetNumberOfComponentsPerPixel() > 1:
+        voxels = voxels[..., :3].mean(-1)
     return voxels[None] if voxels.ndim == 2 else voxels
 
 

@@ -1,6 +1,6 @@
 """A federation of real processes on one machine: a coordinator, and nnU-Net's own commands at every site.
 
-Source: ours. Neither torch nor nnU-Net is imported here; each process imports what it needs.
+Source: ours. PyTorch is not imported here; each process imports what it needs.
 """
 
 from __future__ import annotations
@@ -22,10 +22,19 @@ from typing import Any, Literal
 from rich.console import Console
 
 from nnunet_fed.coordinator.watch import watch
+from nnunet_fed.datasets.findings import FILE
 from nnunet_fed.errors import ConfigurationError, FederationError, UnreachableError
 from nnunet_fed.evaluation.summary import lesion_table, result_table, site_summary, summarise
-from nnunet_fed.files import new_folder, write_json, write_text
+from nnunet_fed.files import write_json, write_text
 from nnunet_fed.processes import Process, Step, Worker, raise_first, signals_interrupt, stop, stop_workers
+from nnunet_fed.simulation.first_look import (
+    PLANNING_LOG,
+    SITES,
+    count_cases,
+    look_at_sites,
+    take,
+    tell_odd_plans,
+)
 from nnunet_fed.simulation.reuse_plans import DATASET, adopt, check_same_planning
 from nnunet_fed.study.address import Address
 from nnunet_fed.study.federation import Federation
@@ -38,6 +47,8 @@ from nnunet_fed.transport.site.client import GrpcCommunicator
 __all__ = ["Simulation", "lesion_table", "plugin_folder", "result_table", "simulate"]
 
 HOST = "127.0.0.1"
+PLANNING = "Planning"
+"""What a site does first."""
 MAPPED_DATASET = 2
 """nnU-Net's number of the data set with the federation's labels, where a site has a map."""
 FOLDS = 5
@@ -65,6 +76,8 @@ class Simulation:
     """Folder of an earlier simulation of these sites, whose plans and preprocessed data are taken over."""
     labels: Mapping[str, Sources] = field(default_factory=dict)
     """By site: ``labels`` of its ``site.toml``. A site that is not named has the federation's labels already."""
+    looks: Path | None = None
+    """Folder that keeps what is found in the sites' data, a folder for each; ``None``: that of the sites in ``out``."""
 
 
 def simulate(simulation: Simulation, console: Console) -> dict[str, Any]:
@@ -77,7 +90,8 @@ def simulate(simulation: Simulation, console: Console) -> dict[str, Any]:
         The content of ``summary.json``.
 
     Raises:
-        ConfigurationError: a site's folder, a label map or ``out`` cannot be used; nothing has started then.
+        ConfigurationError: a site's data, a label map or ``out`` cannot be used; nothing has started then, and the
+            same ``out`` can be given again.
         FederationError: a command failed; with its own words and its log file.
     """
     started = time.monotonic()
@@ -87,14 +101,22 @@ def simulate(simulation: Simulation, console: Console) -> dict[str, Any]:
         check_same_planning(simulation.planned, study, simulation.sites, simulation.labels)
     if study.plans_name is None:
         study = study.model_copy(update={"plans_name": study.planner.replace("Planner", "") + "Plans"})
+    _check_sites(simulation)
+    out = simulation.out.resolve()
+    take(out)
+    looks = (
+        {}
+        if simulation.planned is not None
+        else look_at_sites(simulation.sites, _label_maps(simulation), simulation.looks or out / SITES, console)
+    )
     places = _places(simulation)
     workers = [Worker(place.name, _steps(simulation, study, place)) for place in places]
-    out = simulation.out.resolve()
-    new_folder(out)
     address, *others = (f"{HOST}:{port}" for port in free_ports(1 + len(places)))
     peers = dict(zip(study.sites, others, strict=True)) if study.method.NEEDS_PEERS else {}
     for place in places:
         place.make(address, peers)
+        if place.name in looks:  # which spares the site's own look the reading
+            looks[place.name].write(place.folder / "nnUNet_preprocessed" / place.dataset / FILE)
         if simulation.planned is not None:
             adopt(simulation.planned / "sites" / place.name, place.folder, study)
     state, study_file = out / "coordinator", out / "federation.toml"
@@ -111,10 +133,14 @@ def simulate(simulation: Simulation, console: Console) -> dict[str, Any]:
         stack.callback(stop_workers, workers)
         _await(coordinator, address)
 
+        told: set[str] = set()
+
         def running() -> bool:
             if coordinator.exit_status() is not None:
                 raise FederationError(f"The coordinator has ended. {coordinator.last_words()}\n(log: {serve.log})")
             raise_first([worker for worker in workers if worker.failed()])
+            if any(worker.process is not None and worker.process.step.name == PLANNING for worker in workers):
+                tell_odd_plans({place.name: place.folder for place in places}, told, console)
             going = [worker.advance() for worker in workers]
             return any(going)
 
@@ -214,7 +240,7 @@ class Place:
         return self.folder / "nnUNet_results" / self.trained_dataset / model / f"fold_{self.fold}"
 
 
-def _places(simulation: Simulation) -> list[Place]:
+def _check_sites(simulation: Simulation) -> None:
     names = tuple(sorted(simulation.sites))
     if names != simulation.study.sites:
         raise ConfigurationError(
@@ -227,50 +253,25 @@ def _places(simulation: Simulation) -> list[Place]:
     strangers = sorted(set(simulation.labels) - set(names))
     if strangers:
         raise ConfigurationError(f"There is a label map for '{strangers[0]}', but the sites are {', '.join(names)}.")
+    for name, folder in sorted(simulation.sites.items()):
+        if not (folder / "dataset.json").is_file():
+            raise ConfigurationError(
+                f"The folder {folder} of site '{name}' has no dataset.json: name a data set in nnU-Net's raw layout."
+            )
+
+
+def _places(simulation: Simulation) -> list[Place]:
     places = []
-    for name in names:
-        source = simulation.sites[name]
+    for name, source in sorted(simulation.sites.items()):
         split = count_cases(name, source) >= FOLDS or (source / "splits_final.json").is_file()
-        folder = simulation.out.resolve() / "sites" / name
+        folder = simulation.out.resolve() / SITES / name
         fold = simulation.study.fold if split else "all"
-        places.append(Place(name, source, folder, fold, _label_map(name, source, simulation.labels.get(name))))
+        places.append(Place(name, source, folder, fold, _label_maps(simulation).get(name)))
     return places
 
 
-def _label_map(site: str, folder: Path, sources: Sources | None) -> LabelMap | None:
-    """A site's label map, once it is sure that it fits the data; a ``dataset.json`` without labels is planning's."""
-    if sources is None:
-        return None
-    label_map, path = LabelMap(MAPPED_DATASET, sources), folder / "dataset.json"
-    own = json.loads(path.read_text(encoding="utf-8")).get("labels")
-    if isinstance(own, dict):
-        try:
-            label_map.resolve(own, str(path))
-        except ConfigurationError as error:
-            raise ConfigurationError(f"Site '{site}': {error}") from None
-    return label_map
-
-
-def count_cases(site: str, folder: Path) -> int:
-    """Number of training cases in a raw data set; raises :class:`ConfigurationError` if it is none."""
-    for part in ("dataset.json", "imagesTr", "labelsTr"):
-        if not (folder / part).exists():
-            raise ConfigurationError(
-                f"The folder {folder} of site '{site}' has no {part}: name a data set in nnU-Net's raw layout."
-            )
-    path = folder / "dataset.json"
-    try:
-        ending = json.loads(path.read_text(encoding="utf-8"))["file_ending"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ConfigurationError(f"{path} of site '{site}' has no 'file_ending': correct it.") from None
-    pattern = re.compile(r"(.+)_\d{4}" + re.escape(ending))
-    matches = [pattern.fullmatch(image.name) for image in (folder / "imagesTr").iterdir()]
-    cases = {match[1] for match in matches if match is not None}
-    if not cases:
-        raise ConfigurationError(
-            f"{folder / 'imagesTr'} of site '{site}' has no image CASE_0000{ending}: put the training images there."
-        )
-    return len(cases)
+def _label_maps(simulation: Simulation) -> dict[str, LabelMap]:
+    return {site: LabelMap(MAPPED_DATASET, sources) for site, sources in simulation.labels.items()}
 
 
 def _steps(simulation: Simulation, study: Federation, place: Place) -> list[Step]:
@@ -282,7 +283,7 @@ def _steps(simulation: Simulation, study: Federation, place: Place) -> list[Step
         del planning[AUGMENTATION_VARIABLE]
     steps = []
     if simulation.planned is None:
-        steps.append(Step("Planning", planning_command(study), planning, folder / "plan.log"))
+        steps.append(Step(PLANNING, planning_command(study), planning, folder / PLANNING_LOG))
     if simulation.until != "plan":
         training = {AUGMENTATION_VARIABLE: "0", **common, "nnUNet_fed_skip_validation": ""}
         if simulation.until == "train":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -220,7 +221,9 @@ def test_planning_that_fails(
     served = serve(make_study())
     use_site(monkeypatch, tmp_path, served.server.address)
     use_dataset(monkeypatch, tmp_path, 1)
-    assert "dataset.json cannot be read" in command.fails("plan_and_preprocess", "-d", "1")
+    status, out, err = command("plan_and_preprocess", "-d", "1")
+    assert (status, "Traceback" in out + err) == (2, False)
+    assert re.search(r"^Error: The data of .* have 1 error \(nothing was sent\):\nerror, no dataset.json: ", err, re.M)
     assert served.coordinator.status()["sites"]["a"]["progress"]["phase"] == "failed", "who watches sees it"
 
 

@@ -5,9 +5,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from planning_sites import preprocessed, read, set_paths
+from workers import look_in_threads
 
 from nnunet_fed.agreement.fingerprint import LocalFingerprint
 from nnunet_fed.planners import planning
+
+
+@pytest.fixture(autouse=True)
+def _look_in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    look_in_threads(monkeypatch)
 
 
 @pytest.fixture

@@ -259,7 +259,7 @@ def test_too_few_cases(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     write_dataset(set_paths(monkeypatch, tmp_path), OTHER, (0, 1))
     with pytest.raises(ConfigurationError, match=r"Site 'a' has 2 training cases .* at least 3, .*Nothing was sent"):
         plan({"a": OTHER}, min_cases=3)
-    assert not preprocessed(OTHER).exists()
+    assert [file.name for file in preprocessed(OTHER).iterdir()] == ["data_check.json"]
 
 
 def test_unknown_preprocessor(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -247,7 +247,8 @@ def test_order_of_labels_is_not_a_difference_but_for_regions(raw: Path, instant:
     plan({"a": SITE_A, "b": SITE_B})
     regions = {"background": 0, "all": [1, 2], "lesion": 2}
     for number, labels in ((31, regions), (32, {"background": 0, "lesion": 2, "all": [1, 2]})):
-        write_dataset(raw, number, (0,), labels=labels)
+        path = write_dataset(raw, number, (0,), labels=labels) / "dataset.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "regions_class_order": [1, 2]}))
     with pytest.raises(DisagreementError, match=r"differ in labels:"):
         plan({"a": 31, "b": 32})
 
@@ -326,7 +327,7 @@ def test_paths_that_are_not_set(raw: Path, monkeypatch: pytest.MonkeyPatch, vari
     [
         (lambda folder: shutil.rmtree(folder), r"no data set with the id 21"),
         (lambda folder: folder.with_name("Dataset021_Two").mkdir(), r"more than one data set with the id 21"),
-        (lambda folder: (folder / "dataset.json").unlink(), r"dataset.json cannot be read"),
+        (lambda folder: (folder / "dataset.json").unlink(), r"dataset.json does not exist"),
         (
             lambda folder: (folder / "dataset.json").write_text("{}"),
             r"lacks labels, numTraining, file_ending, channel_names",
@@ -335,12 +336,15 @@ def test_paths_that_are_not_set(raw: Path, monkeypatch: pytest.MonkeyPatch, vari
             lambda folder: [file.unlink() for file in (folder / "imagesTr").iterdir()],
             r"imagesTr holds no training case",
         ),
-        (lambda folder: shutil.rmtree(folder / "imagesTr"), r"cannot be listed"),
+        (lambda folder: shutil.rmtree(folder / "imagesTr"), r"there is no folder .*imagesTr"),
         (
             lambda folder: (folder / "labelsTr" / "case_001.nii.gz").unlink(),
-            r"Case case_001 .* lacks the file .*labelsTr",
+            r"case case_001, labelsTr/case_001.nii.gz: the file is not there",
         ),
-        (lambda folder: (folder / "imagesTr" / "case_001_0001.nii.gz").unlink(), r"Case case_001 .* has 1 image files"),
+        (
+            lambda folder: (folder / "imagesTr" / "case_001_0001.nii.gz").unlink(),
+            r"case case_001, imagesTr.*: 1 image file,",
+        ),
         (
             lambda folder: [
                 (folder / name).unlink() for name in ("imagesTr/case_001_0000.nii.gz", "imagesTr/case_001_0001.nii.gz")

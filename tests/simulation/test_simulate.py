@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from serving import make_study
+from workers import look_in_threads
 
 from nnunet_fed import processes
 from nnunet_fed.coordinator import watch
@@ -26,7 +27,8 @@ from nnunet_fed.errors import ConfigurationError, FederationError
 from nnunet_fed.evaluation.lesions import CaseResult, Lesion, aggregate
 from nnunet_fed.evaluation.summary import lesion_table, result_table, site_summary, summarise
 from nnunet_fed.simulation import simulate
-from nnunet_fed.simulation.simulate import Simulation, count_cases, plugin_folder, training_command
+from nnunet_fed.simulation.first_look import count_cases
+from nnunet_fed.simulation.simulate import Simulation, plugin_folder, training_command
 from nnunet_fed.study.federation import Federation
 from nnunet_fed.study.labels import LabelMap
 from nnunet_fed.study.site import Site
@@ -69,6 +71,20 @@ def text_of(table: Table) -> str:
     console.print(table)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
+
+
+LOOK = simulate.look_at_sites
+
+
+@pytest.fixture(autouse=True)
+def _no_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sites' files are no images."""
+    monkeypatch.setattr(simulate, "look_at_sites", lambda *_: {})
+
+
+def look(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(simulate, "look_at_sites", LOOK)
+    look_in_threads(patch)
 
 
 def quiet() -> Console:
@@ -191,25 +207,29 @@ def test_a_site_with_a_map_trains_the_mapped_data_set(tmp_path: Path) -> None:
     [
         (
             {"a": {"lesion": ("tumor",)}},
-            "Site 'a': 'labels' .*names 'tumor', which .*a/dataset.json does not have. Use",
+            "site 'a' have.*label map: site.toml: 'labels' .*names 'tumor', which .*a/dataset.json does not have",
         ),
-        ({"a": {"lesion": ()}}, "Site 'a': 'labels' in site.toml leaves none of the labels"),
-        ({"a": {"lesion": (2,), "edge": ("tumour",)}}, "Site 'a': .* become both 'lesion' and 'edge'"),
+        ({"a": {"lesion": ()}}, "site 'a' have.*'labels' in site.toml leaves none of the labels"),
+        ({"a": {"lesion": (2,), "edge": ("tumour",)}}, "site 'a' have.* become both 'lesion' and 'edge'"),
         ({"c": {"lesion": (2,)}}, "There is a label map for 'c', but the sites are a, b"),
     ],
 )
 def test_a_label_map_that_does_not_fit_is_found_before_anything_starts(
-    tmp_path: Path, labels: dict[str, Any], message: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, labels: dict[str, Any], message: str
 ) -> None:
+    look(monkeypatch)
     given = with_maps(simulation(tmp_path, {"a": 5, "b": 5}), **labels)
-    with pytest.raises(ConfigurationError, match=message):
+    with pytest.raises(ConfigurationError, match=f"(?s){message}"):
         simulate.simulate(given, quiet())
-    assert not given.out.exists()
+    assert not (given.out / "federation.toml").exists()
+    with pytest.raises(ConfigurationError, match=f"(?s){message}"):  # and the same folder can be given again
+        simulate.simulate(given, quiet())
 
 
-def test_regions_are_not_mapped(tmp_path: Path) -> None:
+def test_regions_are_not_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    look(monkeypatch)
     given = replace(simulation(tmp_path, {"a": 5}), labels={"a": {"lesion": ("core",)}})
-    with pytest.raises(ConfigurationError, match="Site 'a': .*a/dataset.json has region-based labels"):
+    with pytest.raises(ConfigurationError, match="(?s)site 'a' have.*a/dataset.json has region-based labels"):
         simulate.simulate(given, quiet())
 
 

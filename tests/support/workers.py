@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from nnunet_fed.inspection import workers
 from nnunet_fed.planners import extraction
 
 
@@ -21,12 +22,18 @@ def workers_as_threads(patch: pytest.MonkeyPatch, but_the_first: bool = False) -
         patch: undoes it.
         but_the_first: who asks for workers first gets processes, of ours as of nnU-Net's.
     """
+    look_in_threads(patch)
     for owner, name, threads in (
         (extraction, "ProcessPoolExecutor", lambda workers, context: ThreadPoolExecutor(workers)),
         (SpawnContext, "Pool", lambda self, *arguments, **options: ThreadPool(*arguments, **options)),
     ):
         kinds = itertools.chain([getattr(owner, name)] if but_the_first else [], itertools.repeat(threads))
         patch.setattr(owner, name, _next_kind(kinds))
+
+
+def look_in_threads(patch: pytest.MonkeyPatch) -> None:
+    """The look at a data set without processes."""
+    patch.setattr(workers, "ProcessPoolExecutor", lambda number, context, begin: ThreadPoolExecutor(number))
 
 
 def _next_kind(kinds: Iterator[Any]) -> Any:

@@ -81,7 +81,7 @@ class SelectorCases:
 def _header_reader(trainer: nnUNetTrainer) -> Callable[[str], torch.Tensor]:
     folder = Path(nnUNet_raw or ".") / trainer.plans_manager.dataset_name
     files: dict[str, dict[str, Any]] = {}
-    if (folder / "imagesTr").is_dir():
+    if (folder / "imagesTr").is_dir() or "dataset" in trainer.dataset_json:  # a list of files
         files = get_filenames_of_train_images_and_targets(str(folder), trainer.dataset_json)
     reader = trainer.plans_manager.image_reader_writer_class()
 

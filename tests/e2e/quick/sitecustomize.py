@@ -14,4 +14,4 @@ from multiprocessing.pool import ThreadPool
 gc.set_threshold(50_000, 50, 100)
 atexit.register(gc.freeze)
 SpawnContext.Pool = lambda self, *arguments, **options: ThreadPool(*arguments, **options)
-concurrent.futures.ProcessPoolExecutor = lambda processes, context: concurrent.futures.ThreadPoolExecutor(processes)
+concurrent.futures.ProcessPoolExecutor = lambda processes, *_: concurrent.futures.ThreadPoolExecutor(processes)

@@ -1,0 +1,55 @@
+"""``splits_final.json``: the folds of a cross-validation, as nnU-Net keeps them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+from nnunet_fed.datasets.findings import Finding, Severity, counted
+from nnunet_fed.errors import ConfigurationError
+
+SPLITS = "splits_final.json"
+Folds = list[dict[str, list[str]]]
+"""For each fold the names of the cases under ``train`` and under ``val``."""
+
+
+def read_folds(path: Path) -> Folds:
+    """Read the file; raises :class:`ConfigurationError` if it holds no folds."""
+    try:
+        folds = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"{path} is no valid JSON: {error}. Correct it.") from None
+    try:
+        return [{part: list(fold[part]) for part in ("train", "val")} for fold in folds]
+    except (TypeError, KeyError):
+        raise ConfigurationError(f"{path} is no list of 'train' and 'val' cases: correct it, or remove it.") from None
+
+
+def check_folds(folder: Path, cases: Collection[str]) -> Iterator[Finding]:
+    """What is wrong with the folds that a raw data set brings."""
+    path = folder / SPLITS
+    if not path.is_file():
+        return
+    try:
+        folds = read_folds(path)
+    except ConfigurationError as error:
+        found, _, remedy = str(error).rpartition(": ")
+        yield Finding(Severity.error, "folds", found, "a list of 'train' and 'val' cases", remedy, file=SPLITS)
+        return
+    named = [case for fold in folds for part in fold.values() for case in part]
+    gone, unused = sorted(set(named) - set(cases)), sorted(set(cases) - set(named))
+    if gone:
+        found, remedy = f"{_shown(gone)} of the folds, not in the data set", "Correct the folds, or remove the file."
+        yield Finding(Severity.error, "folds", found, "cases of the data set", remedy, file=SPLITS)
+    if unused:
+        found, remedy = f"{_shown(unused)} in no fold, never to be used", "Add them to the folds, or remove"
+        yield Finding(Severity.warning, "folds", found, "all cases", f"{remedy} the file.", file=SPLITS)
+    both = sorted({case for fold in folds for case in set(fold["train"]) & set(fold["val"])})
+    if both:
+        found, remedy = f"{_shown(both)} in 'train' and 'val' of one fold", "Leave each in one of them."
+        yield Finding(Severity.warning, "folds", found, "other cases in 'train' than in 'val'", remedy, file=SPLITS)
+
+
+def _shown(cases: list[str]) -> str:
+    return f"{counted(len(cases), 'case')} ({', '.join(cases[:3])}{', ...' if len(cases) > 3 else ''})"

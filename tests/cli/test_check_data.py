@@ -1,0 +1,58 @@
+"""``nnunet_fed check -d ID --data``: all that is wrong with a data set, without a coordinator."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from commands import Command
+from faulty_data import arrays, describe, make, write_itk
+from workers import look_in_threads
+
+
+@pytest.fixture
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    look_in_threads(monkeypatch)
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+        (tmp_path / name).mkdir()
+    monkeypatch.delenv("nnUNet_fed_site", raising=False)
+    monkeypatch.setenv("COLUMNS", "200")
+    return make(tmp_path / "nnUNet_raw" / "Dataset001_Own")
+
+
+def test_good_data(command: Command, data: Path) -> None:
+    _, out, _ = command("check", "-d", "1", "--data", "-device", "cpu")
+    assert "ok       data           Dataset001_Own: 3 cases, no errors, no warnings; all of it stands in" in out
+
+
+def test_all_faults_in_a_table_and_a_json(command: Command, data: Path, tmp_path: Path) -> None:
+    write_itk(arrays(1)[1] * 7, data / "labelsTr" / "c1.nii.gz")
+    describe(data, labels={"zero": 0, "organ": 1})
+    status, out, _ = command("check", "-d", "1", "--data", "-device", "cpu")
+    kept = tmp_path / "nnUNet_preprocessed" / "Dataset001_Own" / "data_check.json"
+    assert status == 1
+    assert f"3 cases, 2 errors, no warnings; all of it stands in {kept}." in out
+    assert "labelsTr/c1.nii.gz" in out.partition("what to do")[2]
+    assert [finding["kind"] for finding in json.loads(kept.read_text())["findings"]] == [
+        "background",
+        "unknown label values",
+    ]
+    status, out, _ = command("check", "-d", "1", "--data", "--json", "-device", "cpu")
+    assert [finding["state"] for finding in json.loads(out) if finding["about"] == "data"] == ["failed"]
+
+
+def test_which_data_set_is_asked(command: Command) -> None:
+    assert "--data: name the data set with -d" in command.fails("check", "--data")
+
+
+def test_split_looks_first(command: Command, data: Path, tmp_path: Path) -> None:
+    write_itk(arrays(1)[1] * 7, data / "labelsTr" / "c1.nii.gz")
+    status, _, err = command("split", str(data), str(tmp_path / "sites"), "--sites", "2")
+    assert status == 2
+    assert "have 1 error (nothing was split)" in err
+    assert [path.name for path in (tmp_path / "sites").iterdir()] == ["data_check.json"]
+    write_itk(arrays(1)[1], data / "labelsTr" / "c1.nii.gz")
+    assert command("split", str(data), str(tmp_path / "sites"), "--sites", "2")[0] == 0
+    assert (tmp_path / "sites" / "site_1" / "dataset.json").is_file()
