@@ -22,6 +22,7 @@ from nnunet_fed.inspection.comparing import Case, findings_of, is_flat, of_all_c
 from nnunet_fed.inspection.reading import (
     OVERWRITE,
     FileFacts,
+    better_reader,
     choose_reader,
     endings,
     reader_class,
@@ -30,7 +31,7 @@ from nnunet_fed.inspection.reading import (
 from nnunet_fed.inspection.workers import Job, Readers
 from nnunet_fed.study.labels import LabelMap
 
-FORMAT = 1
+FORMAT = 2
 """Of what is kept; to be raised by whoever changes what the facts mean."""
 
 
@@ -100,6 +101,10 @@ def look_at(
     ]
     states = {job: _state(job[0], reader, job[1]) for job in jobs}
     facts = _facts(states, reader, name, _kept(kept, folder, reader), readers)
+    if better := better_reader([facts[images[0], False] for images in there.values() if images]):
+        # the first image chooses the reader, and is the one that is not as the others are
+        reader, states = better, {job: _state(job[0], better, job[1]) for job in jobs}
+        facts = _facts(states, reader, name, {}, readers)
     cases = []
     for case, files in listing.cases.items():
         images = [(place_of(folder, file), facts[file, False]) for file in there[case]]
