@@ -27,7 +27,7 @@ from nnunet_fed.errors import ConfigurationError, DisagreementError
 from nnunet_fed.inspection.look import Look, look_at
 from nnunet_fed.inspection.reading import choose_reader, endings, reader_class
 from nnunet_fed.study.federation import canonical_json
-from nnunet_fed.study.labels import LabelMap
+from nnunet_fed.study.labels import LabelMap, in_numbers
 from nnunet_fed.study.method_table import MethodTable
 
 # nnU-Net lists the cases in a pool of forked processes, before and after planning talks to the coordinator. A process
@@ -182,7 +182,7 @@ def describe(dataset: RawDataset, planner: str) -> dict[str, Any]:
     """
     return {
         _CHANNELS: dataset.channel_names,
-        "labels": _ordered_labels(dataset.json["labels"]),
+        "labels": _ordered_labels(in_numbers(dataset.json["labels"])),
         "regions_class_order": dataset.json.get("regions_class_order"),
         "dimensions": dataset.dimensions,
         "nnunetv2": ".".join(re.findall(r"\d+", version("nnunetv2"))[:3]),

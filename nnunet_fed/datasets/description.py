@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_fed.datasets.findings import Finding, Severity
-from nnunet_fed.study.labels import BACKGROUND, IGNORE
+from nnunet_fed.study.labels import BACKGROUND, IGNORE, in_numbers
 
 NAME = "dataset.json"
 
@@ -79,7 +79,7 @@ def channel_names(content: Mapping[str, Any]) -> dict[str, str]:
 
 def known_values(content: Mapping[str, Any]) -> list[int]:
     """All values that ``labels`` allows in a label file, background, regions and ``ignore`` included; sorted."""
-    entries = content["labels"].values()
+    entries = in_numbers(content["labels"]).values()
     return sorted({0} | {int(value) for entry in entries for value in (entry if isinstance(entry, list) else [entry])})
 
 
@@ -128,12 +128,22 @@ def _labels(labels: Any, order: Any, mapped: bool) -> Iterator[Finding]:
         remedy = 'Swap them: "labels": {"background": 0, ...}.'
         yield _error(kind, "labels has the values as names", "names first, then values", remedy)
         return
+    written = labels
+    if not any(isinstance(value, list) for value in labels.values()):  # beside regions nnU-Net takes numbers only
+        labels = in_numbers(labels)
+        if IGNORE in labels and not mapped:
+            labels[IGNORE] = written[IGNORE]  # and for 'ignore' too
     odd = {name: value for name, value in labels.items() if not _is_value(value, region=True)}
     if odd:
         found = ", ".join(f"{name} = {json.dumps(value)}" for name, value in odd.items())
         remedy = "Write whole numbers without quotes; for a region a list of them, as in [1, 2]."
         yield _error(kind, found, "a number, or a list of numbers, for each name", remedy)
         return
+    taken = {name: value for name, value in written.items() if type(value) is not type(labels[name])}
+    if taken:
+        found = ", ".join(f"{name} = {json.dumps(value)}" for name, value in taken.items())
+        remedy = "Write whole numbers, without quotes."
+        yield _warning(kind, f"{found}, which nnU-Net takes for whole numbers", "whole numbers", remedy)
     yield from _background(labels)
     if not mapped:
         yield from _values(labels)

@@ -45,7 +45,7 @@ def check_whole(path: Path) -> Whole:
     """See that a file can be opened, and that NIfTI files and compressed ones are whole: ITK would fill in zeros.
 
     Raises:
-        OSError, EOFError, ValueError, zlib.error: it is not.
+        OSError, EOFError, ValueError: it is not.
     """
     with path.open("rb") as raw:
         start = raw.read(_TEXT)
@@ -73,7 +73,10 @@ def _unpack(packed: bytes) -> bytes:
     parts = []
     while packed[:2] == b"\x1f\x8b":
         member = zlib.decompressobj(wbits=31)
-        parts.append(member.decompress(packed))
+        try:
+            parts.append(member.decompress(packed))
+        except zlib.error as error:
+            raise ValueError(f"its packed content is damaged ({str(error).rpartition(': ')[2]})") from None
         if not member.eof:
             raise EOFError("it is cut off: the packed content has no end")
         packed = member.unused_data

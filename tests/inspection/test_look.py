@@ -136,6 +136,18 @@ def test_regions_with_ignore_last(tmp_path: Path) -> None:
     assert findings(folder) == ()
 
 
+@pytest.mark.parametrize("labels", [{"background": "0", "organ": "1"}, {"background": 0.0, "organ": 1.0}])
+def test_labels_that_nnunet_takes_for_whole_numbers(tmp_path: Path, labels: dict[str, Any]) -> None:
+    folder = make(tmp_path / "data")
+    describe(folder, labels=labels)
+    assert kinds(folder) == [("warning", "labels")]
+    assert kinds(folder, label_map=LabelMap(501, {"lesion": ("organ",)})) == [("warning", "labels")]
+    describe(folder, labels={**labels, "ignore": "2"})
+    assert kinds(folder) == [("error", "labels")]
+    describe(folder, labels={**labels, "all": [1, 2], "core": 2}, regions_class_order=[1, 2])
+    assert ("error", "labels") in kinds(folder)
+
+
 def test_channels_in_any_order_of_the_keys(tmp_path: Path) -> None:
     folder = make(tmp_path / "data")
     for case in range(3):
@@ -382,7 +394,7 @@ def test_the_page_shows_what_is_said(tmp_path: Path) -> None:
 
 def picture(folder: Path) -> str:
     make(folder, cases=4)
-    for fault in (VOXELS[7], DATASET_JSON[9]):
+    for fault in (VOXELS[7], DATASET_JSON[10]):
         fault.spoil(folder)
     write_itk(arrays(2)[1], folder / "labelsTr/c2.nii.gz", (1.0, 1.0, 3.0))
     write_itk(arrays(3)[1], folder / "labelsTr/c3.nii.gz", direction=(1, 0, 0, 0, -1, 0, 0, 0, 1))

@@ -264,6 +264,7 @@ DATASET_JSON = (
     Fault("error", "channel_names", lambda folder: describe(folder, channel_names={"1": "T2"})),
     Fault("error", "channel_names", lambda folder: describe(folder, modality={"0": "T1", "1": "T2"})),
     Fault("error", "labels", _labels(background=0, organ=1.5)),
+    Fault("warning", "labels", _labels(background="0", organ="1")),
     Fault("error", "background", _labels(zero=0, organ=1)),
     Fault("error", "background", _labels(background=1, organ=2)),
     Fault("error", "label values with a gap", _labels(background=0, organ=1, lesion=3)),
