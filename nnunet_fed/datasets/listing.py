@@ -79,6 +79,11 @@ def place_of(folder: Path, file: str | Path) -> str:
     return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(path)
 
 
+def is_there(file: str | Path) -> bool:
+    """Whether there is such a file; false also where a folder on the way may not be read."""
+    return os.path.isfile(file)  # noqa: PTH113 - Path.is_file raises then
+
+
 def _explicit(folder: Path, content: Mapping[str, Any], listing: Listing) -> None:
     table = content["dataset"]
     remedy = 'Write "dataset": {"CASE": {"images": ["imagesTr/CASE_0000.nii.gz"], "label": "labelsTr/CASE.nii.gz"}}.'
@@ -106,7 +111,7 @@ def _explicit(folder: Path, content: Mapping[str, Any], listing: Listing) -> Non
         for case, files in table.items() if case not in bad
     }  # fmt: skip
     for case, files in listing.cases.items():
-        missing = [file for file in (*files["images"], files["label"]) if not Path(file).is_file()]
+        missing = [file for file in (*files["images"], files["label"]) if not is_there(file)]
         listing.findings += [_missing(folder, case, file) for file in missing]
 
 
@@ -215,13 +220,13 @@ def _with_ending(folder: Path, part: Path, ending: str, found: list[Finding]) ->
                 make = _error if part.name == IMAGES else _warning
                 found.append(make("hidden files", told, "images and labels only", remedy, place))
         elif path.name.endswith(ending):
-            if path.is_file():
+            if is_there(path):
                 yield path
             else:
                 what = "a link to a file that is not there" if path.is_symlink() else "a folder"
                 remedy = "Put the file there: nnU-Net would leave it out without a word."
                 found.append(_error("missing files", f"it is {what}", "a file", remedy, place))
-        elif path.is_file() and path.suffix not in (".json", ".txt", ".csv", ".md"):
+        elif is_there(path) and path.suffix not in (".json", ".txt", ".csv", ".md"):
             others.append(path.name)
     if others:
         shown = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")

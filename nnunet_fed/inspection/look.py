@@ -15,7 +15,7 @@ from rich.progress import Progress
 from nnunet_fed.datasets.description import NAME, channel_names, check_description, known_values, read_description
 from nnunet_fed.datasets.findings import Finding, Report, Severity
 from nnunet_fed.datasets.folds import check_folds
-from nnunet_fed.datasets.listing import list_cases, place_of
+from nnunet_fed.datasets.listing import is_there, list_cases, place_of
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.files import write_json
 from nnunet_fed.inspection.comparing import Case, findings_of, is_flat, of_all_cases, spacing_findings
@@ -93,11 +93,11 @@ def look_at(
     known = None if "labels" not in content or bad & {"labels", "ignore"} else known_values(content)
     listing = list_cases(folder, content)
     findings += [*listing.findings, *check_folds(folder, listing.cases)]
-    there = {case: [file for file in files["images"] if Path(file).is_file()] for case, files in listing.cases.items()}
+    there = {case: [file for file in files["images"] if is_there(file)] for case, files in listing.cases.items()}
     reader = choose_reader(content, [images[0] for images in there.values() if images])
     jobs = [
         *((file, False) for images in there.values() for file in images),
-        *((files["label"], True) for files in listing.cases.values() if Path(files["label"]).is_file()),
+        *((files["label"], True) for files in listing.cases.values() if is_there(files["label"])),
     ]
     states = {job: _state(job[0], reader, job[1]) for job in jobs}
     facts = _facts(states, reader, name, _kept(kept, folder, reader), readers)

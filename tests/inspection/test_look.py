@@ -310,7 +310,6 @@ def test_whatever_stands_in_the_folds(tmp_path: Path, text: str) -> None:
     assert kinds(folder) == [("error", "folds")]
 
 
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="whoever may read everything finds nothing")
 @pytest.mark.parametrize(
     ("place", "kind"),
     [("dataset.json", "no dataset.json"), ("imagesTr", "missing folder"), ("labelsTr", "missing folder"),
@@ -319,6 +318,8 @@ def test_whatever_stands_in_the_folds(tmp_path: Path, text: str) -> None:
 def test_what_may_not_be_read(tmp_path: Path, place: str, kind: str) -> None:
     folder = make(tmp_path / "data")
     (folder / place).chmod(0)
+    if os.access(folder / place, os.R_OK):
+        pytest.skip("whoever may read everything finds nothing")
     try:
         [finding] = findings(folder)
     finally:
