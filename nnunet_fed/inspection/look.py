@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 
 from nnunet_fed.datasets.description import NAME, channel_names, check_description, known_values, read_description
@@ -131,7 +132,7 @@ def _facts(
     if new:
         # a console of its own: sites that are threads of one process would share the global one
         with Progress(console=Console(stderr=True)) as progress:
-            bar = progress.add_task(f"Looking at {name}", total=len(new))
+            bar = progress.add_task(f"Looking at {escape(name)}", total=len(new))
             known |= readers.read_all(new, reader, lambda: progress.advance(bar))
     return {job: known[job] for job in states}
 
