@@ -99,11 +99,28 @@ def of_all_cases(cases: Sequence[Case]) -> Iterator[Finding]:
                 found = f"a file of {fewer} dimensions among {kinds[usual]} of {usual}"
                 yield _error("dimensions", case.name, place, found, f"{usual} dimensions in all cases", remedy)
     elif 3 in kinds and is_flat([facts for *_, facts in firsts]) is False:
+        yield from _flat_elsewhere([facts for *_, facts in firsts])
         remedy = "If it is a slice cut out by mistake, replace or remove the case; as a volume it counts as it is."
         for case, place, facts in firsts:
             if facts.shape[0] == 1:
                 found = f"one slice (shape {_by(facts.shape)})"
                 yield _warning("one slice", case.name, place, found, "volumes, as the other cases are", remedy)
+
+
+def _flat_elsewhere(images: Sequence[FileFacts]) -> Iterator[Finding]:
+    """Slices whose only layer is not the first axis, which nnU-Net takes for volumes."""
+    for axis, name in ((1, "y"), (2, "x")):
+        flat = [facts for facts in images if facts.shape[axis] == 1]
+        if len(flat) > len(images) / 2:
+            found = (
+                f"{len(flat)} of {len(images)} images are one voxel thick along {name}, such as {_by(flat[0].shape)}"
+            )
+            remedy = (
+                "If they are slices, save images and labels as files of 2 dimensions, or with this axis as z, which "
+            )
+            remedy += "is the first of SimpleITK's arrays and the last of nibabel's. As volumes they count as they are."
+            wanted = "slices along z: for others nnU-Net plans in three dimensions"
+            yield Finding(Severity.warning, "one slice", found, wanted, remedy)
 
 
 def is_flat(images: Sequence[FileFacts]) -> bool:

@@ -203,6 +203,12 @@ def _flat(folder: Path) -> None:
         write_itk(array, folder / file)
 
 
+def _flat_elsewhere(folder: Path) -> None:
+    for case in range(3):
+        for array, file in zip(arrays(case), (f"imagesTr/c{case}_0000", f"labelsTr/c{case}"), strict=True):
+            write_itk(array[:, :, 3:4], folder / f"{file}.nii.gz")
+
+
 def _slice_file(folder: Path) -> None:
     for array, file in zip(arrays(1, SHAPE[1:]), ("imagesTr/c1_0000.nii.gz", "labelsTr/c1.nii.gz"), strict=True):
         write_itk(array, folder / file)
@@ -321,6 +327,7 @@ FILES = (
     Fault("error", "dimensions", _flat_nii, ".nii"),
     Fault("error", "dimensions", _slice_tiff, ".tif"),
     Fault("warning", "one slice", _flat),
+    Fault("warning", "one slice", _flat_elsewhere),
 )
 VOXELS = (
     Fault("error", "shape", _label(1, lambda label: label[:, :, :-1])),
