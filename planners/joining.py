@@ -10,13 +10,13 @@ from nnunet_fed.agreement.fingerprint import INTENSITIES, own_intensities
 from nnunet_fed.agreement.plan_digest import plans_digest
 from nnunet_fed.errors import ConfigurationError, DisagreementError
 from nnunet_fed.evaluation.lesions import SMALL_LESIONS
+from nnunet_fed.exchange.keys import PUBLISHED
 from nnunet_fed.planners.dataset import check_agreement, describe
 from nnunet_fed.planners.extraction import extract
 from nnunet_fed.planners.harmonised import planner_class
 from nnunet_fed.planners.mapping import prepare_dataset
 from nnunet_fed.planners.planning import (
     DESCRIPTIONS,
-    PUBLISHED,
     PlanningResult,
     check_configurations,
     make_planner,
