@@ -125,7 +125,9 @@ def test_once_the_plans_are_agreed_only_a_new_attempt_helps(planning: Desk) -> N
         for site in "ab":
             planning.tell_value(site, key, 5)
     planning.correcting = {"b"}
-    with pytest.raises(RefusedError, match=r"Site 'b' cannot withdraw.*plans are agreed.*new attempt.*new-attempt") as e:
+    with pytest.raises(
+        RefusedError, match=r"Site 'b' cannot withdraw.*plans are agreed.*new attempt.*new-attempt"
+    ) as e:
         planning.tell_value("b", DATASET, 6)
     assert not isinstance(e.value, WithdrawnError)
     assert planning.collective(PUBLISHED).status == "closed"

@@ -95,7 +95,9 @@ class Desk:
         return self.coordinator.take(offer, position, [payload if arrives is None else arrives])
 
     def offer_of(self, site: str, key: str, payload: bytes, weight: float = 1.0, verb: Verb = "mean") -> Offer:
-        return Offer(self.run, key, site, verb, weight, *measure([payload]), self.held.get(site), site in self.correcting)
+        return Offer(
+            self.run, key, site, verb, weight, *measure([payload]), self.held.get(site), site in self.correcting
+        )
 
     def collective(self, key: str) -> Collective:
         """As it is now: what is due is closed."""
