@@ -1,4 +1,4 @@
-"""What a site has told wrongly while planning is withdrawn: who may, until when, what is void, what the record tells."""
+"""A site withdraws what it has told wrongly while planning: who may, until when, what is void, what is recorded."""
 
 from __future__ import annotations
 
