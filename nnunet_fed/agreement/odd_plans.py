@@ -37,8 +37,9 @@ def thin_patches(plans: Mapping[str, Any], configurations: Sequence[str]) -> lis
                 f"{by(content['median_image_size_in_voxels'])}, from a median voxel size of "
                 f"{by(plans['original_median_spacing_after_transp'])} and a median shape of "
                 f"{by(plans['original_median_shape_after_transp'])} of all sites' cases. Most likely the voxel sizes "
-                "of one site are not what the others' are: compare them before anybody trains, correct that site's "
-                "files, or set 'overwrite_target_spacing' in federation.toml, and plan again, in a new attempt."
+                "of one site are not what the others' are: compare them before anybody trains. Then correct that "
+                "site's files and plan again, in a new attempt, or begin another study, with "
+                "'overwrite_target_spacing' in its federation.toml."
             )
     return told
 
