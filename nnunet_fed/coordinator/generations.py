@@ -61,7 +61,7 @@ class Generations:
         if newest != run:
             described = self._store.run(newest)
             if WITHDRAWN_BY in described:
-                raise WithdrawnError(plan_again(described[WITHDRAWN_BY]))
+                raise WithdrawnError(plan_again(described[WITHDRAWN_BY]), described[WITHDRAWN_BY])
             raise RefusedError(_go_back(described["goes_on_from"]))
 
     def _of(self, run: str) -> list[str]:

@@ -20,7 +20,7 @@ from serving import Serve, Served, make_study
 from workers import workers_as_threads
 
 from nnunet_fed.agreement.fingerprint import LocalFingerprint
-from nnunet_fed.errors import DisagreementError, FederationError, RefusedError, WithdrawnError
+from nnunet_fed.errors import DisagreementError, FederationError, RefusedError
 from nnunet_fed.exchange.communicator import LocalFederation
 from nnunet_fed.exchange.keys import PLANS, PUBLISHED
 from nnunet_fed.planners import planning
@@ -206,11 +206,10 @@ def odd_voxels(raw: Path, instant: list[list[str]], monkeypatch: pytest.MonkeyPa
 def test_plans_by_which_a_site_cannot_preprocess_are_not_agreed(
     serve: Serve, odd_voxels: dict[int, LocalFingerprint]
 ) -> None:
-    """The innocent site fails; the one with the odd voxels waits, is ended, corrected, and withdraws."""
+    """The innocent site fails; the one with the odd voxels waits, is corrected, and withdraws."""
     served = serve(make_study("ab"))
     with ThreadPoolExecutor(2) as pool:
-        b = served.seat("b", "planning")
-        waiting: Future[Any] = pool.submit(plan_and_preprocess, b, served.study, SITE_B, None, 1)
+        waiting: Future[Any] = pool.submit(command, served, "b")
         with pytest.raises(
             FederationError, match=r"nothing would be left.*Nothing is agreed yet.*with --correct where"
         ):
@@ -218,8 +217,8 @@ def test_plans_by_which_a_site_cannot_preprocess_are_not_agreed(
         assert not (preprocessed(SITE_A) / FILES[0]).exists(), "nobody trains by them"
         odd_voxels[SITE_B] = of_site([2.0, 1.0, 1.0])
         corrected = pool.submit(command, served, "b", True)
-        with pytest.raises(WithdrawnError):
-            waiting.result(60)
+        with pytest.raises(RefusedError, match="Another command at site 'b' has withdrawn.*This one ends"):
+            waiting.result(60)  # two of them would preprocess into one folder
         assert command(served, "a").plans_digest == corrected.result(60).plans_digest
     assert not (preprocessed(SITE_B) / "nnUNetFedPlans.previous.json").exists()
 

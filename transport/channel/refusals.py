@@ -24,8 +24,9 @@ LINES, LINE_SECONDS = 20, 10.0
 CALLERS = 256
 """Of so many callers the lines are counted; of more, the one that was heard of least recently is forgotten."""
 
-WITHDRAWN = ("nnunet-fed-refusal", "withdrawn")
-"""Goes with a refusal after which the site plans anew by itself (:class:`nnunet_fed.errors.WithdrawnError`)."""
+WITHDRAWN_BY = "nnunet-fed-withdrawn-by"
+"""Names a site, beside a refusal after which the others plan anew by themselves
+(:class:`nnunet_fed.errors.WithdrawnError`)."""
 
 
 class SparingLog:
@@ -84,7 +85,7 @@ class Refusals:
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: Any) -> None:
         if isinstance(error, WithdrawnError):  # a refusal to version 0.1, which does not read what goes with it
-            self._context.set_trailing_metadata((WITHDRAWN,))
+            self._context.set_trailing_metadata(((WITHDRAWN_BY, error.site),))
         if isinstance(error, NoRoomError | NotYetError):
             refuse(self._context, str(error), grpc.StatusCode.RESOURCE_EXHAUSTED)
         elif isinstance(error, FederationError):

@@ -15,7 +15,7 @@ import grpc
 from nnunet_fed.errors import RefusedError, UnknownCollectiveError, UnreachableError, WithdrawnError
 from nnunet_fed.logs import printable
 from nnunet_fed.study.address import readable
-from nnunet_fed.transport.channel.refusals import WITHDRAWN
+from nnunet_fed.transport.channel.refusals import WITHDRAWN_BY
 
 logger = logging.getLogger(__name__)
 
@@ -82,8 +82,10 @@ def call_with_retries(
             if code == grpc.StatusCode.NOT_FOUND:
                 raise UnknownCollectiveError(details) from None
             if code in REFUSALS:
-                withdrawn = isinstance(error, grpc.RpcError) and WITHDRAWN in (error.trailing_metadata() or ())
-                raise (WithdrawnError if withdrawn else RefusedError)(details) from None
+                beside = dict(error.trailing_metadata() or ()) if isinstance(error, grpc.RpcError) else {}
+                if WITHDRAWN_BY in beside:
+                    raise WithdrawnError(details, str(beside[WITHDRAWN_BY])) from None
+                raise RefusedError(details) from None
             reasons.append(diagnose() if code == grpc.StatusCode.UNAVAILABLE else None)
             full = code == grpc.StatusCode.RESOURCE_EXHAUSTED
             trouble = f"takes nothing more at present: {details}" if full else f"does not answer ({details})"

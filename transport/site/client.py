@@ -292,18 +292,22 @@ class GrpcCommunicator:
             held=None if self.held is None else pb.Held(**self.held._asdict()), correct=self._corrects,
         )  # fmt: skip
         contribute = partial(self._offer, offer, outbound, content)
-        contribute()
-        return self._result(key, contribute)
+        try:
+            contribute()
+            return self._result(key, contribute)
+        except WithdrawnError as error:
+            corrects, self._corrects = self._corrects, False  # nothing that this site has told stands any more
+            if error.site != self.site or corrects:
+                raise
+            raise RefusedError(
+                f"Another command at site '{self.site}' has withdrawn what it told, and plans anew. This one ends."
+            ) from None
 
     def _offer(self, offer: pb.OfferRequest, outbound: Outbound, content: Callable[[], dict[str, Any]]) -> None:
         """Contribute, unless a contribution of this site stands."""
         key = offer.key
         self._sends("offer", **_facts(offer))
-        try:
-            verdict = self._call(lambda: self._contribute(offer, outbound, content), lambda: outbound.reached)
-        except WithdrawnError:
-            self._corrects = False  # nothing that this site has told stands any more
-            raise
+        verdict = self._call(lambda: self._contribute(offer, outbound, content), lambda: outbound.reached)
         if verdict == "closed":
             if self._purpose == "planning":
                 raise RoundClosedError(
