@@ -12,6 +12,7 @@ from nnunetv2.experiment_planning.plan_and_preprocess_api import preprocess_data
 from nnunet_fed.agreement.fingerprint import INTENSITIES, LocalFingerprint, fingerprint_of, own_intensities
 from nnunet_fed.agreement.odd_plans import ODD, far_from_own, require_voxels, thin_patches
 from nnunet_fed.agreement.plan_digest import comparable, differences
+from nnunet_fed.agreement.stages import FIRST_STAGES, to_preprocess
 from nnunet_fed.errors import ConfigurationError, DisagreementError, FederationError
 from nnunet_fed.evaluation.lesions import SMALL_LESIONS, small_lesion_thresholds
 from nnunet_fed.exchange.communicator import Collectives
@@ -32,6 +33,8 @@ logger = logging.getLogger(__name__)
 DESCRIPTIONS, PUBLISHED = key_of(PLANNING, "dataset"), key_of(PLANNING, "published")
 """Keys of what the sites compare, and of what a site takes that joins later."""
 _LINES_SHOWN = 30
+_LARGE = {*FIRST_STAGES, *FIRST_STAGES.values()}
+"""Configurations that nnU-Net does not plan for every data set."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ def plan_and_preprocess(
         communicator: this site's; all keys begin with ``planning/``.
         study: names the planner and, if it says so, the plans; travels in the plans under ``federation``.
         dataset_id: nnU-Net's number of this site's data set.
-        configurations: what this site preprocesses; ``None``: the study's configuration.
+        configurations: what this site will train; ``None``: the study's configuration.
         processes: worker processes for extraction and preprocessing.
         report: called with the name of each phase that begins: checking, extracting, harmonising, planning,
             preprocessing, planned.
@@ -95,10 +98,9 @@ def plan_and_preprocess(
         DisagreementError: the sites' data sets or plans differ; shows where.
         FederationError: a case cannot be analysed or preprocessed.
     """
-    wanted = wanted_configurations(study, configurations)
     agreement = agree(communicator, study, dataset_id, processes, report, labels=labels)
     dataset, planner, plans = agreement.dataset, agreement.planner, agreement.plans
-    check_configurations(plans, wanted)
+    wanted = wanted_configurations(plans, study, configurations)
 
     odd_plans = tuple(thin_patches(plans, wanted))
     for text in (*odd_plans, *far_from_own(agreement.local, plans, wanted)):
@@ -177,17 +179,6 @@ def agree(
     return Agreement(dataset, local, planner, plans, total_cases)
 
 
-def wanted_configurations(study: Federation, configurations: Sequence[str] | None) -> tuple[str, ...]:
-    """What a site preprocesses: what its command names, or else the study; raises :class:`ConfigurationError`."""
-    wanted = tuple(dict.fromkeys(configurations or [study.configuration]))
-    if "3d_cascade_fullres" in wanted:
-        raise ConfigurationError(
-            "3d_cascade_fullres needs predictions of the previous stage, which a federation does not make; "
-            "use 3d_fullres or 3d_lowres."
-        )
-    return wanted
-
-
 def _write_local_fingerprint(dataset: RawDataset, local: LocalFingerprint) -> None:
     """For a reader who compares this site with all sites; nothing reads it."""
     path = dataset.preprocessed / "dataset_fingerprint_local.json"
@@ -257,15 +248,23 @@ def _agree_on_plans(communicator: Collectives, plans: dict[str, Any]) -> None:
     )
 
 
-def check_configurations(plans: dict[str, Any], wanted: Sequence[str]) -> None:
-    """See that the plans have these configurations; raises :class:`ConfigurationError`."""
-    there = [name for name, content in plans["configurations"].items() if "inherits_from" not in content]
-    missing = [name for name in wanted if name not in there]
+def wanted_configurations(
+    plans: dict[str, Any], study: Federation, configurations: Sequence[str] | None
+) -> tuple[str, ...]:
+    """What a site preprocesses: what its command names, or else the study; for a cascade what both stages train on.
+
+    Raises:
+        ConfigurationError: the plans have no such configuration.
+    """
+    asked, there = configurations or [study.configuration], plans["configurations"]
+    missing = [name for name in dict.fromkeys(asked) if name not in there]
     if missing:
+        cascade = " nnU-Net plans 3d_lowres and the cascade only where images are much larger than a patch."
         raise ConfigurationError(
             f"The plans of this federation have no configuration {', '.join(missing)}; there are {', '.join(there)}. "
-            "Set 'configuration' in federation.toml to one of these."
+            f"Set 'configuration' in federation.toml to one of these.{cascade if {*missing} & _LARGE else ''}"
         )
+    return tuple(dict.fromkeys(needed for name in asked for needed in to_preprocess(plans, name)))
 
 
 def preprocess(
