@@ -28,6 +28,7 @@ from nnunet_fed.coordinator.status import Outlook, Tally, status_of
 from nnunet_fed.coordinator.store import Ballot, Collective, Contribution, Store
 from nnunet_fed.coordinator.tracking import FederationTracker
 from nnunet_fed.coordinator.verdict import Offer, Verdict, verdict_of
+from nnunet_fed.coordinator.withdrawals import Withdrawals
 from nnunet_fed.errors import NotFiniteError
 from nnunet_fed.exchange.communicator import Held
 from nnunet_fed.exchange.payload import open_payload
@@ -81,6 +82,7 @@ class Coordinator:
         self._reconciliation = Reconciliation(
             self.study, store, self._generations, self._round_closer.expected_in, clock
         )
+        self._withdrawals = Withdrawals(self.attempt, store, self._generations, self._round_closer)
         self._round_closer.recover(self.attempt)
 
     def drain(self) -> None:
@@ -190,11 +192,20 @@ class Coordinator:
     def offer(self, offer: Offer) -> Verdict:
         """Answer a site that is about to contribute; one of weight 0 sends nothing, and has contributed with that.
 
+        One that corrects what the site has told while planning lets that begin anew.
+
         Raises:
-            RefusedError: see :meth:`ask`.
+            RefusedError: see :meth:`ask` and :meth:`nnunet_fed.coordinator.withdrawals.Withdrawals.withdraw`.
+            WithdrawnError: a site, perhaps this one, has withdrawn what it told.
         """
         with self._changed:
             verdict = self.ask(offer)
+            if verdict == "differs" and offer.correct and self._store.run(offer.run)["purpose"] == "planning":
+                self._changed.wait_for(lambda: not self._round_closer.is_closing(offer.run))
+                self._generations.require_newest(offer.run)
+                self._changed.notify_all()  # who waits hears of it once the lock is free
+                self._withdrawals.withdraw(offer)
+                self._generations.require_newest(offer.run)
             if verdict != "send" or offer.weight > 0:
                 return verdict
             self._contribute(offer, None)

@@ -265,6 +265,30 @@ def test_environment_of_planning_and_training(tmp_path: Path, monkeypatch: pytes
     assert not training["nnUNet_fed_skip_validation"]
 
 
+def test_a_cascade_is_two_trainings_in_turn(tmp_path: Path) -> None:
+    def steps(until: Any) -> list[Any]:
+        cascade = {"configuration": "3d_cascade_fullres", "fold": "all", "plans_name": "P"}
+        given = simulation(tmp_path / until, {"a": 5}, until, **cascade)
+        (place,) = simulate._places(given)
+        return simulate._steps(given, given.study, place)
+
+    assert [step.name for step in steps("plan")] == ["Planning"]
+    for until, last_skips in (("train", "1"), ("validate", "")):
+        planning, first, second = steps(until)
+        assert planning.command[planning.command.index("-c") + 1] == "3d_cascade_fullres"
+        assert [step.command[2:4] for step in (first, second)] == [["3d_lowres", "all"], ["3d_cascade_fullres", "all"]]
+        assert [step.log.name for step in (first, second)] == ["train_3d_lowres.log", "train.log"]
+        skips = [step.environment["nnUNet_fed_skip_validation"] for step in (first, second)]
+        assert skips == ["", last_skips], "the first stage's validation is what the second needs"
+
+
+def test_a_cascade_needs_predictions_of_all_cases(tmp_path: Path) -> None:
+    given = simulation(tmp_path, {"a": 5}, configuration="3d_cascade_fullres")
+    with pytest.raises(ConfigurationError, match=r"fold 0 of 3d_lowres predicts its validation cases only.*--fold all"):
+        simulate.simulate(given, quiet())
+    assert not given.out.exists()
+
+
 # ------------------------------------------------------------------------------------------- summary
 
 

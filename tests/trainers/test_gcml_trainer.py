@@ -16,12 +16,13 @@ import numpy as np
 import pytest
 import torch
 from batchgeneratorsv2.transforms.noise import gaussian_blur
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.training.logging.nnunet_logger import LocalLogger
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from pydantic import ValidationError
 from serving import make_study
-from tiny import DESCRIPTION, tiny_plans, write_preprocessed
+from tiny import DATASET, DESCRIPTION, tiny_cascade, tiny_plans, write_preprocessed
 
 from nnunet_fed.exchange.payload import Array, encode, measure
 from nnunet_fed.gossip.mailbox import Letter, Mailbox, State, described
@@ -193,11 +194,11 @@ def differences(one: Any, other: Any) -> list[str]:
     ]
 
 
-def foreign(seed: int = 7) -> Weights:
+def foreign(seed: int = 7, channels: int = 1) -> Weights:
     """Weights of another network of the same kind."""
     torch.manual_seed(seed)
     manager = PlansManager(tiny_plans())
-    network = nnUNetTrainer.build_network_architecture(manager, manager.get_configuration("2d"), 1, 3)
+    network = nnUNetTrainer.build_network_architecture(manager, manager.get_configuration("2d"), channels, 3)
     return {name: array.copy() for name, array in to_arrays(shared_tensors(network)).items()}
 
 
@@ -698,3 +699,26 @@ def test_what_cannot_work_is_refused_before_the_training(
     with pytest.raises(SystemExit, match="names no peers"):
         make(study()).run_training()
     assert postman.mailbox is None
+
+
+# --------------------------------------------------------------------------------------------------------- the cascade
+
+
+def test_in_the_second_stage_of_a_cascade_both_models_see_what_the_first_has_predicted(
+    postman: Postman, tmp_path: Path
+) -> None:
+    wanted = study(rounds=2, mutual_epochs=1)
+    trainer = nnUNetTrainerGCML(tiny_cascade(wanted), "3d_cascade_fullres", 0, DESCRIPTION, CPU)
+    with pytest.raises(SystemExit, match="First train fold all of 3d_lowres"):  # most cases are in no fold
+        trainer.run_training()
+    assert postman.mailbox is None, "nobody has heard of it"
+    first_stage = tmp_path / "results" / DATASET / "nnUNetTrainerGCML__nnUNetFedPlans__3d_lowres"
+    predicted = first_stage / "predicted_next_stage" / "3d_cascade_fullres"
+    predicted.mkdir(parents=True)
+    for case in range(5):
+        nnUNetDatasetBlosc2.save_seg(np.ones((3, 20, 20), np.uint8), str(predicted / f"case_{case}"))
+    brings(postman, foreign(channels=3))
+    trainer = nnUNetTrainerGCML(tiny_cascade(wanted), "3d_cascade_fullres", 0, DESCRIPTION, CPU)
+    trainer.run_training()
+    trainer.perform_actual_validation()
+    assert [phase["from"] for phase in record(trainer)["mutual_phases"]] == ["b"]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
+from nnunet_fed.trainers.parts.cascade import without_next_stages
 from nnunet_fed.trainers.parts.lesion_report import evaluate_lesions
 from nnunet_fed.trainers.parts.study_trainer import StudyTrainer
 
@@ -46,11 +47,12 @@ def mean_dice(folder: Path) -> float | None:
 
 
 def predict_cases(trainer: StudyTrainer, cases: Sequence[str], save_probabilities: bool) -> None:
-    """nnU-Net's validation of some of the cases."""
+    """nnU-Net's validation of some of the cases, with a network that a cascade's next stage does not go on from."""
     split = trainer.do_split
     trainer.do_split = lambda: ([], list(cases))
     try:
-        nnUNetTrainer.perform_actual_validation(trainer, save_probabilities)
+        with without_next_stages(trainer):
+            nnUNetTrainer.perform_actual_validation(trainer, save_probabilities)
     finally:
         trainer.do_split = split
 
