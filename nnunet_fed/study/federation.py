@@ -92,6 +92,9 @@ class Federation(Table):
     momentum_on_round: Literal["keep", "reset"] = "keep"
     weighting: Literal["cases", "uniform"] = "cases"
     """Weight of a site in a mean: its number of training cases, or 1."""
+    best: Annotated[Literal["site", "federation"], Neutral("site", since=3)] = "site"
+    """Whose choice ``checkpoint_best.pth`` is: each site's own by nnU-Net's rule, or the round with the highest weighted
+    mean of the sites' pseudo Dice, the same at all sites."""
     wire_dtype: WireDtype = "float32"
     """Dtype in which models travel (:mod:`nnunet_fed.exchange.precision`): ``float32`` loses nothing, the others halve
     the bytes."""
@@ -133,6 +136,8 @@ class Federation(Table):
             raise ValueError(f"min_sites is {self.min_sites}, but the study has only {len(self.sites)} sites")
         self.method.check_sites(self.sites)
         self.method.check_epochs(self.epochs)
+        if self.best == "federation":
+            self.method.check_best()
         if self.cross_site:
             self.method.check_cross_site()
         return self

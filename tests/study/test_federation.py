@@ -41,6 +41,7 @@ OTHER_VALUES: dict[str, tuple[Any, bool]] = {
     "momentum": (0.9, True),
     "momentum_on_round": ("reset", True),
     "weighting": ("uniform", True),
+    "best": ("federation", True),
     "wire_dtype": ("bfloat16", True),
     "seed": (1, True),
     "min_sites": (1, False),
@@ -350,3 +351,9 @@ def test_templates_belong_together() -> None:
     study = Federation.model_validate(toml.from_toml(template("federation.toml")))
     site = Site.model_validate(toml.from_toml(template("site.toml")))
     assert site.name in study.sites
+
+
+@pytest.mark.parametrize("method", ["gcml", "local"])
+def test_a_method_without_common_rounds_has_no_best_one(method: str) -> None:
+    with pytest.raises(ValidationError, match=r"best = 'federation' needs rounds .* keeps its own best\. Take 'best' out"):
+        make_study(rounds=50, method={"name": method}, best="federation")

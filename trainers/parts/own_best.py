@@ -22,7 +22,7 @@ class OwnBestTrainer(StudyTrainer):
     def on_epoch_end(self) -> None:
         """nnU-Net's; as long as no epoch had a pseudo Dice, the newest model is kept as the best."""
         undefined = not math.isfinite(leave_out_undefined(self.logger.get_checkpoint(), self.current_epoch))
-        if undefined:
+        if undefined or not self.keeps_own_best:
             self._best_ema = math.nan  # with which nothing is better, for nnU-Net
         elif self._best_ema is not None and math.isnan(self._best_ema):
             self._best_ema = None
