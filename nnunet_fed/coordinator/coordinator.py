@@ -20,6 +20,7 @@ from nnunet_fed.coordinator.generations import Generations
 from nnunet_fed.coordinator.history import happened, page_of
 from nnunet_fed.coordinator.log_fields import about
 from nnunet_fed.coordinator.members import Members, Purpose
+from nnunet_fed.coordinator.more_rounds import begin_more_rounds
 from nnunet_fed.coordinator.opening import open_study
 from nnunet_fed.coordinator.reconciliation import Reconciliation, Standing
 from nnunet_fed.coordinator.round_closer import RoundCloser
@@ -65,6 +66,7 @@ class Coordinator:
         tracker: FederationTracker | None = None,
         clock: Clock | None = None,
     ):
+        known = store.latest_study()
         self.study, self.attempt = open_study(study, store)
         self._store = store
         self._tracker = tracker
@@ -74,6 +76,8 @@ class Coordinator:
         clock = clock or RunningClock()
         self._spool = Spool(store.spool, spool_quota, share)
         self._generations = Generations(store)
+        if known is not None:
+            begin_more_rounds(Federation.restore(known), self.study, store, self._generations)
         self._members = Members(self.study, self.attempt, store, self._generations, self._changed)
         self._admission = Admission(self.study, store, share)
         self._scope_order = ScopeOrder(self.study, self.attempt, store)

@@ -71,7 +71,7 @@ def summarise(study: Federation, sites: Mapping[str, Numbers], seconds: float) -
     of_all = combined([site for site in counted if site["lesions"]])
     return {
         "method": study.method.name,
-        "rounds": study.rounds,
+        "rounds": study.all_rounds,
         "seed": study.seed,
         "seconds": round(seconds, 1),
         "sites": dict(sites),

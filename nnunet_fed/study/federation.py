@@ -56,7 +56,7 @@ class Federation(Table):
 
     OPERATIONAL = frozenset({
         "name", "sites", "plans_name", "configuration", "fold", "min_cases", "min_sites", "deadline_minutes",
-        "planning_deadline_minutes", "keep_rounds", "keep_every", "max_update_norm", "cross_site",
+        "planning_deadline_minutes", "keep_rounds", "keep_every", "max_update_norm", "cross_site", "more_rounds",
     })  # fmt: skip
 
     name: str = Field(min_length=1, max_length=100)
@@ -84,6 +84,8 @@ class Federation(Table):
     """*Operational.* Cross-validation fold that the sites train; a site may map it to another one or to ``all``
     (site.toml). Part of a run's identity."""
     rounds: int = Field(ge=1)
+    more_rounds: Annotated[int, Field(ge=0), Neutral(0, since=3)] = 0
+    """*Operational.* Further rounds, which a training that is over goes on with from its last state; it only grows."""
     local_epochs: int = Field(default=1, ge=1)
     iterations_per_epoch: int = Field(default=250, ge=1)
     val_iterations_per_epoch: int = Field(default=50, ge=1)
@@ -140,6 +142,11 @@ class Federation(Table):
             self.method.check_best()
         if self.cross_site:
             self.method.check_cross_site()
+            if self.more_rounds and not self.method.EXCHANGES:
+                raise ValueError(
+                    "more_rounds does not go with cross_site = true for a method whose sites train alone: their models "
+                    "have been evaluated at each other once. Set cross_site = false"
+                )
         return self
 
     @property
@@ -148,9 +155,14 @@ class Federation(Table):
         return len(self.sites) if self.min_sites is None else self.min_sites
 
     @property
+    def all_rounds(self) -> int:
+        """Rounds of the whole training."""
+        return self.rounds + self.more_rounds
+
+    @property
     def epochs(self) -> int:
-        """nnU-Net epochs of the whole training."""
-        return self.rounds * self.local_epochs
+        """nnU-Net epochs of the whole training, without fine-tuning."""
+        return self.all_rounds * self.local_epochs
 
     @property
     def digest(self) -> str:

@@ -94,6 +94,9 @@ class FederatedTrainer(FederationBestTrainer):
             self._continue()
         else:
             self._start_anew(reason)
+        if self.study.cross_site and (reason is not None or self._rounds_before is not None):
+            self.note_facts(cross_site={})  # it was of other models
+        self._begin_more_rounds()
         self._restore_random_states()
 
     def on_epoch_start(self) -> None:

@@ -155,5 +155,10 @@ class FineTuningTrainer(FederatedTrainer):
             self.save_every = 1
 
     @property
+    def rounds_checkpoint(self) -> Path:
+        """With fine-tuning it is that of the federated model."""
+        return self._federated_checkpoint if self.options.finetune_epochs else super().rounds_checkpoint
+
+    @property
     def _federated_checkpoint(self) -> Path:
         return Path(self.output_folder) / f"checkpoint_{self.FEDERATED}.pth"
