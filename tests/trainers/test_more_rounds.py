@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +11,16 @@ import numpy as np
 import pytest
 import torch
 from at_coordinator import AtCoordinator
+from left_behind import Site01, quick_nnunet, train_together
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from serving import Served
+from version_0_1 import SITES, LeftBehind
 
+from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.study.federation import Federation
 from nnunet_fed.study.methods import METHODS
-from nnunet_fed.trainers.parts.more_rounds import MoreRoundsTrainer
+from nnunet_fed.study.site import Site
+from nnunet_fed.trainers.parts import further_validation, study_trainer
 from nnunet_fed.trainers.plugin import nnunet_fed_trainers
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -21,7 +29,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "fedsm": {"selector_patches": 2, "best_model_gate": False},
 }
 AT_A_COORDINATOR = [name for name in METHODS if name not in ("custom", "gcml")]
-ROUNDS, MORE = 2, 2
+ROUNDS, MORE = 2, 1
 
 
 def trainer_of(method: str) -> type[Any]:
@@ -70,10 +78,9 @@ def test_every_method_goes_on_with_what_it_had(method: str, tmp_path: Path, monk
     fine_tuned = study.method.fine_tuning
     name = f"checkpoint_{METHODS[method].LAST_MODEL if fine_tuned else 'final'}.pth"
     ended = {site: loaded(sites.results(site) / name) for site in sites.cases}
-    more = Federation.model_validate({**study.model_dump(mode="json"), "more_rounds": MORE})
     with monkeypatch.context() as patch:
         started = Started(patch, trainer)
-        record = sites.go(trainer, study, more, continues=True)
+        record = sites.go(trainer, study, more(study, MORE), continues=True)
     for site, before in ended.items():
         begun = started.states[site]
         assert begun["current_epoch"] == ROUNDS
@@ -96,3 +103,121 @@ def test_every_method_goes_on_with_what_it_had(method: str, tmp_path: Path, monk
         assert equal(*(one["network_weights"] for one in last)), "the sites have one model again"
     assert record["study"]["more_rounds"] == MORE
     assert "undone" not in " ".join(event["text"] for event in record["events"])
+
+
+def more(study: Federation, number: int) -> Federation:
+    return Federation.model_validate({**study.model_dump(mode="json"), "more_rounds": number})
+
+
+def test_killed_in_the_further_rounds_it_goes_on_bit_identically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plans still say the first number of rounds: the checkpoint says the other one."""
+    final: list[dict[str, Any]] = []
+    for place, key in enumerate(("", "round-0003/model")):
+        sites, trainer = AtCoordinator(tmp_path / str(place), monkeypatch), trainer_of("ditto")
+        study = sites.study(rounds=ROUNDS, method={"name": "ditto"})
+        sites.go(trainer, study)
+        if key:
+            sites.go(trainer, study, more(study, 2), continues=True, dying=dict.fromkeys("ab", key))
+        sites.go(trainer, study, more(study, 2), continues=True)
+        final.append(loaded(sites.results("a") / "checkpoint_final.pth"))
+    for one in final[1:]:
+        assert equal(one["network_weights"], final[0]["network_weights"])
+        assert equal(one["optimizer_state"], final[0]["optimizer_state"])
+        assert equal(one["federation"]["method"], final[0]["federation"]["method"])
+
+
+def test_again_and_again_and_validated_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sites, trainer = AtCoordinator(tmp_path, monkeypatch), trainer_of("fedavg")
+    study = sites.study(rounds=1, method={"name": "fedavg"})
+    sites.go(trainer, study)
+    for number in (1, 2):
+        sites.go(trainer, study, more(study, number), continues=True)
+        validated = sites.command(trainer, study, "a", continues=True)  # --val loads it in the same way
+        assert validated.num_epochs == 1 + number
+        assert validated.current_epoch == 1 + number
+    assert {path.name for path in sites.results("a").glob("after_*")} == {"after_1_rounds", "after_2_rounds"}
+
+
+def test_a_site_that_missed_the_end_and_one_that_is_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """b was killed in the last round, and comes back when a is further; c comes then for the first time."""
+    sites, trainer = AtCoordinator(tmp_path, monkeypatch, {"a": 4, "b": 6, "c": 5}), trainer_of("ditto")
+    settings = {"rounds": ROUNDS, "method": {"name": "ditto"}, "min_sites": 1}
+    study = sites.study(**settings, sites=("a", "b"), deadline_minutes=0.003)
+    sites.go(trainer, study, sites="ab", dying={"b": "round-0001/model"})
+    sites.go(trainer, study, more(study, 2), continues=True, sites="a", dying={"a": "round-0003/model"})
+    joined = sites.study(**settings, deadline_minutes=0.2)
+    sites.go(trainer, study, more(joined, 2), sites="c", dying={"c": "round-0003/model"})
+    record = sites.go(trainer, study, more(joined, 2), continues=True)
+    took_part = record["runs"][next(iter(record["runs"]))]["collectives"]
+    (last,) = [c for c in took_part if c["key"] == "round-0003/model"]
+    assert sorted(last["sites"]) == ["a", "b", "c"]
+    final = [loaded(sites.results(site) / "checkpoint_final.pth") for site in "abc"]
+    assert {one["logging"]["lrs"][-1] for one in final} == {final[0]["logging"]["lrs"][-1]}
+    assert [one["current_epoch"] for one in final] == [4, 4, 4]
+
+
+def test_what_was_evaluated_across_sites_is_evaluated_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The models have changed since: the training goes on as another generation of its run."""
+    sites, trainer = AtCoordinator(tmp_path, monkeypatch), trainer_of("ditto")
+    monkeypatch.delenv("nnUNet_fed_skip_validation")
+    evaluated: list[str] = []
+
+    def evaluate(one: Any, save: bool = False) -> None:
+        folder = Path(one.output_folder) / "validation"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "summary.json").write_text(json.dumps({"foreground_mean": {"Dice": 0.5}}))
+        evaluated.append(folder.parent.name)
+
+    monkeypatch.setattr(nnUNetTrainer, "perform_actual_validation", evaluate)
+    for module in (study_trainer, further_validation):
+        monkeypatch.setattr(module, "evaluate_lesions", lambda one: None)
+    study = sites.study(rounds=ROUNDS, method={"name": "ditto"}, cross_site=True)
+    sites.go(trainer, study)
+    once = sorted(evaluated)
+    evaluated.clear()
+    before = loaded(sites.results("a") / "checkpoint_final.pth")
+    with monkeypatch.context() as patch:
+        started = Started(patch, trainer)
+        record = sites.go(trainer, study, more(study, 1), continues=True)
+    assert sorted(evaluated) == once
+    assert "b" in once
+    assert equal(started.states["a"]["network_weights"], before["network_weights"]), "nothing of a's own is lost"
+    (new,) = record["undone"].values()
+    assert record["runs"][new]["goes_on_from"] == "round-0001"
+
+
+def test_a_coordinator_that_is_silent_has_no_more_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sites, trainer = AtCoordinator(tmp_path, monkeypatch), trainer_of("fedavg")
+    study = sites.study(rounds=1, method={"name": "fedavg"})
+    sites.go(trainer, study)
+    before = loaded(sites.results("a") / "checkpoint_final.pth")
+    monkeypatch.setattr(Site, "from_environment", lambda: Site(name="a", coordinator="127.0.0.1:1", insecure=True))
+    again = sites.command(trainer, study, "a", continues=True)
+    again.run_training()
+    assert again.current_epoch == 1
+    assert equal(loaded(sites.results("a") / "checkpoint_final.pth")["network_weights"], before["network_weights"])
+    assert not list(sites.results("a").glob("after_*"))
+
+
+def test_rounds_are_not_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sites, trainer = AtCoordinator(tmp_path, monkeypatch), trainer_of("fedavg")
+    study = sites.study(rounds=1, method={"name": "fedavg"})
+    sites.go(trainer, study)
+    sites.go(trainer, study, more(study, 1), continues=True)
+    with pytest.raises(ConfigurationError, match=r"more_rounds was 1, and is 0 now: rounds cannot be taken back"):
+        sites.go(trainer, study, study, continues=True)
+
+
+def test_a_study_of_version_0_1_that_is_over_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quick_nnunet(monkeypatch)
+    left = LeftBehind("finished", tmp_path)
+    study = Federation.read(left.study_file)
+    sites = [Site01(left, name, study.method.name, monkeypatch) for name in SITES]
+    ended = [site.checkpoint("checkpoint_final.pth") for site in sites]
+    with ExitStack() as stack:
+        train_together(sites, Served(more(study, 1), left.state, stack), monkeypatch)
+    for site, before in zip(sites, ended, strict=True):
+        final = site.checkpoint("checkpoint_final.pth")
+        assert final["logging"]["train_losses"][: study.epochs] == before["logging"]["train_losses"]
+        assert len(final["logging"]["train_losses"]) == study.epochs + study.local_epochs
+        assert site.steps == study.local_epochs * study.iterations_per_epoch
