@@ -20,8 +20,10 @@ from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.study.federation import Federation
 from nnunet_fed.study.methods import METHODS
 from nnunet_fed.study.site import Site
+from nnunet_fed.trainers.fedsm import super_validation
 from nnunet_fed.trainers.parts import further_validation, study_trainer
 from nnunet_fed.trainers.plugin import nnunet_fed_trainers
+from nnunet_fed.transport.site.client import GrpcCommunicator
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "fedgs": {"threshold": 1.5, "log_base": 2.0, "variant": "fedgs_norm"},
@@ -69,12 +71,66 @@ def loaded(path: Path) -> dict[str, Any]:
     return content
 
 
+@pytest.fixture
+def validated(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What nnU-Net's validation was asked for, which stands in no test here: the model's folder, in the order."""
+    asked: list[str] = []
+
+    def validate(one: Any, save: bool = False) -> None:
+        folder = Path(one.output_folder) / "validation"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "summary.json").write_text(json.dumps({"foreground_mean": {"Dice": 0.5}}))
+        asked.append(folder.parent.name)
+
+    monkeypatch.setattr(nnUNetTrainer, "perform_actual_validation", validate)
+    for module in (study_trainer, further_validation, super_validation):
+        monkeypatch.setattr(module, "evaluate_lesions", lambda one: None)
+    monkeypatch.setattr(super_validation, "_collect", lambda *_: None)
+    return asked
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """All but what a validation writes, and the logs."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and "validation" not in path.parts and path.suffix != ".txt"
+    }
+
+
+def validate_again(sites: AtCoordinator, trainer: type[Any], study: Federation, patch: pytest.MonkeyPatch) -> None:
+    """``--val`` at a site, without a coordinator and without site.toml: nothing but the validation is written."""
+    before, record = files_of(sites.results("a")), sites.record("a")
+
+    def nobody(*_: Any) -> Any:
+        raise ConfigurationError("there is no site.toml, and no coordinator")
+
+    patch.delenv("nnUNet_fed_skip_validation")
+    patch.setattr(Site, "from_environment", nobody)
+    patch.setattr(GrpcCommunicator, "__init__", nobody)
+    again = sites.command(trainer, study, "a", continues=False)
+    again.load_checkpoint(str(sites.results("a") / "checkpoint_final.pth"))
+    again.perform_actual_validation()
+    after = files_of(sites.results("a"))
+    assert {name for name in before if after[name] != before[name]} <= {"federation.json"}
+    assert after.keys() == before.keys()
+    now = sites.record("a")
+    assert {name: now[name] for name in record} == record, "what the record has stands"
+
+
 @pytest.mark.parametrize("method", AT_A_COORDINATOR)
-def test_every_method_goes_on_with_what_it_had(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_method_is_validated_again_and_goes_on_with_what_it_had(
+    method: str, validated: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sites, trainer = AtCoordinator(tmp_path, monkeypatch), trainer_of(method)
     options = {"name": method, **OPTIONS.get(method, {})}
     study = sites.study(rounds=ROUNDS, method=options)
     sites.go(trainer, study)
+    assert not validated, "it was to be skipped, or the process was killed before"
+    with monkeypatch.context() as patch:
+        validate_again(sites, trainer, study, patch)
+    assert validated[0] == "fold_0"
+    assert ("global" in validated) == (METHODS[method].MODELS > 1)
     fine_tuned = study.method.fine_tuning
     name = f"checkpoint_{METHODS[method].LAST_MODEL if fine_tuned else 'final'}.pth"
     ended = {site: loaded(sites.results(site) / name) for site in sites.cases}
@@ -156,30 +212,21 @@ def test_a_site_that_missed_the_end_and_one_that_is_new(tmp_path: Path, monkeypa
     assert [one["current_epoch"] for one in final] == [4, 4, 4]
 
 
-def test_what_was_evaluated_across_sites_is_evaluated_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_evaluated_across_sites_is_evaluated_again(
+    validated: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The models have changed since: the training goes on as another generation of its run."""
     sites, trainer = AtCoordinator(tmp_path, monkeypatch), trainer_of("ditto")
     monkeypatch.delenv("nnUNet_fed_skip_validation")
-    evaluated: list[str] = []
-
-    def evaluate(one: Any, save: bool = False) -> None:
-        folder = Path(one.output_folder) / "validation"
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "summary.json").write_text(json.dumps({"foreground_mean": {"Dice": 0.5}}))
-        evaluated.append(folder.parent.name)
-
-    monkeypatch.setattr(nnUNetTrainer, "perform_actual_validation", evaluate)
-    for module in (study_trainer, further_validation):
-        monkeypatch.setattr(module, "evaluate_lesions", lambda one: None)
     study = sites.study(rounds=ROUNDS, method={"name": "ditto"}, cross_site=True)
     sites.go(trainer, study)
-    once = sorted(evaluated)
-    evaluated.clear()
+    once = sorted(validated)
+    validated.clear()
     before = loaded(sites.results("a") / "checkpoint_final.pth")
     with monkeypatch.context() as patch:
         started = Started(patch, trainer)
         record = sites.go(trainer, study, more(study, 1), continues=True)
-    assert sorted(evaluated) == once
+    assert sorted(validated) == once
     assert "b" in once
     assert equal(started.states["a"]["network_weights"], before["network_weights"]), "nothing of a's own is lost"
     (new,) = record["undone"].values()
