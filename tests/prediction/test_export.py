@@ -42,6 +42,12 @@ def test_a_model_without_validation_is_installed_elsewhere_and_predicts(
     trainer: type[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = trained(trainer, tmp_path / "study", monkeypatch)
+    # should stock nnU-Net ever want none, ours has one reason less to be
+    monkeypatch.setattr(model_export, "get_output_folder", lambda *_: str(model))
+    monkeypatch.setattr(model_export, "maybe_convert_to_dataset_name", lambda name: name)
+    monkeypatch.setattr(model_export, "nnUNet_results", str(model.parents[1]))
+    with pytest.raises(FileNotFoundError):
+        model_export.export_pretrained_model("D", str(tmp_path / "stock.zip"), ("2d",), folds=(0,))
     done = CliRunner().invoke(app, ["export", "-m", str(model), "-o", str(tmp_path / "model.zip")])
     assert done.exit_code == 0, done.output
     assert "nnUNetv2_install_pretrained_model_from_zip" in done.output
@@ -62,16 +68,6 @@ def test_a_model_without_validation_is_installed_elsewhere_and_predicts(
     logits = predictor.predict_logits_from_preprocessed_data(torch.zeros(1, 1, 20, 20))
     assert logits.shape == (3, 1, 20, 20)
     assert np.isfinite(logits.numpy()).all()
-
-
-def test_stock_export_wants_a_validation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Should it ever not, ours has one reason less to be."""
-    model = trained(nnUNetTrainerFedAvg, tmp_path / "study", monkeypatch)
-    monkeypatch.setattr(model_export, "get_output_folder", lambda *_: str(model))
-    monkeypatch.setattr(model_export, "maybe_convert_to_dataset_name", lambda name: name)
-    monkeypatch.setattr(model_export, "nnUNet_results", str(model.parents[1]))
-    with pytest.raises(FileNotFoundError):
-        model_export.export_pretrained_model("D", str(tmp_path / "model.zip"), ("2d",), folds=(0,))
 
 
 def made(folder: Path) -> Path:
