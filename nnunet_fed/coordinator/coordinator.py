@@ -16,11 +16,11 @@ from typing import Any
 
 from nnunet_fed.coordinator.admission import Admission, QuarantinedError, check_content, distance
 from nnunet_fed.coordinator.deadlines import Clock, RunningClock
+from nnunet_fed.coordinator.further_rounds import begin_more_rounds
 from nnunet_fed.coordinator.generations import Generations
 from nnunet_fed.coordinator.history import happened, page_of
 from nnunet_fed.coordinator.log_fields import about
 from nnunet_fed.coordinator.members import Members, Purpose
-from nnunet_fed.coordinator.more_rounds import begin_more_rounds
 from nnunet_fed.coordinator.opening import open_study
 from nnunet_fed.coordinator.reconciliation import Reconciliation, Standing
 from nnunet_fed.coordinator.round_closer import RoundCloser

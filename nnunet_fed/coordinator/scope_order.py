@@ -90,7 +90,8 @@ class ScopeOrder:
     def _is_turn_beside_rounds(self, run: str, scope: str, trainer: str) -> bool:
         method = self._study.method
         begun, over = (
-            self._store.participants(run, scope_of_round(number)) is not None for number in (0, self._study.all_rounds - 1)
+            self._store.participants(run, scope_of_round(number)) is not None
+            for number in (0, self._study.all_rounds - 1)
         )
         if trainer != method.own_trainer():  # one from outside the package: nobody has declared its scopes
             return (over or not begun) and len(self._further(run)) < FURTHER_SCOPES

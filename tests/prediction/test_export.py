@@ -93,7 +93,11 @@ def test_folds_and_checkpoints_are_chosen(tmp_path: Path) -> None:
     before = out.read_bytes()
     for wanted, checkpoints, message in (
         (["1"], ["checkpoint_final.pth"], r"lacks fold_1/checkpoint_final.pth: copy it again, or choose folds with -f"),
-        (None, ["checkpoint_global.pth"], r"No fold in .* has a checkpoint_global.pth: .* another checkpoint with -chk"),
+        (
+            None,
+            ["checkpoint_global.pth"],
+            r"No fold in .* has a checkpoint_global.pth: .* another checkpoint with -chk",
+        ),
         (["0"], ["checkpoint_final.pth", "x.pth"], r"lacks fold_0/x.pth"),
     ):
         with pytest.raises(ConfigurationError, match=message):

@@ -51,6 +51,7 @@ OTHER_VALUES: dict[str, tuple[Any, bool]] = {
     "keep_every": (10, False),
     "max_update_norm": (10.0, False),
     "cross_site": (True, False),
+    "more_rounds": (2, False),
 }
 CANDIDATES: tuple[Any, ...] = (
     True, False, "best", 0, 1, 2, 3, 0.5, 0.25, 0.1, 0.9, 150.0, ("lesion",), {"lesion": 3.0}, "nnUNetTrainerOther",
@@ -355,5 +356,7 @@ def test_templates_belong_together() -> None:
 
 @pytest.mark.parametrize("method", ["gcml", "local"])
 def test_a_method_without_common_rounds_has_no_best_one(method: str) -> None:
-    with pytest.raises(ValidationError, match=r"best = 'federation' needs rounds .* keeps its own best\. Take 'best' out"):
+    with pytest.raises(
+        ValidationError, match=r"best = 'federation' needs rounds .* keeps its own best\. Take 'best' out"
+    ):
         make_study(rounds=50, method={"name": method}, best="federation")

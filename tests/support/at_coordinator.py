@@ -1,4 +1,4 @@
-"""Tiny sites in one process, as in :mod:`in_process`, at a real coordinator: with its journal, its rules and its wire."""
+"""Tiny sites in one process, as in :mod:`in_process`, at a real coordinator, with its journal and its rules."""
 
 from __future__ import annotations
 

@@ -701,9 +701,7 @@ def test_what_cannot_work_is_refused_before_the_training(
     assert postman.mailbox is None
 
 
-def test_more_rounds_after_the_end(
-    postman: Postman, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_more_rounds_after_the_end(postman: Postman, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The coordinator, which is needed for nothing else, is asked once; the site's own standing goes on."""
     ended = train(study())
     with ExitStack() as stack:

@@ -82,14 +82,12 @@ def test_with_a_dice_in_every_epoch_the_average_is_nnunets(dice: list[float], fo
         assert logger.get_value("ema_fg_dice", None) == before
 
 
-@pytest.mark.parametrize(
-    ("dice", "deployed"), [([NAN, 0.9, 0.5], 1), ([NAN, NAN, NAN], 2)]
-)
+@pytest.mark.parametrize(("dice", "deployed"), [([NAN, 0.9, 0.5], 1), ([NAN, NAN, NAN], 2)])
 def test_fine_tuning_deploys_the_best_epoch_with_a_dice(
     dice: list[float], deployed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sites = InProcess(tmp_path, monkeypatch, {"a": 4})
-    give_pseudo_dice(monkeypatch, lambda trainer, epoch: ([0.1] + dice)[epoch])
+    give_pseudo_dice(monkeypatch, lambda trainer, epoch: [0.1, *dice][epoch])
     ended: list[dict[str, Any]] = []
     on_epoch_end = nnUNetTrainerFedAvg.on_epoch_end
 
