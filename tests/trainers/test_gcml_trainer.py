@@ -9,6 +9,7 @@ import itertools
 import json
 import weakref
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, get_args
 
@@ -21,7 +22,7 @@ from nnunetv2.training.logging.nnunet_logger import LocalLogger
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from pydantic import ValidationError
-from serving import make_study
+from serving import Served, make_study
 from tiny import DATASET, DESCRIPTION, tiny_cascade, tiny_plans, write_preprocessed
 
 from nnunet_fed.exchange.payload import Array, encode, measure
@@ -699,6 +700,27 @@ def test_what_cannot_work_is_refused_before_the_training(
     with pytest.raises(SystemExit, match="names no peers"):
         make(study()).run_training()
     assert postman.mailbox is None
+
+
+def test_more_rounds_after_the_end(postman: Postman, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The coordinator, which is needed for nothing else, is asked once; the site's own standing goes on."""
+    ended = train(study())
+    with ExitStack() as stack:
+        served = Served(study().model_copy(update={"more_rounds": 2}), tmp_path / "state", stack)
+        (tmp_path / "site.toml").write_text(site_file("a").replace("127.0.0.1:1", served.server.address))
+        plans = {**tiny_plans(study()), "continue_training": True}
+        trainer = nnUNetTrainerGCML(plans, "2d", 0, DESCRIPTION, CPU)
+        trainer.load_checkpoint(str(Path(ended.output_folder) / "checkpoint_final.pth"))
+        begun: list[Any] = []
+        start = trainer.on_epoch_start
+        trainer.on_epoch_start = lambda: (begun.append((weights(trainer), trainer._standing.version)), start())
+        trainer.run_training()
+        trainer.perform_actual_validation()
+    assert equal(begun[0][0], weights(ended))
+    assert begun[0][1] == ended._standing.version
+    assert trainer.current_epoch == EPOCHS + 2
+    assert [letter.version.epoch for letter, _ in postman.posted][-2:] == [EPOCHS + 1, EPOCHS + 2]
+    assert (Path(trainer.output_folder) / f"after_{EPOCHS}_rounds" / "checkpoint_final.pth").is_file()
 
 
 # --------------------------------------------------------------------------------------------------------- the cascade
