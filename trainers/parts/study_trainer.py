@@ -73,6 +73,7 @@ class StudyTrainer(nnUNetTrainer):
     optimizer: Any
     lr_scheduler: Any
     grad_scaler: Any
+    _best_ema: float | None
 
     def __init__(
         self,
