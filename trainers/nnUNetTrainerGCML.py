@@ -162,7 +162,7 @@ class nnUNetTrainerGCML(PhaseTrainer):  # noqa: N801
         if self._peer_model is not None:
             self._peer_model.epochs_left -= 1
             if self._peer_model.epochs_left == 0:
-                self._end_phase(self._peer_model)
+                self._end_phase()
 
     def on_epoch_end(self) -> None:
         """nnU-Net's checkpoints, then the mail: what has left is always in a checkpoint."""

@@ -101,7 +101,7 @@ class FineTuningTrainer(FederatedTrainer):
         for optimizer in self.optimizers:
             optimizer.state.clear()
         if self.grad_scaler is not None:
-            self.grad_scaler = torch.amp.GradScaler("cuda")
+            self.grad_scaler = torch.amp.GradScaler(self.device.type)
         self._best_ema = None
         self.print_to_log_file(f"Fine-tuning for {self.options.finetune_epochs} epochs, without the other sites")
 
