@@ -75,7 +75,7 @@ def written_with(additions: Mapping[str, Any], filename: Path) -> Iterator[Path]
         save(content, *arguments, **options)
 
     with replacing(filename) as part:
-        torch.save = save_with_additions
+        torch.save = save_with_additions  # type: ignore[assignment]
         try:
             yield part
         finally:
