@@ -143,7 +143,7 @@ def agree(
     """The part of :func:`plan_and_preprocess` before preprocessing: all that needs the other sites.
 
     Without ``keep_look``, what was read of the files is not kept for the next time. Plans by which this site cannot
-    preprocess the configurations that are ``asked`` for are not agreed on, so that a site can still correct what it has told.
+    preprocess what is ``asked`` for are not agreed on, so that a site can still correct what it has told.
     """
     report("checking")
     make = planner_class(study.planner)

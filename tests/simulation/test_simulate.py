@@ -316,6 +316,25 @@ def test_summary_leaves_a_site_without_validation_cases_out_of_the_mean(tmp_path
     assert "global model" not in shown
 
 
+def test_a_site_without_foreground_or_without_a_class_is_told(tmp_path: Path) -> None:
+    """A class that is nowhere at a site, of nnU-Net's mean makes NaN; it is no reason to leave out the others."""
+    nan = float("nan")
+    some = site_summary(results(tmp_path / "some", 0.5), {"organ": [1, 2], "lesion": 2}, 0)
+    path = results(tmp_path / "one", nan) / "validation" / "summary.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "mean": {"1": {"Dice": 0.25}, "2": {"Dice": nan}}}))
+    one = site_summary(tmp_path / "one", {"organ": 1, "lesion": 2}, 0)
+    none = site_summary(results(tmp_path / "none", nan), {"organ": [1, 2], "lesion": 2}, 0)
+    assert (some["dice"]["final"], one["dice"]["final"], none["dice"]["final"]) == (0.5, 0.25, None)
+    study = make_study(("none", "one", "some"))
+    summary = summarise(study, {"none": none, "one": one, "some": some}, 1.0)
+    assert summary["mean_dice"]["final"] == 0.375
+    shown = " ".join(text_of(result_table(summary)).split())
+    assert "none: no foreground in its validation cases, and none predicted: it has no Dice" in shown
+    assert "one: nowhere in its validation: lesion; its Dice is of the other classes" in shown
+    assert "nan" not in shown
+
+
 def test_what_was_not_done_is_null(tmp_path: Path) -> None:
     planned = site_summary(tmp_path / "none", LABELS, 0)
     trained = site_summary(results(tmp_path / "a", training_cases=4), LABELS, 0)

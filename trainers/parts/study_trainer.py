@@ -17,7 +17,6 @@ from torch._dynamo import OptimizedModule
 
 from nnunet_fed.errors import ConfigurationError, FederationError
 from nnunet_fed.exchange.payload import Array
-from nnunet_fed.files import PARTIAL
 from nnunet_fed.methods.fedavg import site_weight
 from nnunet_fed.methods.tensors import load_arrays, shared_tensors, to_arrays
 from nnunet_fed.study.federation import Federation, study_in
@@ -73,6 +72,7 @@ class StudyTrainer(nnUNetTrainer):
     optimizer: Any
     lr_scheduler: Any
     grad_scaler: Any
+    _best_ema: float | None
 
     def __init__(
         self,
@@ -259,9 +259,9 @@ class StudyTrainer(nnUNetTrainer):
         if self.local_rank != 0 or self.disable_checkpointing:
             super().save_checkpoint(filename)
             return
-        stock = Path(f"{filename}.nnunet{PARTIAL}")
-        super().save_checkpoint(str(stock))
-        checkpoint.amend(stock, Path(filename), {**(additions or {}), "trainer_name": self.PREDICTED_AS})
+        entries = {**(additions or {}), "trainer_name": self.PREDICTED_AS}
+        with checkpoint.written_with(entries, Path(filename)) as part:
+            super().save_checkpoint(str(part))
 
     def load_checkpoint(self, filename_or_checkpoint: Any) -> None:
         """nnU-Net's checkpoint and our state."""
