@@ -26,7 +26,6 @@ CALLERS = 256
 """Of so many callers the lines are counted; of more, the one that was heard of least recently is forgotten."""
 
 
-
 class SparingLog:
     """Logs warnings about callers; what one of them makes too many of is counted instead. Thread-safe."""
 
