@@ -18,7 +18,6 @@ from nnunet_fed.planners.mapping import prepare_dataset
 from nnunet_fed.planners.planning import (
     DESCRIPTIONS,
     PlanningResult,
-    check_configurations,
     make_planner,
     preprocess,
     wanted_configurations,
@@ -65,7 +64,6 @@ def join_and_preprocess(
         FederationError: a case cannot be preprocessed.
     """
     report("checking")
-    wanted = wanted_configurations(study, configurations)
     dataset = prepare_dataset(dataset_id, labels, processes)
     descriptions, published = communicator.gathered(DESCRIPTIONS), communicator.gathered(PUBLISHED)
     if descriptions is None or published is None:
@@ -99,7 +97,7 @@ def join_and_preprocess(
     }
     if study.method.own_channels:
         _fill_in_channels(plans, planner)
-    check_configurations(plans, wanted)
+    wanted = wanted_configurations(plans, study, configurations)
     shutil.copy(dataset.folder / "dataset.json", dataset.preprocessed)  # as nnU-Net's planner does
     planner.save_plans(plans)
     if plans[PLANS_KEY]["plans_digest"] != published_digest:

@@ -16,6 +16,7 @@ from typing import Any
 
 from nnunet_fed.coordinator.admission import Admission, QuarantinedError, check_content, distance
 from nnunet_fed.coordinator.deadlines import Clock, RunningClock
+from nnunet_fed.coordinator.further_rounds import begin_more_rounds
 from nnunet_fed.coordinator.generations import Generations
 from nnunet_fed.coordinator.history import happened, page_of
 from nnunet_fed.coordinator.log_fields import about
@@ -66,6 +67,7 @@ class Coordinator:
         tracker: FederationTracker | None = None,
         clock: Clock | None = None,
     ):
+        known = store.latest_study()
         self.study, self.attempt = open_study(study, store)
         self._store = store
         self._tracker = tracker
@@ -75,6 +77,8 @@ class Coordinator:
         clock = clock or RunningClock()
         self._spool = Spool(store.spool, spool_quota, share)
         self._generations = Generations(store)
+        if known is not None:
+            begin_more_rounds(Federation.restore(known), self.study, store, self._generations)
         self._members = Members(self.study, self.attempt, store, self._generations, self._changed)
         self._admission = Admission(self.study, store, share)
         self._scope_order = ScopeOrder(self.study, self.attempt, store)

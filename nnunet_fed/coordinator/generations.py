@@ -134,13 +134,26 @@ def _go_back(scope: str) -> str:
 
 def _up_to(collectives: Iterable[Collective], scope: str) -> list[Collective]:
     """The collectives up to a scope, in their order: of no later round, and of no validation after the rounds."""
-    number, up_to = last_round(scope), []
+    number, up_to, begun = last_round(scope), [], False
     for collective in collectives:
         of_round = round_of(collective.key)
         if of_round is not None and of_round > number:
             break  # what comes after it came after the scope
-        up_to.append(collective)
+        begun = begun or of_round is not None
+        if of_round is not None or not begun:
+            up_to.append(collective)
     return up_to
+
+
+def is_after_rounds(collectives: Iterable[Collective]) -> bool:
+    """Whether the sites of a run have begun what comes after the rounds."""
+    begun = False
+    for collective in collectives:
+        of_round = round_of(collective.key)
+        if begun and of_round is None:
+            return True
+        begun = begun or of_round is not None
+    return False
 
 
 class Model(NamedTuple):

@@ -247,19 +247,16 @@ class GrpcCommunicator:
             add_page(status, json.loads(reply.status))
         return status
 
-    def undone_runs(self) -> dict[str, str]:
-        """By the id of each run of which rounds were undone: that of the run in which it goes on.
-
-        Empty if the coordinator does not answer at once, or is of version 0.1.
-        """
+    def status_at_once(self) -> dict[str, Any]:
+        """As :meth:`status`; empty if the coordinator does not answer at once."""
         try:
             reply = self._stub.Status(pb.StatusRequest(newest_protocol=NEWEST_PROTOCOL), timeout=10)
         except grpc.RpcError as error:
             details = readable(str(error.details()))
-            logger.warning("the coordinator could not be asked whether rounds were undone: %s", details)
+            logger.warning("the coordinator could not be asked whether the training goes on: %s", details)
             return {}
-        undone: dict[str, str] = json.loads(reply.status).get("undone", {})
-        return undone
+        status: dict[str, Any] = json.loads(reply.status)
+        return status
 
     def close(self) -> None:
         """Close the channel; the next call opens another."""
