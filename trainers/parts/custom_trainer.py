@@ -25,7 +25,7 @@ def check_custom_trainer(study: Federation) -> None:
     """
     if not isinstance(study.method, Custom):
         return
-    found = _find(study.method.trainer)
+    found = find_trainer(study.method.trainer)
     if not issubclass(found, StudyTrainer):
         raise ConfigurationError(
             f"The trainer '{study.method.trainer}' is no federated one: derive it from one of nnunet_fed's."
@@ -43,7 +43,12 @@ def check_custom_trainer(study: Federation) -> None:
     found.options_of(study)
 
 
-def _find(name: str) -> type[Any]:
+def find_trainer(name: str) -> type[Any]:
+    """The class that nnU-Net's command finds by a name.
+
+    Raises:
+        ConfigurationError: there is none, or a file of the user's cannot be imported.
+    """
     try:
         with redirect_stdout(sys.stderr):  # for what nnU-Net prints
             found: type[Any] = recursive_find_trainer_class_by_name(name)

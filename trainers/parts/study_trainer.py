@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -34,6 +34,7 @@ DEBUG_VARIABLE = "nnUNet_fed_debug"
 THREADS_VARIABLE = "nnUNet_fed_threads"
 """Number of torch's threads; stock nnU-Net takes every core for each process on the CPU."""
 SKIP_VALIDATION_VARIABLE = "nnUNet_fed_skip_validation"
+Step = Callable[[torch.Tensor, Any], Any]
 
 
 @contextmanager
@@ -190,6 +191,14 @@ class StudyTrainer(nnUNetTrainer):
     def initial_seed(self) -> int:
         """From which the network is built and everything else is drawn."""
         return self.study.seed
+
+    def steps(self) -> dict[str, Step]:
+        """What a training step computes before its backward pass, by the name of the phase that has such steps.
+
+        ``nnunet_fed check`` reckons their memory (:mod:`nnunet_fed.trainers.parts.step_memory`). Each is called with
+        images and targets, and returns all that waits for a backward pass at once.
+        """
+        return {"training": lambda data, target: self.loss(self.network(data), target)}
 
     # ------------------------------------------------------------------------------------------- nnU-Net's hooks
 
