@@ -215,11 +215,24 @@ class _Check:
         from nnunet_fed.preflight.resources import check_memory, footprint
 
         folder = self._preprocessed()
-        if self.plans and folder and self._wanted() in self.plans["configurations"]:
-            dataset = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
-            study = study_in(self.plans)
-            self.footprint = footprint(self.plans, self._wanted(), dataset, study)
-        return check_memory(self.footprint, self.device)
+        if not (self.plans and folder and self._wanted() in self.plans["configurations"]):
+            return check_memory(None, self.device)
+        dataset = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
+        study, trained, remark = study_in(self.plans), None, ""
+        try:
+            trained = self._really_trained(study, dataset)
+        except FederationError as error:
+            remark = f"; by nnU-Net's own reckoning of the plans, since: {error}"
+        self.footprint = footprint(self.plans, self._wanted(), dataset, study, trained)
+        return check_memory(self.footprint, self.device, study.gpu_memory_target_in_gb, remark)
+
+    def _really_trained(self, study: Federation, dataset: dict[str, Any]) -> Any:
+        from nnunet_fed.trainers.parts.custom_trainer import find_trainer
+        from nnunet_fed.trainers.parts.step_memory import reckon
+
+        assert self.plans is not None
+        trainer = find_trainer(self.trainer or study.method.trainer_name)
+        return reckon(trainer, self.plans, self._wanted(), dataset, self.device)
 
     def _check_disk(self) -> Finding:
         raw = None if self.dataset is None else checks.dataset_folder(checks.RAW, self.dataset)

@@ -1,7 +1,8 @@
 """What a training takes of memory and disk, reckoned from the plans. The only part of ``nnunet_fed check`` with torch.
 
-Source: the memory of a step is nnU-Net's own reckoning, by which its planner chooses patch and batch size
-(``ExperimentPlanner``: 8 GB for so many elements of feature maps); what methods add is ours, from what they hold.
+Source: ours. What a step keeps for its backward pass is told (:mod:`nnunet_fed.trainers.parts.step_memory`). Where it
+is not, the memory of a step is nnU-Net's own reckoning, by which its planner chooses patch and batch size
+(``ExperimentPlanner``: 8 GB for so many elements of feature maps); what methods hold is added to either.
 """
 
 from __future__ import annotations
@@ -30,23 +31,47 @@ CHECKPOINTS = 5
 
 
 @dataclass(frozen=True)
+class StepMemory:
+    """Of the network and the loss that a trainer trains."""
+
+    parameters: int
+    """Of one network."""
+    saved_bytes: dict[str, int]
+    """What a step keeps for its backward pass, by phase of the training."""
+
+
+@dataclass(frozen=True)
 class Footprint:
     """Of a training."""
 
     parameters: int
     """Of one network."""
-    step_bytes: float
-    """Device memory of a training step."""
+    sent: int
+    """Parameters of the plans' network, of which one model on the wire has about as many."""
+    steps: dict[str, float]
+    """Device memory of a training step, in bytes, by phase; of one phase only, ``training``, if it is nnU-Net's own
+    reckoning."""
     results_bytes: float
     """Disk for checkpoints."""
 
     @property
+    def step_bytes(self) -> float:
+        """Device memory of the largest step."""
+        return max(self.steps.values())
+
+    @property
     def payload_bytes(self) -> int:
         """Of one model on the wire, in float32."""
-        return FLOAT * self.parameters
+        return FLOAT * self.sent
 
 
-def footprint(plans: Mapping[str, Any], configuration: str, dataset: Mapping[str, Any], study: Federation) -> Footprint:
+def footprint(
+    plans: Mapping[str, Any],
+    configuration: str,
+    dataset: Mapping[str, Any],
+    study: Federation,
+    trained: StepMemory | None = None,
+) -> Footprint:
     """Reckon from plans.
 
     Args:
@@ -54,6 +79,7 @@ def footprint(plans: Mapping[str, Any], configuration: str, dataset: Mapping[str
         configuration: of the plans.
         dataset: ``dataset.json``.
         study: its method may hold several models.
+        trained: what is really trained; ``None``: not known, then nnU-Net's own reckoning of the plans' network.
     """
     manager = PlansManager(dict(plans))
     chosen = manager.get_configuration(configuration)
@@ -67,24 +93,33 @@ def footprint(plans: Mapping[str, Any], configuration: str, dataset: Mapping[str
             labels.num_segmentation_heads,
             allow_init=False,
         )
-    parameters = sum(parameter.numel() for parameter in network.parameters())
-    method, patch = study.method, chosen.patch_size
-    kind = "ResidualEncoderUNet" if "Residual" in type(network).__name__ else "PlainConvUNet"
-    elements = network.compute_conv_feature_map_size(patch) * chosen.batch_size
-    step = REFERENCE_GB * GB * elements / REFERENCE[kind][len(patch)]
-    # nnU-Net's reckoning has weights, gradients and momentum of one model
-    held = 3 * (method.MODELS - 1) + method.DEVICE_FLOATS
+    sent = sum(parameter.numel() for parameter in network.parameters())
+    parameters = sent if trained is None else trained.parameters
+    method = study.method
+    held = FLOAT * parameters * (3 * (method.MODELS - 1) + method.DEVICE_FLOATS)
+    if trained is None:  # nnU-Net's reckoning has weights, gradients and momentum of one model
+        steps = {"training": _of_nnunet(network, chosen) + held}
+    else:
+        steps = {phase: size + 3 * FLOAT * parameters + held for phase, size in trained.saved_bytes.items()}
     kept = CHECKPOINTS * (2 * method.MODELS + method.DEVICE_FLOATS + method.HOST_FLOATS)  # no gradients
     kept += method.kept_models(len(study.sites))
-    return Footprint(parameters, step + FLOAT * held * parameters, FLOAT * kept * parameters)
+    return Footprint(parameters, sent, steps, FLOAT * kept * parameters)
 
 
-def check_memory(known: Footprint | None, device: str) -> Finding:
+def _of_nnunet(network: Any, chosen: Any) -> float:
+    kind = "ResidualEncoderUNet" if "Residual" in type(network).__name__ else "PlainConvUNet"
+    elements = network.compute_conv_feature_map_size(chosen.patch_size) * chosen.batch_size
+    return REFERENCE_GB * GB * float(elements) / REFERENCE[kind][len(chosen.patch_size)]
+
+
+def check_memory(known: Footprint | None, device: str, target: float | None = None, remark: str = "") -> Finding:
     """Compare the memory of a training with what the device has.
 
     Args:
         known: of the training; ``None``: not known, then only the device is looked at.
         device: ``cuda`` or ``cpu``.
+        target: the study's ``gpu_memory_target_in_gb``; ``None``: the planner's own.
+        remark: on how it was reckoned.
     """
     if device == "cuda":
         if not torch.cuda.is_available():
@@ -102,9 +137,12 @@ def check_memory(known: Footprint | None, device: str) -> Finding:
     has = f"{place} has {free / GB:.1f} GB free of {total / GB:.1f} GB"
     if known is None:
         return Finding("memory", Outcome.ok, f"{has}; with plans (-d) it would be compared with what a training needs")
-    text = f"{has}, a step needs about {known.step_bytes / GB:.1f} GB ({known.parameters / 1e6:.1f} M parameters)"
+    steps = ", ".join(f"{size / GB:.1f} GB in {phase}" for phase, size in known.steps.items())
+    text = f"{has}, a step needs about {steps} ({known.parameters / 1e6:.1f} M parameters{remark})"
     if known.step_bytes > total:
-        remedy = "Plan with a smaller 'gpu_memory_target_in_gb' in federation.toml, or use a larger GPU."
+        share = total / known.step_bytes
+        smaller = f"{share:.0%} of the planner's own" if target is None else f"{share * target:.2g} instead of {target:g}"
+        remedy = f"Plan with a smaller 'gpu_memory_target_in_gb' in federation.toml ({smaller}), or use a larger GPU."
         return Finding("memory", Outcome.warning, f"{text}: it will hardly fit.", remedy)
     if known.step_bytes > free:
         return Finding("memory", Outcome.warning, f"{text}.", "End what else uses it before the training starts.")

@@ -13,13 +13,14 @@ from tiny import DATASET, DESCRIPTION, tiny_plans, write_preprocessed
 
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.gossip.schedule import Version
+from nnunet_fed.preflight.resources import StepMemory
 from nnunet_fed.simulation.simulate import plugin_folder
 from nnunet_fed.study.federation import Federation
 from nnunet_fed.study.methods import METHODS
 from nnunet_fed.trainers.gossip.mutual_learning import PLAN_VARIABLE
 from nnunet_fed.trainers.gossip.peer_model import PeerModel
 from nnunet_fed.trainers.parts.custom_trainer import find_trainer
-from nnunet_fed.trainers.parts.step_memory import StepMemory, reckon
+from nnunet_fed.trainers.parts.step_memory import reckon
 
 CPU = torch.device("cpu")
 EDGE = 64

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import io
 import os
-import sys
 from contextlib import redirect_stdout
 from typing import Any
 
@@ -50,7 +50,7 @@ def find_trainer(name: str) -> type[Any]:
         ConfigurationError: there is none, or a file of the user's cannot be imported.
     """
     try:
-        with redirect_stdout(sys.stderr):  # for what nnU-Net prints
+        with redirect_stdout(io.StringIO()):  # nnU-Net prints where it looks, and that it is not there yet
             found: type[Any] = recursive_find_trainer_class_by_name(name)
     except RuntimeError:
         given = os.environ.get(EXTERNAL_TRAINERS) or "not set"

@@ -13,7 +13,6 @@ import io
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stdout
-from dataclasses import dataclass
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -25,20 +24,11 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nnunet_fed.errors import ConfigurationError, FederationError
+from nnunet_fed.preflight.resources import StepMemory
 from nnunet_fed.trainers.parts.study_trainer import StudyTrainer
 
 RESULTS = "nnUNet_results"
 LOGGER = "nnUNet_wandb_enabled"
-
-
-@dataclass(frozen=True)
-class StepMemory:
-    """Of a trainer, as its study and its plans say."""
-
-    parameters: int
-    """Of one network."""
-    saved_bytes: dict[str, int]
-    """What a step keeps for its backward pass, by phase."""
 
 
 class SavedTensors(saved_tensors_hooks):
@@ -90,18 +80,8 @@ def reckon(
         FederationError: the trainer does not do the study's method, or cannot be reckoned.
     """
     try:
-        made = _made(trainer, plans, configuration, dataset)
-        channels = determine_num_input_channels(made.plans_manager, made.configuration_manager, made.dataset_json)
-        with torch.device("meta"):  # fake tensors cannot be copied, as some trainers copy parts of a network
-            network = made.build_network_architecture(
-                made.plans_manager, made.configuration_manager, channels, made.label_manager.num_segmentation_heads,
-                made.enable_deep_supervision,
-            )  # fmt: skip
-        with FakeTensorMode(), _EveryAnswerIsYes(), torch.device(device):
-            tensors = {name: _like(tensor) for name, tensor in (*network.named_parameters(), *network.named_buffers())}
-            made.network, made.loss = lambda data: functional_call(network, tensors, (data,)), made._build_loss()
-            saved = _reckoned(made, channels, device)
-        return StepMemory(sum(parameter.numel() for parameter in network.parameters()), saved)
+        with redirect_stdout(io.StringIO()):  # for what nnU-Net prints
+            return _reckon(trainer, plans, configuration, dataset, device)
     except FederationError:
         raise
     except Exception as error:  # whatever a network or a loss of the user's does with tensors that have no values
@@ -110,12 +90,27 @@ def reckon(
         ) from error
 
 
+def _reckon(trainer: Any, plans: Any, configuration: str, dataset: Any, device: str) -> StepMemory:
+    made = _made(trainer, plans, configuration, dataset)
+    channels = determine_num_input_channels(made.plans_manager, made.configuration_manager, made.dataset_json)
+    with torch.device("meta"):  # fake tensors cannot be copied, as some trainers copy parts of a network
+        network = made.build_network_architecture(
+            made.plans_manager, made.configuration_manager, channels, made.label_manager.num_segmentation_heads,
+            made.enable_deep_supervision,
+        )  # fmt: skip
+    with FakeTensorMode(), _EveryAnswerIsYes(), torch.device(device):
+        tensors = {name: _like(tensor) for name, tensor in (*network.named_parameters(), *network.named_buffers())}
+        made.network, made.loss = lambda data: functional_call(network, tensors, (data,)), made._build_loss()
+        saved = _reckoned(made, channels, device)
+    return StepMemory(sum(parameter.numel() for parameter in network.parameters()), saved)
+
+
 def _made(trainer: type[StudyTrainer], plans: Any, configuration: str, dataset: Any) -> Any:
     """An instance, whose constructor makes a folder and begins a log, in a folder that is removed at once.
 
     It is one of the CPU: otherwise nnU-Net compiles a part of the loss.
     """
-    with TemporaryDirectory() as folder, _environment({RESULTS: folder, LOGGER: "0"}), redirect_stdout(io.StringIO()):
+    with TemporaryDirectory() as folder, _environment({RESULTS: folder, LOGGER: "0"}):
         plans = {"continue_training": False, **copy.deepcopy(dict(plans))}
         try:
             return trainer(plans, configuration, 0, dict(dataset), torch.device("cpu"))
