@@ -13,6 +13,7 @@ from nnunet_fed.evaluation.lesions import SMALL_LESIONS
 from nnunet_fed.planners.dataset import check_agreement, describe
 from nnunet_fed.planners.extraction import extract
 from nnunet_fed.planners.harmonised import planner_class
+from nnunet_fed.planners.leftovers import require_no_other_results
 from nnunet_fed.planners.mapping import prepare_dataset
 from nnunet_fed.planners.planning import (
     DESCRIPTIONS,
@@ -52,6 +53,7 @@ def join_and_preprocess(
     report: Callable[[str], None] = lambda phase: None,
     *,
     labels: LabelMap | None = None,
+    base_trainer: str | None = None,
 ) -> PlanningResult:
     """Take the fingerprint and the plans of a federation that has planned, and preprocess by them.
 
@@ -67,6 +69,7 @@ def join_and_preprocess(
     report("checking")
     wanted = wanted_configurations(study, configurations)
     dataset = prepare_dataset(dataset_id, labels, processes)
+    require_no_other_results(dataset, planner_class(study.planner), study)
     descriptions, published = communicator.gathered(DESCRIPTIONS), communicator.gathered(PUBLISHED)
     if descriptions is None or published is None:
         raise ConfigurationError(
@@ -78,7 +81,8 @@ def join_and_preprocess(
             f"Site '{communicator.site}' has planned with the others. To preprocess again, give the command without "
             "--join."
         )
-    check_agreement({**descriptions, communicator.site: describe(dataset, study.planner)}, study.method, _REMEDY)
+    own = describe(dataset, study.planner, base_trainer)
+    check_agreement({**descriptions, communicator.site: own}, study.method, _REMEDY)
     agreed = next(answer for answer in published.values() if answer is not None)
     total_cases = sum(description["training cases"] for description in descriptions.values())
     fingerprint, published_digest = agreed["fingerprint"], plans_digest(agreed["plans"])

@@ -23,7 +23,7 @@ from nnunet_fed.planners.explanation import Row, explain
 from nnunet_fed.planners.extraction import extract
 from nnunet_fed.planners.geometry import harmonised_planner
 from nnunet_fed.planners.harmonised import check_preprocessor, planner_class
-from nnunet_fed.planners.leftovers import drop_newer_references, set_old_folds_aside
+from nnunet_fed.planners.leftovers import drop_newer_references, require_no_other_results, set_old_folds_aside
 from nnunet_fed.planners.mapping import prepare_dataset
 from nnunet_fed.study.federation import PLANS_KEY, Federation
 from nnunet_fed.study.labels import LabelMap
@@ -74,6 +74,7 @@ def plan_and_preprocess(
     report: Callable[[str], None] = lambda phase: None,
     *,
     labels: LabelMap | None = None,
+    base_trainer: str | None = None,
 ) -> PlanningResult:
     """Agree with the other sites on a fingerprint, plan from it, make sure that all plans are equal, and preprocess.
 
@@ -89,6 +90,7 @@ def plan_and_preprocess(
         report: called with the name of each phase that begins: checking, extracting, harmonising, planning,
             preprocessing, planned.
         labels: this site's label map; with one, all work is done on the mapped data set, which is built first.
+        base_trainer: name and digest of the one that the study names, which the sites compare; ``None``: it names none.
 
     Raises:
         ConfigurationError: nnU-Net's paths, the data set, the planner or a configuration is wrong.
@@ -96,7 +98,7 @@ def plan_and_preprocess(
         FederationError: a case cannot be analysed or preprocessed.
     """
     wanted = wanted_configurations(study, configurations)
-    agreement = agree(communicator, study, dataset_id, processes, report, labels=labels)
+    agreement = agree(communicator, study, dataset_id, processes, report, labels=labels, base_trainer=base_trainer)
     dataset, planner, plans = agreement.dataset, agreement.planner, agreement.plans
     check_configurations(plans, wanted)
 
@@ -129,6 +131,7 @@ def agree(
     report: Callable[[str], None] = lambda phase: None,
     *,
     labels: LabelMap | None = None,
+    base_trainer: str | None = None,
     keep_look: bool = True,
 ) -> Agreement:
     """The part of :func:`plan_and_preprocess` before preprocessing: all that needs the other sites.
@@ -140,7 +143,8 @@ def agree(
     check_preprocessor(study.preprocessor_name)
     dataset = prepare_dataset(dataset_id, labels, processes, keep_look=keep_look)
     _check_number(communicator.site, dataset, study)
-    descriptions = communicator.gather(DESCRIPTIONS, describe(dataset, study.planner))
+    require_no_other_results(dataset, make, study)
+    descriptions = communicator.gather(DESCRIPTIONS, describe(dataset, study.planner, base_trainer))
     check_agreement(descriptions, study.method)
     total_cases = sum(description["training cases"] for description in descriptions.values())
 

@@ -93,7 +93,7 @@ class nnUNetTrainerGCML(PhaseTrainer):  # noqa: N801
         schema, size = described(narrow(self.shared_arrays(), self.study.wire_dtype))
         comparable = {
             "study": self.study.digest_of_fold(self.study.fold), "configuration": self.configuration_name,
-            "plans": plans_digest(self.plans_manager.plans),
+            "plans": plans_digest(self.plans_manager.plans), **self.compared_of_base(),
         }  # fmt: skip
         state = State(
             run=digest_of(comparable), version=self._standing.version, received={},

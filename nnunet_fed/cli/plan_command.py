@@ -39,8 +39,8 @@ def plan_and_preprocess(
     site = Site.from_environment()
     if dry_run:
         study = Federation.restore(GrpcCommunicator(site).status()["study"])
-        require_trainer(study)
-        dry_run_planning(site, study, dataset, processes, partial(print, file=sys.stdout))
+        base = require_trainer(study)
+        dry_run_planning(site, study, dataset, processes, partial(print, file=sys.stdout), base_trainer=base)
         return
     outgoing = OutgoingLog(preprocessed_folder(dataset) / FILE)
     communicator = GrpcCommunicator(site, outgoing=outgoing)
@@ -51,8 +51,10 @@ def plan_and_preprocess(
 
     run = join_and_preprocess if join else plan
     try:
-        require_trainer(study)
-        result = run(communicator, study, dataset, configurations, processes, report, labels=site.label_map)
+        base, labels = require_trainer(study), site.label_map
+        result = run(
+            communicator, study, dataset, configurations, processes, report, labels=labels, base_trainer=base
+        )  # fmt: skip
     except BaseException as error:
         report("failed")
         if isinstance(error, DisagreementError) and (join or communicator.site == study.sites[0]):  # once is enough

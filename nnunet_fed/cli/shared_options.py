@@ -13,7 +13,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from nnunet_fed.cli.option_values import named_folders, named_labels, whole_number
-from nnunet_fed.study.federation import Federation
+from nnunet_fed.study.federation import STOCK_TRAINER, Federation
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
@@ -55,6 +55,10 @@ def _of_a_study(name: str) -> Any:
     return Federation.model_fields[name].default
 
 
+def _default_with(name: str) -> str:
+    return f"{_of_a_study(name)}, or the named trainer's own"
+
+
 @dataclass(frozen=True)
 class StudyOptions:
     """What makes a study, by the names of ``federation.toml``; the defaults suit a trial."""
@@ -73,8 +77,15 @@ class StudyOptions:
         "configuration"
     )
     planner: Annotated[str, typer.Option(help="Planner; the small one suits a CPU.")] = "nnUNetPlannerFedSmall"
-    initial_lr: Annotated[float, typer.Option("--lr", help="Initial learning rate.")] = _of_a_study("initial_lr")
-    momentum: Annotated[float, typer.Option(help="Momentum.")] = _of_a_study("momentum")
+    trainer: Annotated[
+        str, typer.Option(metavar="CLASS", help="Base trainer: nnU-Net's own, or a variant of it (nnUNetTrainerDA5).")
+    ] = _of_a_study("trainer")
+    initial_lr: Annotated[
+        float | None, typer.Option("--lr", help=f"Initial learning rate; default: {_default_with('initial_lr')}.")
+    ] = None
+    momentum: Annotated[
+        float | None, typer.Option(help=f"Momentum; default: {_default_with('momentum')}.")
+    ] = None
     fold: Annotated[str, typer.Option(help="Cross-validation fold; simulate takes all, too.")] = "0"
     weighting: Annotated[str, typer.Option(help="Weight of a site in a mean: cases or uniform.")] = _of_a_study(
         "weighting"
@@ -87,7 +98,10 @@ class StudyOptions:
     def settings(self) -> dict[str, Any]:
         """For ``federation.toml``; a bad fold raises :class:`ConfigurationError`."""
         fold = self.fold if self.fold == "all" else whole_number("--fold", self.fold)
-        return {**asdict(self), "fold": fold, "planning_deadline_minutes": self.deadline_minutes}
+        given = {name: value for name, value in asdict(self).items() if value is not None}
+        if self.trainer == STOCK_TRAINER:
+            given = {**{name: _of_a_study(name) for name in ("initial_lr", "momentum")}, **given}
+        return {**given, "fold": fold, "planning_deadline_minutes": self.deadline_minutes}
 
 
 @dataclass(frozen=True)

@@ -169,12 +169,17 @@ def training_command(study: Federation, fold: int | str, device: str, dataset: i
     return [command, str(dataset), study.configuration, str(fold), *trainer]
 
 
-def require_trainer(study: Federation) -> None:
-    """See that there is the trainer of a method from outside the package; raises :class:`ConfigurationError`."""
-    if isinstance(study.method, Custom):
-        from nnunet_fed.trainers.parts.custom_trainer import check_custom_trainer  # with PyTorch, which others spare
+def require_trainer(study: Federation) -> str | None:
+    """See that the trainers are there that the study names, if it names any; raises :class:`ConfigurationError`.
 
-        check_custom_trainer(study)
+    Returns:
+        What the sites compare of the base trainer; ``None``: it is nnU-Net's own.
+    """
+    if not isinstance(study.method, Custom) and not study.names_trainer:
+        return None
+    from nnunet_fed.trainers.parts.named_trainers import check_named_trainers  # with PyTorch, which others spare
+
+    return check_named_trainers(study)
 
 
 def plugin_folder() -> Path:

@@ -22,6 +22,9 @@ PLANS_KEY = "federation"
 
 LONGEST_MINUTES = 366 * 24 * 60.0
 SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
+TRAINER_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+STOCK_TRAINER = "nnUNetTrainer"
+"""nnU-Net's own, on which the federated trainers build unless a study names another one."""
 COORDINATOR, WATCHER = "coordinator", "watcher"
 """Names in certificates that are no site's: the coordinator's own, and one for reading the status."""
 
@@ -87,8 +90,13 @@ class Federation(Table):
     local_epochs: int = Field(default=1, ge=1)
     iterations_per_epoch: int = Field(default=250, ge=1)
     val_iterations_per_epoch: int = Field(default=50, ge=1)
-    initial_lr: float = Field(default=1e-2, gt=0, lt=float("inf"))
-    momentum: float = Field(default=0.99, ge=0, lt=1)
+    trainer: Annotated[str, Neutral(STOCK_TRAINER, since=3)] = STOCK_TRAINER
+    """The base trainer: the trainer of nnU-Net on which the method's trainer builds, with its augmentation, loss,
+    network and optimizer. It stands in nnunetv2, or at every site in a folder of ``nnUNet_extTrainer``."""
+    initial_lr: float | None = Field(default=1e-2, gt=0, lt=float("inf"))
+    """``None``: that of :attr:`trainer`, which is so unless a study that names one says otherwise."""
+    momentum: float | None = Field(default=0.99, ge=0, lt=1)
+    """``None``: likewise."""
     momentum_on_round: Literal["keep", "reset"] = "keep"
     weighting: Literal["cases", "uniform"] = "cases"
     """Weight of a site in a mean: its number of training cases, or 1."""
@@ -114,6 +122,21 @@ class Federation(Table):
     """*Operational.* After the training the model that each site deploys is evaluated at every other site. It counts
     where the plans, with which a site trains, say so too: no site's model leaves it by what is edited later."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _a_base_trainer_has_its_own_optimizer(cls, content: Any) -> Any:
+        """nnU-Net's own learning rate and momentum are the defaults for nnU-Net's own trainer only."""
+        if isinstance(content, Mapping) and content.get("trainer", STOCK_TRAINER) != STOCK_TRAINER:
+            return {**dict.fromkeys(_OF_THE_OPTIMIZER), **content}
+        return content
+
+    @field_validator("trainer")
+    @classmethod
+    def _trainer_is_a_name(cls, trainer: str) -> str:
+        if not TRAINER_NAME.fullmatch(trainer):
+            raise ValueError("use the name of a class of nnU-Net's trainers, such as 'nnUNetTrainerDA5'")
+        return trainer
+
     @field_validator("sites")
     @classmethod
     def _sites_are_names(cls, sites: tuple[str, ...]) -> tuple[str, ...]:
@@ -128,6 +151,13 @@ class Federation(Table):
         return tuple(sorted(sites))
 
     @model_validator(mode="after")
+    def _the_stock_trainer_is_told_its_optimizer(self) -> Federation:
+        missing = [name for name in _OF_THE_OPTIMIZER if getattr(self, name) is None]
+        if missing and not self.names_trainer:
+            raise ValueError(f"{' and '.join(missing)} may be left to a trainer that the study names only: give a number")
+        return self
+
+    @model_validator(mode="after")
     def _sites_are_enough(self) -> Federation:
         if self.min_sites is not None and self.min_sites > len(self.sites):
             raise ValueError(f"min_sites is {self.min_sites}, but the study has only {len(self.sites)} sites")
@@ -136,6 +166,11 @@ class Federation(Table):
         if self.cross_site:
             self.method.check_cross_site()
         return self
+
+    @property
+    def names_trainer(self) -> bool:
+        """Whether the base trainer is another one than nnU-Net's own."""
+        return self.trainer != STOCK_TRAINER
 
     @property
     def quorum(self) -> int:
@@ -223,5 +258,6 @@ def study_in(plans: Mapping[str, Any]) -> Federation:
     return Federation.restore(plans[PLANS_KEY]["study"])
 
 
+_OF_THE_OPTIMIZER = ("initial_lr", "momentum")
 _OPERATIONAL_KEY = "operational"
 """Key of a stored study under which the newer operational fields are named."""

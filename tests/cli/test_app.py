@@ -236,7 +236,7 @@ def test_planning_takes_several_configurations(
     asked: list[Any] = []
 
     def plan(
-        seat: Any, study: Federation, dataset: int, configurations: list[str], processes: int, _: Any, labels: Any
+        seat: Any, study: Federation, dataset: int, configurations: list[str], processes: int, _: Any, **rest: Any
     ) -> None:
         asked.append((study, dataset, configurations, processes))
         raise DisagreementError("That is enough.")

@@ -37,6 +37,7 @@ OTHER_VALUES: dict[str, tuple[Any, bool]] = {
     "local_epochs": (2, True),
     "iterations_per_epoch": (251, True),
     "val_iterations_per_epoch": (51, True),
+    "trainer": ("nnUNetTrainerDA5", True),
     "initial_lr": (0.02, True),
     "momentum": (0.9, True),
     "momentum_on_round": ("reset", True),

@@ -24,6 +24,7 @@ class MutualTrainer(StudyTrainer):
 
     Options: ClassVar[type[MethodTable]] = GCML
     options: GCML
+    HOLDS_OPTIMIZER = "trains a second model with an optimizer like the first one"
     loss: Any
 
     def configure_study(self) -> None:
@@ -45,7 +46,7 @@ class MutualTrainer(StudyTrainer):
         """Give the incoming model the site's learning rate."""
         super().on_train_epoch_start()
         if self._peer_model is not None:
-            self._peer_model.begin_epoch(self.current_epoch)
+            self._peer_model.begin_epoch(self)
 
     def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
         """Note, once, what a plain step needs."""

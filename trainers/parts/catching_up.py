@@ -59,6 +59,7 @@ class CatchingUpTrainer(ConnectedTrainer):
             digests = {
                 "plans": plans_digest(self.plans_manager.plans),
                 "initial weights": digest_of_tensors(self.shared()),
+                **self.compared_of_base(),
             }
             require_agreement(self.communicator, scope, digests)
         except RoundClosedError:

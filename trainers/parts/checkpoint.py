@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ from nnunet_fed.files import replacing
 
 FEDERATION = "federation"
 """Key of a checkpoint under which our state stands; stock nnU-Net ignores it."""
+_READ_WHOLE = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+"""PyTorch's own variable for who does not say what to read."""
 
 
 def random_states() -> dict[str, Any]:
@@ -61,6 +64,21 @@ def amend(stock: Path, filename: Path, additions: Mapping[str, Any]) -> None:
     with replacing(filename) as amended, amended.open("wb") as file:
         torch.save({**checkpoint, **additions}, file)
     stock.unlink()
+
+
+@contextmanager
+def read_whole() -> Iterator[None]:
+    """Let ``torch.load`` read a checkpoint that this site has written: nnU-Net's warm-up trainers, Primus among them,
+    ask for weights only, and in nnU-Net's own checkpoints, too, is more."""
+    given = os.environ.get(_READ_WHOLE)
+    os.environ[_READ_WHOLE] = "1"
+    try:
+        yield
+    finally:
+        if given is None:
+            del os.environ[_READ_WHOLE]
+        else:
+            os.environ[_READ_WHOLE] = given
 
 
 def network_weights(filename: Path) -> dict[str, torch.Tensor]:

@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-
 from nnunet_fed.trainers.parts.lesion_report import evaluate_lesions
 from nnunet_fed.trainers.parts.study_trainer import StudyTrainer
 
@@ -50,7 +48,7 @@ def predict_cases(trainer: StudyTrainer, cases: Sequence[str], save_probabilitie
     split = trainer.do_split
     trainer.do_split = lambda: ([], list(cases))
     try:
-        nnUNetTrainer.perform_actual_validation(trainer, save_probabilities)
+        trainer.base_trainer.perform_actual_validation(trainer, save_probabilities)
     finally:
         trainer.do_split = split
 

@@ -11,9 +11,13 @@ from typing import Any
 from nnunet_fed.exchange.communicator import Collectives
 from nnunet_fed.exchange.keys import key_of, start_scope
 from nnunet_fed.exchange.payload import Array, Tensors
+from nnunet_fed.trainers.parts.base_trainer import BASE_TRAINER, SAME_TRAINER
 from nnunet_fed.trainers.parts.publishing import from_next_source, publish, require_equal
 
 NO_START = "No site contributed initial weights."
+_SAME_PLANS = (
+    "Run 'nnunet_fed plan_and_preprocess' at all sites again, with the same versions of nnunet_fed, nnunetv2 and torch."
+)
 
 
 def common_start(communicator: Collectives, name: str, tensors: Callable[[], Tensors]) -> tuple[str, dict[str, Array]]:
@@ -45,12 +49,9 @@ def require_agreement(communicator: Collectives, scope: str, digests: dict[str, 
     """
     gathered = communicator.gather(key_of(scope, "agreement"), digests)
     for what in dict.fromkeys(name for told in gathered.values() for name in told):
-        require_equal(
-            {site: values.get(what) for site, values in gathered.items()},
-            f"The sites differ in their {what}",
-            "Run 'nnunet_fed plan_and_preprocess' at all sites again, with the same versions of nnunet_fed, nnunetv2 "
-            "and torch.",
-        )
+        remedy = SAME_TRAINER if what == BASE_TRAINER else _SAME_PLANS
+        told = {site: values.get(what) for site, values in gathered.items()}
+        require_equal(told, f"The sites differ in their {what}", remedy)
 
 
 def fit_log(log: dict[str, list[Any]], epochs: int) -> None:

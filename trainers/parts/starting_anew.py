@@ -15,6 +15,7 @@ import torch
 
 from nnunet_fed.files import move
 from nnunet_fed.prediction.checkpoint_files import LATEST_CHECKPOINT
+from nnunet_fed.trainers.parts import warm_up
 
 if TYPE_CHECKING:
     from nnunet_fed.trainers.parts.catching_up import CatchingUpTrainer
@@ -30,6 +31,7 @@ def begin_anew(trainer: CatchingUpTrainer) -> None:
     if trainer.grad_scaler is not None:
         trainer.grad_scaler = torch.amp.GradScaler("cuda")
     trainer.was_initialized = False
+    warm_up.forget(trainer)
     trainer.initialize()
     trainer.set_deep_supervision_enabled(trainer.enable_deep_supervision)
 

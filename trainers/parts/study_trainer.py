@@ -25,7 +25,8 @@ from nnunet_fed.study.method_table import MethodTable
 from nnunet_fed.study.methods.custom_options import Custom
 from nnunet_fed.study.site import Site
 from nnunet_fed.study.toml import explain
-from nnunet_fed.trainers.parts import checkpoint
+from nnunet_fed.trainers.parts import checkpoint, warm_up
+from nnunet_fed.trainers.parts.base_trainer import BASE_TRAINER, STOCK, base_of, code_digest, compose
 from nnunet_fed.trainers.parts.lesion_report import evaluate_lesions
 from nnunet_fed.trainers.parts.site_tracker import SiteTracker
 from nnunet_fed.trainers.parts.training_record import logged_by
@@ -50,13 +51,17 @@ def sentences_for_users() -> Iterator[None]:
 def _all_in(transform: Any) -> Iterator[Any]:
     """A transform, and those that it is made of."""
     yield transform
-    for part in (*getattr(transform, "transforms", ()), getattr(transform, "transform", None)):
+    several = (*getattr(transform, "transforms", ()), *getattr(transform, "list_of_transforms", ()))
+    for part in (*several, getattr(transform, "transform", None)):
         if part is not None:
             yield from _all_in(part)
 
 
 class StudyTrainer(nnUNetTrainer):
-    """What a federated trainer is without the other sites: what averaging and gossip share."""
+    """What a federated trainer is without the other sites: what averaging and gossip share.
+
+    It builds on :attr:`base_trainer`: whatever it does not do itself goes there, by ``super()``.
+    """
 
     method: ClassVar[str]
     """Name of the method, as in the study's table."""
@@ -64,14 +69,22 @@ class StudyTrainer(nnUNetTrainer):
     """The method's table. A trainer that sets it says with ``options: ...`` what it is, for whoever reads types."""
     options: MethodTable
     """The method's options, as the study has them."""
-    PREDICTED_AS: ClassVar[str] = nnUNetTrainer.__name__
-    """The trainer that checkpoints name: the one whose network it is. The stock one predicts without nnunet_fed."""
+    PREDICTED_AS: ClassVar[str | None] = None
+    """The trainer that checkpoints name, for a network of the method's own; ``None``: it is the base trainer's, and so
+    nnU-Net predicts without nnunet_fed."""
+    HOLDS_OPTIMIZER: ClassVar[str | None] = None
+    """Why no other optimizer may take the place of the first one while the training runs, to go on after "it"."""
 
     current_epoch: int
     network: Any
     optimizer: Any
     lr_scheduler: Any
     grad_scaler: Any
+
+    def __new__(cls, plans: dict[str, Any], *arguments: Any, **named: Any) -> Any:
+        """A trainer that builds on the base trainer of the study in the plans."""
+        with sentences_for_users():
+            return super().__new__(compose(cls, base_of(study_in(plans))))
 
     def __init__(
         self,
@@ -85,6 +98,7 @@ class StudyTrainer(nnUNetTrainer):
             self.study = study_in(plans)
             self.options = self.options_of(self.study)
         super().__init__(plans, configuration, fold, dataset_json, device)
+        own_epochs = self.num_epochs
         if self.device.type == "cpu" and os.environ.get(THREADS_VARIABLE):
             torch.set_num_threads(int(os.environ[THREADS_VARIABLE]))
         self.tracker: SiteTracker | None = None
@@ -95,6 +109,30 @@ class StudyTrainer(nnUNetTrainer):
         self._resumed: dict[str, Any] | None = None
         with sentences_for_users():
             self.configure_study()
+        self._epochs: int = self.num_epochs
+        if self.base_trainer is not STOCK:
+            self.print_to_log_file(
+                f"This training builds on {self.base_trainer.__name__}, whose own {own_epochs} epochs do not count: it "
+                f"is the study that decides, {self.num_epochs} epochs of {self.num_iterations_per_epoch} iterations."
+            )
+
+    @property
+    def base_trainer(self) -> type[Any]:
+        """nnU-Net's trainer on which this one builds."""
+        return next(part for part in type(self).__mro__ if not issubclass(part, StudyTrainer))
+
+    @classmethod
+    def check_base(cls, base: type[Any]) -> None:
+        """See that the method goes with a base trainer; raises :class:`ConfigurationError` that says why not.
+
+        Args:
+            base: a class of nnU-Net's.
+        """
+        compose(cls, base)
+
+    def compared_of_base(self) -> dict[str, str]:
+        """What must be equal at all sites of the base trainer that the study names; nothing of nnU-Net's own."""
+        return {BASE_TRAINER: code_digest(self.base_trainer)} if self.study.names_trainer else {}
 
     def configure_study(self) -> None:
         """Take what the trainer needs from the study; raises :class:`FederationError`.
@@ -102,7 +140,8 @@ class StudyTrainer(nnUNetTrainer):
         It is called at the end of construction, and again before a second :meth:`initialize`, when a site starts anew
         (:mod:`nnunet_fed.trainers.parts.starting_anew`): all that a method keeps begins in these two.
         """
-        self.initial_lr = self.study.initial_lr
+        if self.study.initial_lr is not None:
+            self.initial_lr = self.study.initial_lr
         self.num_iterations_per_epoch = self.study.iterations_per_epoch
         self.num_val_iterations_per_epoch = self.study.val_iterations_per_epoch
         self.num_epochs = self.study.epochs
@@ -193,29 +232,73 @@ class StudyTrainer(nnUNetTrainer):
     # ------------------------------------------------------------------------------------------- nnU-Net's hooks
 
     def initialize(self) -> None:
-        """Build the network from the study's seed."""
-        checkpoint.seed_everything(self.initial_seed + self.local_rank)
-        super().initialize()
+        """Build the network from the study's seed.
 
-    def configure_optimizers(self) -> Any:
-        """nnU-Net's optimizer and schedule, with the study's momentum."""
-        optimizer, schedule = super().configure_optimizers()
-        for group in optimizer.param_groups:
-            group["momentum"] = self.study.momentum
+        Raises:
+            ConfigurationError: the base trainer that the study names does not go with the plans.
+        """
+        checkpoint.seed_everything(self.initial_seed + self.local_rank)
+        self.num_epochs = self._epochs  # whatever a class has set since that stands before this one
+        try:
+            super().initialize()
+        except FederationError:
+            raise
+        except Exception as error:  # whatever a class of the user's does
+            if self.base_trainer is STOCK:
+                raise
+            raise ConfigurationError(
+                f"The trainer '{self.base_trainer.__name__}', which the study names, cannot train the configuration "
+                f"{self.configuration_name} of these plans: {type(error).__name__}: {error}. Plan for a study that "
+                "names another trainer or configuration."
+            ) from error
+
+    def configure_optimizers(self, *stage: Any) -> Any:
+        """The base trainer's optimizer and schedule, with the study's momentum.
+
+        Args:
+            stage: what the base trainer's takes besides.
+
+        Raises:
+            ConfigurationError: the study says a momentum, and the optimizer has none.
+        """
+        optimizer, schedule = super().configure_optimizers(*stage)
+        if self.study.momentum is not None:
+            if not all("momentum" in group for group in optimizer.param_groups):
+                raise ConfigurationError(
+                    f"The study sets momentum = {self.study.momentum:g}, but {type(optimizer).__name__}, the optimizer "
+                    f"of '{self.base_trainer.__name__}', has none. Leave momentum out of federation.toml."
+                )
+            for group in optimizer.param_groups:
+                group["momentum"] = self.study.momentum
         return optimizer, schedule
 
-    @staticmethod
-    def get_training_transforms(*arguments: Any, **options: Any) -> Any:
-        """nnU-Net's augmentation, the same whenever it is repeated (rule 7 of the protocol).
+    def get_training_transforms(self, *arguments: Any, **options: Any) -> Any:
+        """The base trainer's augmentation, the same whenever it is repeated (rule 7 of the protocol).
 
         nnU-Net's blur takes the faster of two ways by a stopwatch, and their results differ in the last bits. Here it
         takes the direct one, which is the faster one for nnU-Net's kernels of at most 7 voxels.
         """
-        transforms = nnUNetTrainer.get_training_transforms(*arguments, **options)
+        transforms = super().get_training_transforms(*arguments, **options)
         for transform in _all_in(transforms):
             if isinstance(transform, GaussianBlurTransform):
                 transform.benchmark = False
         return transforms
+
+    def on_train_epoch_start(self) -> None:
+        """The base trainer's.
+
+        Raises:
+            ConfigurationError: it takes another optimizer, which the method does not follow.
+        """
+        warm_up.leave_if_over(self)
+        before = self.optimizer
+        super().on_train_epoch_start()
+        if self.HOLDS_OPTIMIZER and self.optimizer is not before:
+            raise ConfigurationError(
+                f"The trainer '{self.base_trainer.__name__}' takes a new optimizer in epoch {self.current_epoch}, which "
+                f"'{type(self).__name__}' cannot follow: it {self.HOLDS_OPTIMIZER}. Plan for a study of another method or "
+                "trainer."
+            )
 
     def on_train_start(self) -> None:
         """nnU-Net's start, then TensorBoard if site.toml asks for it: its thread must not be there at a fork."""
@@ -248,7 +331,7 @@ class StudyTrainer(nnUNetTrainer):
     def save_for_prediction(self, filename: str, additions: dict[str, Any] | None = None) -> None:
         """nnU-Net's checkpoint of the current network.
 
-        It names the trainer :attr:`PREDICTED_AS`.
+        It names the base trainer, or :attr:`PREDICTED_AS`.
 
         Args:
             filename: replaced once the new file is complete.
@@ -259,11 +342,13 @@ class StudyTrainer(nnUNetTrainer):
             return
         stock = Path(f"{filename}.nnunet{PARTIAL}")
         super().save_checkpoint(str(stock))
-        checkpoint.amend(stock, Path(filename), {**(additions or {}), "trainer_name": self.PREDICTED_AS})
+        name = self.PREDICTED_AS or self.base_trainer.__name__
+        checkpoint.amend(stock, Path(filename), {**(additions or {}), "trainer_name": name})
 
     def load_checkpoint(self, filename_or_checkpoint: Any) -> None:
         """nnU-Net's checkpoint and our state."""
-        super().load_checkpoint(filename_or_checkpoint)
+        with checkpoint.read_whole():
+            super().load_checkpoint(filename_or_checkpoint)
         self._resumed = checkpoint.federation_state(Path(filename_or_checkpoint))
         if self._resumed is not None:
             self.load_training_state(self._resumed)
