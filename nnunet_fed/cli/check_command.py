@@ -216,8 +216,12 @@ class _Check:
         folder = self._preprocessed()
         if self.plans and folder and self._wanted() in self.plans["configurations"]:
             dataset = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
-            study = study_in(self.plans)
-            self.footprint = footprint(self.plans, self._wanted(), dataset, study)
+            study, build = study_in(self.plans), None
+            if study.names_trainer:
+                from nnunet_fed.trainers.parts.named_trainers import network_builder
+
+                build = network_builder(study)
+            self.footprint = footprint(self.plans, self._wanted(), dataset, study, build)
         return check_memory(self.footprint, self.device)
 
     def _check_disk(self) -> Finding:

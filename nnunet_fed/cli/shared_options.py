@@ -83,9 +83,7 @@ class StudyOptions:
     initial_lr: Annotated[
         float | None, typer.Option("--lr", help=f"Initial learning rate; default: {_default_with('initial_lr')}.")
     ] = None
-    momentum: Annotated[
-        float | None, typer.Option(help=f"Momentum; default: {_default_with('momentum')}.")
-    ] = None
+    momentum: Annotated[float | None, typer.Option(help=f"Momentum; default: {_default_with('momentum')}.")] = None
     fold: Annotated[str, typer.Option(help="Cross-validation fold; simulate takes all, too.")] = "0"
     weighting: Annotated[str, typer.Option(help="Weight of a site in a mean: cases or uniform.")] = _of_a_study(
         "weighting"

@@ -154,7 +154,9 @@ class Federation(Table):
     def _the_stock_trainer_is_told_its_optimizer(self) -> Federation:
         missing = [name for name in _OF_THE_OPTIMIZER if getattr(self, name) is None]
         if missing and not self.names_trainer:
-            raise ValueError(f"{' and '.join(missing)} may be left to a trainer that the study names only: give a number")
+            raise ValueError(
+                f"{' and '.join(missing)} may be left to a trainer that the study names only: give a number"
+            )
         return self
 
     @model_validator(mode="after")

@@ -38,7 +38,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "gcml": {"topology": "ring", "ramp_steps": 2, "mutual_epochs": 2},
 }
 WITH_OPTIONS = [name for name in METHODS if name != "custom"]
-PRIMUS = '''
+PRIMUS = """
 from dynamic_network_architectures.architectures.primus import Primus
 from nnunetv2.training.nnUNetTrainer.primus.primus_trainers import AbstractPrimus
 
@@ -56,7 +56,7 @@ class nnUNetTrainerTinyPrimus(AbstractPrimus):
             num_input_channels, 24, (8, 8, 8), num_output_channels, 1, 2, configuration_manager.patch_size,
             drop_path_rate=0.1, scale_attn_inner=True, init_values=0.1,
         )
-'''
+"""
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,8 @@ def try_out(method: str, base: str, folder: Path, monkeypatch: pytest.MonkeyPatc
     except SystemExit as refusal:  # with its sentence
         return Combination(method, base, str(refusal))
     for site, one in calm.items():
-        assert differences(final_of(one), final_of(resumed[site])) == []
+        odd = differences(final_of(one), final_of(resumed[site]))
+        assert odd == [], odd
         assert type(one).__name__ == trainer.__name__
         assert final_of(one)["trainer_name"] == ("nnUNetTrainerFedOAP" if method == "fedoap" else base)
     monkeypatch.setenv("nnUNet_extTrainer", extra_trainers_to_predict(method, base, folder))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.study.federation import Federation
-from nnunet_fed.study.methods import METHODS
 from nnunet_fed.study.methods.custom_options import EXTERNAL_TRAINERS, Custom
-from nnunet_fed.trainers.parts.base_trainer import base_of, code_digest, external_folders, find_trainer
+from nnunet_fed.trainers.parts.base_trainer import base_of, code_digest, compose, external_folders, find_trainer
 from nnunet_fed.trainers.parts.study_trainer import StudyTrainer
 
 
@@ -22,7 +23,7 @@ def check_named_trainers(study: Federation) -> str | None:
         ConfigurationError: a trainer is not there or is none, the method's is of another method or does not take the
             study's options, or does not go with the base trainer.
     """
-    method = _check_custom(study.method.trainer, study) if isinstance(study.method, Custom) else _own(study)
+    method = _method_trainer(study)
     if not study.names_trainer:
         return None
     base = base_of(study)
@@ -30,11 +31,19 @@ def check_named_trainers(study: Federation) -> str | None:
     return f"{base.__name__} {code_digest(base)[:12]}"
 
 
-def _own(study: Federation) -> type[StudyTrainer]:
-    """The package's trainer of the study's method; it is imported only where a study names a base trainer."""
-    if not study.names_trainer:
-        return StudyTrainer
-    found: type[StudyTrainer] = find_trainer(METHODS[study.method.name].own_trainer())
+def network_builder(study: Federation) -> Callable[..., Any]:
+    """What builds the network of a study that names a base trainer; raises :class:`ConfigurationError`."""
+    method, base = _method_trainer(study), base_of(study)
+    method.check_base(base)
+    build: Callable[..., Any] = compose(method, base).build_network_architecture
+    return build
+
+
+def _method_trainer(study: Federation) -> type[StudyTrainer]:
+    if isinstance(study.method, Custom):
+        return _check_custom(study.method.trainer, study)
+    name = study.method.trainer_name
+    found: type[StudyTrainer] = getattr(import_module(f"nnunet_fed.trainers.{name}"), name)
     return found
 
 
@@ -49,9 +58,7 @@ def _check_custom(name: str, study: Federation) -> type[StudyTrainer]:
         raise ConfigurationError(f"The trainer '{name}' is no federated one: derive it from one of nnunet_fed's.")
     method = getattr(found, "method", None)
     if method is None:
-        raise ConfigurationError(
-            f"The trainer '{name}' names no method: write method = \"custom\" into its class."
-        )
+        raise ConfigurationError(f"The trainer '{name}' names no method: write method = \"custom\" into its class.")
     if method != study.method.name:
         raise ConfigurationError(
             f"The trainer '{name}' does the method '{method}': let the study name that one instead of "
