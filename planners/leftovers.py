@@ -15,6 +15,7 @@ from nnunet_fed.planners.dataset import RawDataset
 from nnunet_fed.study.federation import PLANS_KEY, STOCK_TRAINER, Federation
 
 logger = logging.getLogger(__name__)
+_RESULTS = "nnUNet_results"
 
 
 def require_no_other_results(dataset: RawDataset, planner: Any, study: Federation) -> None:
@@ -30,7 +31,7 @@ def require_no_other_results(dataset: RawDataset, planner: Any, study: Federatio
     Raises:
         ConfigurationError: such results are there.
     """
-    name, results = study.plans_name or planner.defaults["plans_name"], os.environ.get("nnUNet_results")
+    name, results = study.plans_name or planner.defaults["plans_name"], os.environ.get(_RESULTS)
     if not results:
         return
     for path in sorted((Path(results) / dataset.name).glob(f"*__{name}__*/plans.json")):

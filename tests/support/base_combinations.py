@@ -1,4 +1,4 @@
-"""Every method with base trainers of every kind: trained, killed and resumed, and predicted with by nnU-Net's command."""
+"""Every method with base trainers of every kind: trained, killed and resumed, and predicted by nnU-Net's command."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import SimpleITK as sitk
+import SimpleITK
 import torch
 from in_process import InProcess, Killed
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor, predict_entry_point
@@ -83,7 +83,7 @@ def own_trainers(folder: Path, monkeypatch: pytest.MonkeyPatch, **files: str) ->
     return own
 
 
-def study_of(method: str, base: str, **settings: Any) -> Federation:
+def study_of(method: str, base: str, /, **settings: Any) -> Federation:
     """Of two sites, and as many epochs as it takes to be killed in one that is not the first."""
     return Federation.model_validate({
         "name": "study", "sites": ("a", "b"), "rounds": 3 if method == "gcml" else 2, "iterations_per_epoch": 2,
@@ -221,7 +221,7 @@ def predict(trainer: Any, images: Path, out: Path) -> None:
     """Predict a case with the stock command, and see that it says what the trainer's own network says."""
     images.mkdir(exist_ok=True)
     raw = np.random.default_rng(3).normal(1, 1, (2, *PATCHES[trainer.configuration_name])[-3:]).astype(np.float32)
-    sitk.WriteImage(sitk.GetImageFromArray(raw), str(images / "case_0000.nii.gz"))
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(raw), str(images / "case_0000.nii.gz"))
     words = ["nnUNetv2_predict", "-i", str(images), "-o", str(out), "-d", DATASET, "-c", trainer.configuration_name]
     words += ["-f", "0", "-tr", type(trainer).__name__, "-p", "nnUNetFedPlans", "-device", "cpu", "-npp", "0"]
     words += ["-nps", "0", "--disable_progress_bar"]
@@ -237,6 +237,6 @@ def predict(trainer: Any, images: Path, out: Path) -> None:
         trainer.dataset_json, type(trainer).__name__, trainer.inference_allowed_mirroring_axes,
     )  # fmt: skip
     (own,) = predictor.predict_from_files_sequential([[str(images / "case_0000.nii.gz")]], None, False, True)
-    told = sitk.GetArrayFromImage(sitk.ReadImage(str(out / "case.nii.gz")))
+    told = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(out / "case.nii.gz")))
     assert told.shape == raw.shape
     assert np.array_equal(told, own), "the command predicts something else than the network that was trained"

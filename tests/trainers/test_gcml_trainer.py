@@ -25,8 +25,7 @@ from serving import make_study
 from tiny import DESCRIPTION, tiny_plans, write_preprocessed
 
 from nnunet_fed.exchange.payload import Array, encode, measure
-from nnunet_fed.gossip.mailbox import Letter, Mailbox, State, described
-from nnunet_fed.gossip.schedule import Version
+from nnunet_fed.gossip.mailbox import Letter, Mailbox, State
 from nnunet_fed.methods.gcml import Plan, divergence
 from nnunet_fed.methods.tensors import digest_of_tensors, load_arrays, shared_tensors, to_arrays
 from nnunet_fed.study.federation import Federation

@@ -52,7 +52,7 @@ def find_trainer(name: str) -> type[Any] | None:
             found: type[Any] = recursive_find_trainer_class_by_name(name)
     except (AssertionError, TypeError):  # nnU-Net asserts it of classes
         raise ConfigurationError(
-            f"'{name}' is no trainer of nnU-Net: it is not derived from nnUNetTrainer. Name another class, or derive it."
+            f"'{name}' is no trainer of nnU-Net: it is not derived from nnUNetTrainer. Name one that is."
         ) from None
     except Exception as error:  # whatever a file of the user's does when it is imported
         if isinstance(error, RuntimeError) and str(error).startswith(_NOT_FOUND):
@@ -77,8 +77,8 @@ def base_of(study: Federation) -> type[Any]:
     if found is None:
         raise ConfigurationError(
             f"The study '{study.name}' names the trainer '{name}', and there is none here: neither in nnunetv2 "
-            f"{version('nnunetv2')} ({_own_folder()}) nor in the folders of {EXTERNAL_TRAINERS} ({external_folders()}). "
-            "Put its file into one of these folders, at every site the same, or correct 'trainer' in federation.toml."
+            f"{version('nnunetv2')} ({_own_folder()}) nor in the folders of {EXTERNAL_TRAINERS} "
+            f"({external_folders()}). Put its file into one of these folders, at every site the same, or correct 'trainer' in federation.toml."
         )
     if any(part.__module__.partition(".")[0] == _PACKAGE for part in found.__mro__):
         raise ConfigurationError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,7 +74,9 @@ def read_whole() -> Iterator[None]:
     given = os.environ.get(_READ_WHOLE)
     os.environ[_READ_WHOLE] = "1"
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=f".*{_READ_WHOLE}")  # PyTorch warns of it
+            yield
     finally:
         if given is None:
             del os.environ[_READ_WHOLE]

@@ -295,9 +295,9 @@ class StudyTrainer(nnUNetTrainer):
         super().on_train_epoch_start()
         if self.HOLDS_OPTIMIZER and self.optimizer is not before:
             raise ConfigurationError(
-                f"The trainer '{self.base_trainer.__name__}' takes a new optimizer in epoch {self.current_epoch}, which "
-                f"'{type(self).__name__}' cannot follow: it {self.HOLDS_OPTIMIZER}. Plan for a study of another method or "
-                "trainer."
+                f"The trainer '{self.base_trainer.__name__}' takes a new optimizer in epoch {self.current_epoch}, "
+                f"which '{type(self).__name__}' cannot follow: it {self.HOLDS_OPTIMIZER}. Plan for a study of another "
+                "method or trainer."
             )
 
     def on_train_start(self) -> None:
