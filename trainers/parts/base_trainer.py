@@ -78,7 +78,8 @@ def base_of(study: Federation) -> type[Any]:
         raise ConfigurationError(
             f"The study '{study.name}' names the trainer '{name}', and there is none here: neither in nnunetv2 "
             f"{version('nnunetv2')} ({_own_folder()}) nor in the folders of {EXTERNAL_TRAINERS} "
-            f"({external_folders()}). Put its file into one of these folders, at every site the same, or correct 'trainer' in federation.toml."
+            f"({external_folders()}). Put its file into one of these folders, at every site the same, or correct "
+            "'trainer' in federation.toml."
         )
     if any(part.__module__.partition(".")[0] == _PACKAGE for part in found.__mro__):
         raise ConfigurationError(
