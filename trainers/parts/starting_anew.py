@@ -27,7 +27,7 @@ UNDONE = "undone"
 
 def begin_anew(trainer: StudyTrainer) -> None:
     """Give a trainer the network, the optimizer and the method's state that it has before the first epoch."""
-    trainer.configure_study()
+    trainer.take_study()
     trainer._best_ema = None
     if trainer.grad_scaler is not None:
         trainer.grad_scaler = torch.amp.GradScaler("cuda")

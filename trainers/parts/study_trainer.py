@@ -109,8 +109,7 @@ class StudyTrainer(nnUNetTrainer):
         self._training_cases = 0
         self._resumed: dict[str, Any] | None = None
         with sentences_for_users():
-            self.configure_study()
-        self._epochs: int = self.num_epochs
+            self.take_study()
         if self.base_trainer is not STOCK:
             self.print_to_log_file(
                 f"This training builds on {self.base_trainer.__name__}, whose own {own_epochs} epochs do not count: it "
@@ -134,6 +133,11 @@ class StudyTrainer(nnUNetTrainer):
     def compared_of_base(self) -> dict[str, str]:
         """What must be equal at all sites of the base trainer that the study names; nothing of nnU-Net's own."""
         return {BASE_TRAINER: code_digest(self.base_trainer)} if self.study.names_trainer else {}
+
+    def take_study(self) -> None:
+        """Begin with the study: :meth:`configure_study`, and note the number of epochs that it gave."""
+        self.configure_study()
+        self._epochs: int = self.num_epochs
 
     def configure_study(self) -> None:
         """Take what the trainer needs from the study; raises :class:`FederationError`.
