@@ -97,9 +97,15 @@ class MutualTrainer(MoreRoundsTrainer):
 
         self.loss = loss
         try:
-            return super().train_step(batch), said[0]
+            result = super().train_step(batch)
         finally:
             self.loss = mutual
+        if not said:
+            raise ConfigurationError(
+                f"The trainer '{self.base_trainer.__name__}' does not call its loss (self.loss) in a step of training, "
+                "and GCML teaches a model by its loss. Plan for a study of another method or trainer."
+            )
+        return result, said[0]
 
     def _on_device(self, tensors: Any) -> Any:
         if isinstance(tensors, list):

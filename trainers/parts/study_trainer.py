@@ -98,7 +98,9 @@ class StudyTrainer(nnUNetTrainer):
         with sentences_for_users():
             self.study = study_in(plans)
             self.options = self.options_of(self.study)
-        super().__init__(plans, configuration, fold, dataset_json, device)
+        super().__init__(
+            plans=plans, configuration=configuration, fold=fold, dataset_json=dataset_json, device=device
+        )  # fmt: skip
         own_epochs = self.num_epochs
         if self.device.type == "cpu" and os.environ.get(THREADS_VARIABLE):
             torch.set_num_threads(int(os.environ[THREADS_VARIABLE]))
