@@ -77,6 +77,9 @@ class StudyOptions:
         "configuration"
     )
     planner: Annotated[str, typer.Option(help="Planner; the small one suits a CPU.")] = "nnUNetPlannerFedSmall"
+    gpu_memory_target_in_gb: Annotated[
+        float | None, typer.Option("--gpu-memory", metavar="GB", help="What the planner may fill; default: its own.")
+    ] = None
     trainer: Annotated[
         str, typer.Option(metavar="CLASS", help="Base trainer: nnU-Net's own, or a variant of it (nnUNetTrainerDA5).")
     ] = _of_a_study("trainer")

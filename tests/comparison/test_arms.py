@@ -120,6 +120,13 @@ def test_methods_and_seeds_may_be_added(given: Comparison, trained: Trained) -> 
     remember(given)
 
 
+def test_a_base_trainer_is_that_of_all_arms(given: Comparison, trained: Trained) -> None:
+    named = replace(given, study={**STUDY, "trainer": "nnUNetTrainerDA5"}, seeds=(0,))
+    compare(named, quiet())
+    assert {simulation.study.trainer for _, simulation in trained.asked} == {"nnUNetTrainerDA5"}
+    assert trained.names == ["local-0", "pooled-0", "fedavg-0"]
+
+
 def test_a_method_takes_part_again_with_other_options(given: Comparison, trained: Trained) -> None:
     strong = replace(
         given,
@@ -197,6 +204,7 @@ def test_a_folder_with_something_else_in_it_is_left_alone(given: Comparison) -> 
         ({"methods": ("fedoap",), "options": {"fedoap": {"private_stem": True}}}, "fedoap.private_stem: .*one plan"),
         ({"methods": ("fedoap",), "study": {**STUDY, "rounds": 2}}, "fedoap fine-tunes for 2 epochs"),
         ({"study": {**STUDY, "fold": "all"}}, "--fold all keeps no case"),
+        ({"study": {**STUDY, "configuration": "3d_cascade_fullres"}}, "second of two trainings.*--config 3d_lowres"),
     ],
 )
 def test_a_wrong_setting_ends_before_anything_starts(

@@ -13,12 +13,14 @@ from typing import Any
 
 import grpc
 import pytest
+import torch
 from serving import Served, make_study, together
 from typer.testing import CliRunner
 
 from nnunet_fed.agreement.plan_digest import plans_digest
 from nnunet_fed.certificates.authority import Authority
 from nnunet_fed.cli.app import app
+from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.preflight import resources
 from nnunet_fed.preflight import site_checks as checks
 from nnunet_fed.preflight.site_checks import Finding, Outcome
@@ -405,3 +407,31 @@ def test_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "hardly fit" in resources.check_memory(one, "cpu").text
     monkeypatch.setattr(resources.torch.cuda, "is_available", lambda: False)
     assert resources.check_memory(one, "cuda").state is Outcome.failed
+
+
+def test_the_memory_of_a_base_trainers_network() -> None:
+    study = make_study("abc", trainer="nnUNetTrainerTinyPrimus")
+    dataset = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "lesion": 1}}
+
+    def build(plans: Any, configuration: Any, channels: int, classes: int, deep_supervision: bool) -> Any:
+        return torch.nn.Conv3d(channels, classes, 1)
+
+    found = resources.footprint(federated_plans(study), "3d_fullres", dataset, study, build)
+    assert (found.parameters, found.step_bytes) == (4, None)
+    finding = resources.check_memory(found, "cpu")
+    assert finding.state is Outcome.ok
+    assert "is not known (0.0 M parameters)" in finding.text
+
+    def fail(*_: Any) -> Any:
+        raise AssertionError("only 3d is supported")
+
+    with pytest.raises(ConfigurationError, match="cannot be built by these plans: AssertionError: only 3d is supp"):
+        resources.footprint(federated_plans(study), "3d_fullres", dataset, study, fail)
+
+
+def test_check_finds_a_base_trainer_that_is_not_there(at: AtASite, serve: Serve) -> None:
+    served = serve(make_study("ab", trainer="nnUNetTrainerThatIsNot"))
+    at.set_up(served.server.address)
+    _, findings = at()
+    assert findings["trainer"].state is Outcome.failed
+    assert "names the trainer 'nnUNetTrainerThatIsNot', and there is none here" in findings["trainer"].text

@@ -214,7 +214,7 @@ def _differing(place: str, one: Any, other: Any) -> list[str]:
         return [] if torch.equal(one, other) else [place]
     if isinstance(one, float | np.ndarray | np.generic):
         return [] if np.array_equal(one, other, equal_nan=True) else [f"{place}: {one} {other}"]
-    return [] if type(one) is type(other) and (one == other or not isinstance(one, str | int)) else [place]
+    return [] if one == other else [f"{place}: {one} {other}"]
 
 
 def predict(trainer: Any, images: Path, out: Path) -> None:

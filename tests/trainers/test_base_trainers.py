@@ -22,6 +22,7 @@ from base_combinations import (
     differences,
     final_of,
     own_trainers,
+    peer,
     study_of,
     trainer_of,
     try_out,
@@ -223,6 +224,29 @@ class nnUNetTrainerStaged(nnUNetTrainer):
             self.optimizer, self.lr_scheduler = self.configure_optimizers()
         super().on_train_epoch_start()
 """
+
+
+LOSS_OF_ITS_OWN = """
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+
+class nnUNetTrainerOwnLoss(nnUNetTrainer):
+    def train_step(self, batch):
+        self.optimizer.zero_grad()
+        loss = self.network(batch["data"])[0].square().mean()
+        loss.backward()
+        self.optimizer.step()
+        return {"loss": loss.detach().cpu().numpy()}
+"""
+
+
+def test_gcml_refuses_a_trainer_that_it_cannot_teach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own_trainers(tmp_path, monkeypatch, nnUNetTrainerOwnLoss=LOSS_OF_ITS_OWN)
+    sites = InProcess(tmp_path, monkeypatch)
+    peer(monkeypatch)
+    one = sites.make(trainer_of("gcml"), study_of("gcml", "nnUNetTrainerOwnLoss"))["a"]
+    with pytest.raises(SystemExit, match="'nnUNetTrainerOwnLoss' does not call its loss"):
+        sites.run({"a": one})
 
 
 @pytest.fixture

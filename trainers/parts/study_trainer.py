@@ -17,7 +17,6 @@ from torch._dynamo import OptimizedModule
 
 from nnunet_fed.errors import ConfigurationError, FederationError
 from nnunet_fed.exchange.payload import Array
-from nnunet_fed.files import PARTIAL
 from nnunet_fed.methods.fedavg import site_weight
 from nnunet_fed.methods.tensors import load_arrays, shared_tensors, to_arrays
 from nnunet_fed.study.federation import Federation, study_in
@@ -27,6 +26,7 @@ from nnunet_fed.study.site import Site
 from nnunet_fed.study.toml import explain
 from nnunet_fed.trainers.parts import checkpoint, warm_up
 from nnunet_fed.trainers.parts.base_trainer import BASE_TRAINER, STOCK, base_of, code_digest, compose
+from nnunet_fed.trainers.parts.cascade import predicting_next_stages, require_previous_stage
 from nnunet_fed.trainers.parts.lesion_report import evaluate_lesions
 from nnunet_fed.trainers.parts.site_tracker import SiteTracker
 from nnunet_fed.trainers.parts.training_record import logged_by
@@ -80,6 +80,7 @@ class StudyTrainer(nnUNetTrainer):
     optimizer: Any
     lr_scheduler: Any
     grad_scaler: Any
+    _best_ema: float | None
 
     def __new__(cls, plans: dict[str, Any], *arguments: Any, **named: Any) -> Any:
         """A trainer that builds on the base trainer of the study in the plans."""
@@ -97,7 +98,9 @@ class StudyTrainer(nnUNetTrainer):
         with sentences_for_users():
             self.study = study_in(plans)
             self.options = self.options_of(self.study)
-        super().__init__(plans, configuration, fold, dataset_json, device)
+        super().__init__(
+            plans=plans, configuration=configuration, fold=fold, dataset_json=dataset_json, device=device
+        )  # fmt: skip
         own_epochs = self.num_epochs
         if self.device.type == "cpu" and os.environ.get(THREADS_VARIABLE):
             torch.set_num_threads(int(os.environ[THREADS_VARIABLE]))
@@ -108,8 +111,7 @@ class StudyTrainer(nnUNetTrainer):
         self._training_cases = 0
         self._resumed: dict[str, Any] | None = None
         with sentences_for_users():
-            self.configure_study()
-        self._epochs: int = self.num_epochs
+            self.take_study()
         if self.base_trainer is not STOCK:
             self.print_to_log_file(
                 f"This training builds on {self.base_trainer.__name__}, whose own {own_epochs} epochs do not count: it "
@@ -133,6 +135,11 @@ class StudyTrainer(nnUNetTrainer):
     def compared_of_base(self) -> dict[str, str]:
         """What must be equal at all sites of the base trainer that the study names; nothing of nnU-Net's own."""
         return {BASE_TRAINER: code_digest(self.base_trainer)} if self.study.names_trainer else {}
+
+    def take_study(self) -> None:
+        """Begin with the study: :meth:`configure_study`, and note the number of epochs that it gave."""
+        self.configure_study()
+        self._epochs: int = self.num_epochs
 
     def configure_study(self) -> None:
         """Take what the trainer needs from the study; raises :class:`FederationError`.
@@ -312,7 +319,7 @@ class StudyTrainer(nnUNetTrainer):
         """nnU-Net's data sets; notes the number of training cases.
 
         Raises:
-            ConfigurationError: there is no training or no validation case.
+            ConfigurationError: there is no training or no validation case, or the previous stage has not predicted one.
         """
         training, validation = super().get_tr_and_val_datasets()
         for kind, cases in (("training", training), ("validation", validation)):
@@ -321,6 +328,7 @@ class StudyTrainer(nnUNetTrainer):
                     f"Fold {self.fold} has no {kind} case. Correct splits_final.json in "
                     f"{self.preprocessed_dataset_folder_base}, or train fold 'all', which validates on all cases."
                 )
+        require_previous_stage(self, [*training.identifiers, *validation.identifiers])
         self._training_cases = len(training.identifiers)
         return training, validation
 
@@ -340,10 +348,9 @@ class StudyTrainer(nnUNetTrainer):
         if self.local_rank != 0 or self.disable_checkpointing:
             super().save_checkpoint(filename)
             return
-        stock = Path(f"{filename}.nnunet{PARTIAL}")
-        super().save_checkpoint(str(stock))
-        name = self.PREDICTED_AS or self.base_trainer.__name__
-        checkpoint.amend(stock, Path(filename), {**(additions or {}), "trainer_name": name})
+        entries = {**(additions or {}), "trainer_name": self.PREDICTED_AS or self.base_trainer.__name__}
+        with checkpoint.written_with(entries, Path(filename)) as part:
+            super().save_checkpoint(str(part))
 
     def load_checkpoint(self, filename_or_checkpoint: Any) -> None:
         """nnU-Net's checkpoint and our state."""
@@ -376,5 +383,7 @@ class StudyTrainer(nnUNetTrainer):
 
     def validate(self, save_probabilities: bool) -> None:
         """nnU-Net's validation of :attr:`network`, then the same by lesion size."""
-        super().perform_actual_validation(save_probabilities)
+        require_previous_stage(self, self.do_split()[1] if self.is_cascaded else [])
+        with predicting_next_stages(self):
+            super().perform_actual_validation(save_probabilities)
         evaluate_lesions(self)
