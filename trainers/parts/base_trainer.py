@@ -23,6 +23,7 @@ from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.study.federation import Federation
+from nnunet_fed.study.methods import METHODS
 from nnunet_fed.study.methods.custom_options import EXTERNAL_TRAINERS
 
 STOCK: type[Any] = nnUNetTrainer
@@ -73,15 +74,16 @@ def base_of(study: Federation) -> type[Any]:
     if not study.names_trainer:
         return STOCK
     name = study.trainer
-    found = find_trainer(name)
-    if found is None:
+    is_ours = name in {table.own_trainer() for table in METHODS.values()}  # also where nnU-Net does not look for them
+    found = None if is_ours else find_trainer(name)
+    if found is None and not is_ours:
         raise ConfigurationError(
             f"The study '{study.name}' names the trainer '{name}', and there is none here: neither in nnunetv2 "
             f"{version('nnunetv2')} ({_own_folder()}) nor in the folders of {EXTERNAL_TRAINERS} "
             f"({external_folders()}). Put its file into one of these folders, at every site the same, or correct "
             "'trainer' in federation.toml."
         )
-    if any(part.__module__.partition(".")[0] == _PACKAGE for part in found.__mro__):
+    if found is None or any(part.__module__.partition(".")[0] == _PACKAGE for part in found.__mro__):
         raise ConfigurationError(
             f"The study '{study.name}' names the trainer '{name}', which is federated itself. Name the trainer of "
             "nnU-Net on which the federated one shall build ('trainer'), and the method in its table ([method])."
