@@ -7,9 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from nnunet_fed.agreement.fingerprint import INTENSITIES, own_intensities
+from nnunet_fed.agreement.fingerprint_files import COMMON, keep_own
 from nnunet_fed.agreement.plan_digest import plans_digest
 from nnunet_fed.errors import ConfigurationError, DisagreementError
 from nnunet_fed.evaluation.lesions import SMALL_LESIONS
+from nnunet_fed.files import write_json
 from nnunet_fed.planners.dataset import check_agreement, describe
 from nnunet_fed.planners.extraction import extract
 from nnunet_fed.planners.harmonised import planner_class
@@ -82,9 +84,13 @@ def join_and_preprocess(
     agreed = next(answer for answer in published.values() if answer is not None)
     total_cases = sum(description["training cases"] for description in descriptions.values())
     fingerprint, published_digest = agreed["fingerprint"], plans_digest(agreed["plans"])
+    report("extracting")
+    local = extract(dataset.id, len(dataset.cases), processes)
+    dataset.preprocessed.mkdir(parents=True, exist_ok=True)
+    keep_own(dataset.preprocessed, local)
     if study.method.own_channels:
-        report("extracting")
-        fingerprint = {**fingerprint, INTENSITIES: own_intensities(extract(dataset.id, len(dataset.cases), processes))}
+        fingerprint = {**fingerprint, INTENSITIES: own_intensities(local)}
+    write_json(dataset.preprocessed / COMMON, fingerprint, indent=4)
 
     report("planning")
     # plans that were published before there was such a key have none

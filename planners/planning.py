@@ -9,7 +9,8 @@ from typing import Any
 
 from nnunetv2.experiment_planning.plan_and_preprocess_api import preprocess_dataset
 
-from nnunet_fed.agreement.fingerprint import INTENSITIES, LocalFingerprint, fingerprint_of, own_intensities
+from nnunet_fed.agreement.fingerprint import INTENSITIES, LocalFingerprint, own_intensities
+from nnunet_fed.agreement.fingerprint_files import COMMON, keep_own
 from nnunet_fed.agreement.odd_plans import ODD, far_from_own, require_voxels, thin_patches
 from nnunet_fed.agreement.plan_digest import comparable, differences
 from nnunet_fed.errors import ConfigurationError, DisagreementError, FederationError
@@ -149,6 +150,8 @@ def agree(
     own_channels = study.method.own_channels
     local = extract(dataset.id, len(dataset.cases) if own_channels else total_cases, processes)
     intensities = own_intensities(local) if own_channels else None
+    dataset.preprocessed.mkdir(parents=True, exist_ok=True)
+    keep_own(dataset.preprocessed, local)
 
     report("harmonising")
     small_lesions = {
@@ -161,7 +164,7 @@ def agree(
         lambda fingerprint: make_planner(make, dataset, study, total_cases, fingerprint, **small_lesions),
         intensities,
     )
-    _write_local_fingerprint(dataset, local)
+    write_json(dataset.preprocessed / COMMON, planner.dataset_fingerprint, indent=4)
 
     report("planning")
     plans = planner.plan_experiment()
@@ -188,16 +191,6 @@ def wanted_configurations(study: Federation, configurations: Sequence[str] | Non
     return wanted
 
 
-def _write_local_fingerprint(dataset: RawDataset, local: LocalFingerprint) -> None:
-    """For a reader who compares this site with all sites; nothing reads it."""
-    path = dataset.preprocessed / "dataset_fingerprint_local.json"
-    if all(len(channel) for channel in local.intensities):
-        write_json(path, fingerprint_of(local), indent=4)
-    else:
-        logger.warning("No case of %s has foreground; %s is not written", dataset.name, path.name)
-        path.unlink(missing_ok=True)
-
-
 def _check_number(site: str, dataset: RawDataset, study: Federation) -> None:
     if len(dataset.cases) < study.min_cases:
         raise ConfigurationError(
@@ -215,7 +208,7 @@ def make_planner(
     fingerprint: dict[str, Any],
     **about: Any,
 ) -> Any:
-    """The planner of this site's data set, which reads a fingerprint where nnU-Net puts its own.
+    """The planner of this site's data set.
 
     Args:
         make: the planner's class.
@@ -225,8 +218,6 @@ def make_planner(
         fingerprint: of all sites.
         about: what this site's plans carry beside the study.
     """
-    dataset.preprocessed.mkdir(parents=True, exist_ok=True)
-    write_json(dataset.preprocessed / "dataset_fingerprint.json", fingerprint, indent=4)
     carried = {"name": study.name, "digest": study.digest_of_fold(study.fold), "study": study.stored(), **about}
     options = {
         "plans_name": study.plans_name,
@@ -236,7 +227,7 @@ def make_planner(
     }
     given = {name: value for name, value in options.items() if value is not None}
     try:
-        return make(dataset.id, total_cases=total_cases, study=carried, **given)
+        return make(dataset.id, fingerprint=fingerprint, total_cases=total_cases, study=carried, **given)
     except AssertionError:  # nnU-Net asserts without a word that raw and preprocessed folds are the same
         raise ConfigurationError(
             f"The folds in {dataset.folder / 'splits_final.json'} are not those in {dataset.preprocessed}. "

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nnunet_fed.agreement.fingerprint_files import OWN, common_file
 from nnunet_fed.datasets.listing import laid_out, list_cases
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.files import link, write_json, write_text
@@ -122,7 +123,7 @@ def pool(planned: Path, out: Path, study: Federation) -> None:
         path.parent.mkdir(exist_ok=True)
         write_json(path, folds if path.name == SPLITS else dataset, indent=4)
     write_json(preprocessed / f"{study.plans_name}.json", {**first.plans, "dataset_name": place.dataset}, indent=4)
-    link(first.folder / "dataset_fingerprint.json", preprocessed / "dataset_fingerprint.json")
+    link(common_file(first.folder), preprocessed / OWN)
     identifiers = [site.plans["configurations"][study.configuration]["data_identifier"] for site in sites]
     for site, identifier in zip(sites, identifiers, strict=True):
         own = {case: names[site.site, case] for case in site.cases}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
 
 import torch
@@ -15,9 +16,10 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from pydantic import ValidationError
 from torch._dynamo import OptimizedModule
 
+from nnunet_fed.agreement.fingerprint_files import OWN, put_own_in_place, without_cases
 from nnunet_fed.errors import ConfigurationError, FederationError
 from nnunet_fed.exchange.payload import Array
-from nnunet_fed.files import PARTIAL
+from nnunet_fed.files import PARTIAL, write_json
 from nnunet_fed.methods.fedavg import site_weight
 from nnunet_fed.methods.tensors import load_arrays, shared_tensors, to_arrays
 from nnunet_fed.study.federation import Federation, study_in
@@ -72,6 +74,9 @@ class StudyTrainer(nnUNetTrainer):
     optimizer: Any
     lr_scheduler: Any
     grad_scaler: Any
+    preprocessed_dataset_folder_base: str
+    _cleanup: ExitStack
+    """What ends once nnU-Net has copied the fingerprint."""
 
     def __init__(
         self,
@@ -219,11 +224,30 @@ class StudyTrainer(nnUNetTrainer):
 
     def on_train_start(self) -> None:
         """nnU-Net's start, then TensorBoard if site.toml asks for it: its thread must not be there at a fork."""
+        if self.local_rank == 0:
+            with suppress(OSError):  # the folder may be another user's
+                put_own_in_place(Path(self.preprocessed_dataset_folder_base))
         super().on_train_start()
         going_on = self.current_epoch < self.num_epochs  # a finished training needs no site.toml
         if self.local_rank == 0 and going_on and self.own_site().tensorboard:
             self.tracker = SiteTracker(Path(self.output_folder), self.current_epoch)
             self.logger.loggers.append(self.tracker)
+
+    def print_plans(self) -> None:
+        """nnU-Net's. What it does next is to copy the fingerprint of this site's cases into the results.
+
+        These may leave the site, so it is shown a fingerprint of no single case, until it plots the architecture.
+        """
+        super().print_plans()
+        self._cleanup = ExitStack()
+        self._cleanup.callback(setattr, self, "preprocessed_dataset_folder_base", self.preprocessed_dataset_folder_base)
+        self.preprocessed_dataset_folder_base = self._cleanup.enter_context(TemporaryDirectory())
+        write_json(Path(self.preprocessed_dataset_folder_base) / OWN, without_cases(self.plans_manager.plans), indent=4)
+
+    def plot_network_architecture(self) -> None:
+        """nnU-Net's, once the fingerprint is copied."""
+        self._cleanup.close()
+        super().plot_network_architecture()
 
     def get_tr_and_val_datasets(self) -> Any:
         """nnU-Net's data sets; notes the number of training cases.
