@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from nnunet_fed.agreement.fingerprint import INTENSITIES, own_intensities
 from nnunet_fed.agreement.fingerprint_files import COMMON, keep_own
 from nnunet_fed.agreement.plan_digest import plans_digest
+from nnunet_fed.datasets.folds import FoldChoice
 from nnunet_fed.errors import ConfigurationError, DisagreementError
 from nnunet_fed.evaluation.lesions import SMALL_LESIONS
 from nnunet_fed.files import write_json
@@ -20,6 +21,7 @@ from nnunet_fed.planners.planning import (
     DESCRIPTIONS,
     PUBLISHED,
     PlanningResult,
+    check_cases,
     check_configurations,
     make_planner,
     preprocess,
@@ -54,6 +56,7 @@ def join_and_preprocess(
     report: Callable[[str], None] = lambda phase: None,
     *,
     labels: LabelMap | None = None,
+    folds: FoldChoice = FoldChoice.keep,
 ) -> PlanningResult:
     """Take the fingerprint and the plans of a federation that has planned, and preprocess by them.
 
@@ -69,6 +72,7 @@ def join_and_preprocess(
     report("checking")
     wanted = wanted_configurations(study, configurations)
     dataset = prepare_dataset(dataset_id, labels, processes)
+    check_cases(communicator.site, dataset, study, folds)
     descriptions, published = communicator.gathered(DESCRIPTIONS), communicator.gathered(PUBLISHED)
     if descriptions is None or published is None:
         raise ConfigurationError(

@@ -13,6 +13,7 @@ from nnunet_fed.agreement.fingerprint import INTENSITIES, LocalFingerprint, own_
 from nnunet_fed.agreement.fingerprint_files import COMMON, keep_own
 from nnunet_fed.agreement.odd_plans import ODD, far_from_own, require_voxels, thin_patches
 from nnunet_fed.agreement.plan_digest import comparable, differences
+from nnunet_fed.datasets.folds import FoldChoice
 from nnunet_fed.errors import ConfigurationError, DisagreementError, FederationError
 from nnunet_fed.evaluation.lesions import SMALL_LESIONS, small_lesion_thresholds
 from nnunet_fed.exchange.communicator import Collectives
@@ -24,7 +25,13 @@ from nnunet_fed.planners.explanation import Row, explain
 from nnunet_fed.planners.extraction import extract
 from nnunet_fed.planners.geometry import harmonised_planner
 from nnunet_fed.planners.harmonised import check_preprocessor, planner_class
-from nnunet_fed.planners.leftovers import drop_newer_references, set_old_folds_aside
+from nnunet_fed.planners.leftovers import (
+    bring_folds_up_to_date,
+    drop_newer_references,
+    look_at_old_folds,
+    note_cases,
+    tell_changed_cases,
+)
 from nnunet_fed.planners.mapping import prepare_dataset
 from nnunet_fed.study.federation import PLANS_KEY, Federation
 from nnunet_fed.study.labels import LabelMap
@@ -75,6 +82,7 @@ def plan_and_preprocess(
     report: Callable[[str], None] = lambda phase: None,
     *,
     labels: LabelMap | None = None,
+    folds: FoldChoice = FoldChoice.keep,
 ) -> PlanningResult:
     """Agree with the other sites on a fingerprint, plan from it, make sure that all plans are equal, and preprocess.
 
@@ -90,6 +98,7 @@ def plan_and_preprocess(
         report: called with the name of each phase that begins: checking, extracting, harmonising, planning,
             preprocessing, planned.
         labels: this site's label map; with one, all work is done on the mapped data set, which is built first.
+        folds: what becomes of those of an earlier training.
 
     Raises:
         ConfigurationError: nnU-Net's paths, the data set, the planner or a configuration is wrong.
@@ -97,7 +106,7 @@ def plan_and_preprocess(
         FederationError: a case cannot be analysed or preprocessed.
     """
     wanted = wanted_configurations(study, configurations)
-    agreement = agree(communicator, study, dataset_id, processes, report, labels=labels)
+    agreement = agree(communicator, study, dataset_id, processes, report, labels=labels, folds=folds)
     dataset, planner, plans = agreement.dataset, agreement.planner, agreement.plans
     check_configurations(plans, wanted)
 
@@ -130,6 +139,7 @@ def agree(
     report: Callable[[str], None] = lambda phase: None,
     *,
     labels: LabelMap | None = None,
+    folds: FoldChoice = FoldChoice.keep,
     keep_look: bool = True,
 ) -> Agreement:
     """The part of :func:`plan_and_preprocess` before preprocessing: all that needs the other sites.
@@ -140,7 +150,7 @@ def agree(
     make = planner_class(study.planner)
     check_preprocessor(study.preprocessor_name)
     dataset = prepare_dataset(dataset_id, labels, processes, keep_look=keep_look)
-    _check_number(communicator.site, dataset, study)
+    check_cases(communicator.site, dataset, study, folds)
     descriptions = communicator.gather(DESCRIPTIONS, describe(dataset, study.planner))
     check_agreement(descriptions, study.method)
     total_cases = sum(description["training cases"] for description in descriptions.values())
@@ -191,13 +201,20 @@ def wanted_configurations(study: Federation, configurations: Sequence[str] | Non
     return wanted
 
 
-def _check_number(site: str, dataset: RawDataset, study: Federation) -> None:
+def check_cases(site: str, dataset: RawDataset, study: Federation, folds: FoldChoice) -> None:
+    """See that the cases are enough, and what has changed since the last planning.
+
+    Raises:
+        ConfigurationError: they are fewer than the study asks for, or the folds of an earlier training cannot be kept.
+    """
+    tell_changed_cases(dataset)
     if len(dataset.cases) < study.min_cases:
         raise ConfigurationError(
             f"Site '{site}' has {len(dataset.cases)} training cases in {dataset.name}, but the study asks every site "
             f"for at least {study.min_cases}, since sums over few cases tell what these are. Nothing was sent; "
             "leave the site out of the study, or lower 'min_cases' in federation.toml."
         )
+    look_at_old_folds(dataset, folds)
 
 
 def make_planner(
@@ -226,13 +243,7 @@ def make_planner(
         "preprocessor_name": study.preprocessor_name,
     }
     given = {name: value for name, value in options.items() if value is not None}
-    try:
-        return make(dataset.id, fingerprint=fingerprint, total_cases=total_cases, study=carried, **given)
-    except AssertionError:  # nnU-Net asserts without a word that raw and preprocessed folds are the same
-        raise ConfigurationError(
-            f"The folds in {dataset.folder / 'splits_final.json'} are not those in {dataset.preprocessed}. "
-            "Remove the latter file if the former is right."
-        ) from None
+    return make(dataset.id, fingerprint=fingerprint, total_cases=total_cases, study=carried, **given)
 
 
 def _agree_on_plans(communicator: Collectives, plans: dict[str, Any]) -> None:
@@ -282,7 +293,6 @@ def preprocess(
         else:
             logger.info("%s is preprocessed already in %s", name, folders[name].name)
     drop_newer_references(dataset)
-    set_old_folds_aside(dataset)
     try:
         # also without a configuration: it brings the references in gt_segmentations up to date
         preprocess_dataset(dataset.id, plans_name, open_ones, [processes])
@@ -293,3 +303,5 @@ def preprocess(
         ) from error
     for name in open_ones:
         write_json(markers[name], {"configuration": name, "cases": len(dataset.cases)}, indent=4)
+    bring_folds_up_to_date(dataset)
+    note_cases(dataset)

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from nnunet_fed.datasets.folds import FoldChoice
 from nnunet_fed.errors import ConfigurationError, DisagreementError
 from nnunet_fed.study.federation import Federation
 from nnunet_fed.study.site import Site
@@ -22,6 +23,13 @@ def plan_and_preprocess(
     ] = None,
     processes: Annotated[int, typer.Option("-np", help="Processes for extraction and preprocessing.")] = 4,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what this site would send, and stop.")] = False,
+    folds: Annotated[
+        FoldChoice,
+        typer.Option(
+            help="What becomes of the folds of an earlier training where cases were added or removed: keep brings them "
+            "up to date, and no case goes from training to validation; new makes folds anew."
+        ),
+    ] = FoldChoice.keep,
     join: Annotated[bool, typer.Option("--join", help="Take the plans of a federation that has planned.")] = False,
 ) -> None:
     """Agree with the other sites on plans, and preprocess this site's data by them."""
@@ -52,7 +60,7 @@ def plan_and_preprocess(
     run = join_and_preprocess if join else plan
     try:
         require_trainer(study)
-        result = run(communicator, study, dataset, configurations, processes, report, labels=site.label_map)
+        result = run(communicator, study, dataset, configurations, processes, report, labels=site.label_map, folds=folds)
     except BaseException as error:
         report("failed")
         if isinstance(error, DisagreementError) and (join or communicator.site == study.sites[0]):  # once is enough
