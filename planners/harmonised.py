@@ -24,6 +24,7 @@ from nnunet_fed.agreement.fingerprint import INTENSITIES
 from nnunet_fed.agreement.plan_digest import plans_digest
 from nnunet_fed.agreement.quantiles import Floats
 from nnunet_fed.datasets.description import channel_names
+from nnunet_fed.datasets.preprocessed import PREFIX
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.files import move
 from nnunet_fed.inspection.reading import choose_reader, reader_class
@@ -121,7 +122,7 @@ class HarmonisedPlanner:
         for name, configuration in plans["configurations"].items():
             if "inherits_from" not in configuration:
                 digest = digest_of(self._preprocessing_inputs(plans, configuration))
-                configuration["data_identifier"] = f"nnUNetFed_{name}_{digest[:8]}"
+                configuration["data_identifier"] = f"{PREFIX}{name}_{digest[:8]}"
         plans[PLANS_KEY] = self.study  # which says what may differ
         plans[PLANS_KEY] = {**self.study, "plans_digest": plans_digest(plans)}
         if self.plans_file.exists():

@@ -25,6 +25,7 @@ from nnunet_fed.planners.planning import (
     check_configurations,
     make_planner,
     preprocess,
+    trained_fold,
     wanted_configurations,
 )
 from nnunet_fed.study.federation import PLANS_KEY, Federation
@@ -120,8 +121,15 @@ def join_and_preprocess(
     report("preprocessing")
     preprocess(communicator.site, dataset, planner.plans_identifier, plans, wanted, processes)
     report("planned")
-    digest = plans[PLANS_KEY]["plans_digest"]
-    return PlanningResult(dataset.name, planner.plans_identifier, digest, wanted, total_cases, len(dataset.cases))
+    return PlanningResult(
+        dataset.name,
+        planner.plans_identifier,
+        plans[PLANS_KEY]["plans_digest"],
+        wanted,
+        total_cases,
+        len(dataset.cases),
+        fold=trained_fold(dataset, study),
+    )
 
 
 def _fill_in_channels(plans: dict[str, Any], planner: Any) -> None:

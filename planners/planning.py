@@ -13,7 +13,9 @@ from nnunet_fed.agreement.fingerprint import INTENSITIES, LocalFingerprint, own_
 from nnunet_fed.agreement.fingerprint_files import COMMON, keep_own
 from nnunet_fed.agreement.odd_plans import ODD, far_from_own, require_voxels, thin_patches
 from nnunet_fed.agreement.plan_digest import comparable, differences
-from nnunet_fed.datasets.folds import FoldChoice
+from nnunet_fed.datasets.findings import counted
+from nnunet_fed.datasets.folds import FOLDS, FoldChoice, has_folds
+from nnunet_fed.datasets.preprocessed import complete_marker, is_complete
 from nnunet_fed.errors import ConfigurationError, DisagreementError, FederationError
 from nnunet_fed.evaluation.lesions import SMALL_LESIONS, small_lesion_thresholds
 from nnunet_fed.exchange.communicator import Collectives
@@ -33,7 +35,7 @@ from nnunet_fed.planners.leftovers import (
     tell_changed_cases,
 )
 from nnunet_fed.planners.mapping import prepare_dataset
-from nnunet_fed.study.federation import PLANS_KEY, Federation
+from nnunet_fed.study.federation import PLANS_KEY, Federation, Fold
 from nnunet_fed.study.labels import LabelMap
 
 logger = logging.getLogger(__name__)
@@ -60,6 +62,8 @@ class PlanningResult:
     """What this site would have planned alone; none if it is not known."""
     odd_plans: tuple[str, ...] = ()
     """What had better be looked at before anybody trains; the same at all sites, and logged."""
+    fold: Fold = 0
+    """That this site trains: the study's, or ``all`` where it has too few cases for a cross-validation."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +132,7 @@ def plan_and_preprocess(
         len(dataset.cases),
         explanation,
         odd_plans,
+        trained_fold(dataset, study),
     )
 
 
@@ -215,6 +220,17 @@ def check_cases(site: str, dataset: RawDataset, study: Federation, folds: FoldCh
             "leave the site out of the study, or lower 'min_cases' in federation.toml."
         )
     look_at_old_folds(dataset, folds)
+    if trained_fold(dataset, study) != study.fold:
+        logger.warning(
+            "Site '%s' has %s, too few for nnU-Net's %d folds, and trains on all of them: it gives nnUNetv2_train the "
+            "fold 'all' in the place of %s. It then validates on the cases that it trains on.",
+            site, counted(len(dataset.cases), "training case"), FOLDS, study.fold,
+        )  # fmt: skip
+
+
+def trained_fold(dataset: RawDataset, study: Federation) -> Fold:
+    """The study's fold, or ``all`` at a site that has too few cases for folds, and none of its own making."""
+    return study.fold if has_folds(len(dataset.cases), dataset.folder, dataset.preprocessed) else "all"
 
 
 def make_planner(
@@ -283,13 +299,11 @@ def preprocess(
         wanted: configurations.
         processes: worker processes.
     """
-    # a marker stands beside the folder, in which nnU-Net would take it for a case
     folders = {name: dataset.preprocessed / plans["configurations"][name]["data_identifier"] for name in wanted}
-    markers = {name: folder.with_name(f"{folder.name}.complete.json") for name, folder in folders.items()}
-    open_ones = [name for name in wanted if not (folders[name].is_dir() and markers[name].is_file())]
+    open_ones = [name for name in wanted if not is_complete(folders[name])]
     for name in wanted:
         if name in open_ones:
-            markers[name].unlink(missing_ok=True)
+            complete_marker(folders[name]).unlink(missing_ok=True)
         else:
             logger.info("%s is preprocessed already in %s", name, folders[name].name)
     drop_newer_references(dataset)
@@ -302,6 +316,6 @@ def preprocess(
             "If a worker died, use fewer processes; then plan again."
         ) from error
     for name in open_ones:
-        write_json(markers[name], {"configuration": name, "cases": len(dataset.cases)}, indent=4)
+        write_json(complete_marker(folders[name]), {"configuration": name, "cases": len(dataset.cases)}, indent=4)
     bring_folds_up_to_date(dataset)
     note_cases(dataset)

@@ -60,7 +60,9 @@ def plan_and_preprocess(
     run = join_and_preprocess if join else plan
     try:
         require_trainer(study)
-        result = run(communicator, study, dataset, configurations, processes, report, labels=site.label_map, folds=folds)
+        result = run(
+            communicator, study, dataset, configurations, processes, report, labels=site.label_map, folds=folds
+        )
     except BaseException as error:
         report("failed")
         if isinstance(error, DisagreementError) and (join or communicator.site == study.sites[0]):  # once is enough
@@ -74,5 +76,7 @@ def plan_and_preprocess(
     print(
         f"{result.dataset_name}: {result.local_cases} cases, plans {result.plans_name} ({result.plans_digest[:12]}) of "
         f"{result.total_cases} cases, {planned_by}; preprocessed: {', '.join(result.configurations)}\n"
+        f"Train with: nnUNetv2_train {result.dataset_name} {result.configurations[0]} {result.fold} "
+        f"-tr {study.method.trainer_name} -p {result.plans_name}\n"
         f"All that this site has sent is listed in {outgoing.path}."
     )

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_fed.agreement.fingerprint_files import OWN, common_file
+from nnunet_fed.datasets.folds import FOLDS, SPLITS
 from nnunet_fed.datasets.listing import laid_out, list_cases
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.files import link, write_json, write_text
 from nnunet_fed.simulation.reuse_plans import plans_of
-from nnunet_fed.simulation.simulate import FOLDS, Place
+from nnunet_fed.simulation.simulate import Place
 from nnunet_fed.study.federation import Federation
 from nnunet_fed.study.toml import to_toml
 
@@ -27,7 +28,6 @@ SITE = "pooled"
 """Name of the one site."""
 DATA, CASES = "data", "cases.json"
 """Its raw data set, and of which site each of its cases is, below the folder."""
-SPLITS = "splits_final.json"
 NOBODY = "127.0.0.1:9"
 """Address in the ``site.toml`` of a site that trains nowhere: each training is given its own."""
 

@@ -11,6 +11,8 @@ from nnunet_fed.datasets.findings import Finding, Severity, counted
 from nnunet_fed.errors import ConfigurationError
 
 SPLITS = "splits_final.json"
+FOLDS = 5
+"""Of nnU-Net's cross-validation, which needs as many cases."""
 Folds = list[dict[str, list[str]]]
 """For each fold the names of the cases under ``train`` and under ``val``."""
 
@@ -22,6 +24,16 @@ class FoldChoice(str, Enum):
     """No case goes from training to validation or back; the folds are only brought up to date."""
     new = "new"
     """nnU-Net makes them, or takes those that the data set brings."""
+
+
+def has_folds(cases: int, *folders: Path) -> bool:
+    """Whether a site can train a fold by its number: nnU-Net makes folds of enough cases, or somebody has made them.
+
+    Args:
+        cases: number of training cases.
+        folders: in which the folds may lie: of the raw data set, and of what is preprocessed of it.
+    """
+    return cases >= FOLDS or any((folder / SPLITS).is_file() for folder in folders)
 
 
 def read_folds(path: Path) -> Folds:

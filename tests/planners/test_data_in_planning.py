@@ -167,7 +167,9 @@ def test_folds_that_cannot_be_kept_are_told_before_anything_is_sent(raw: Path, i
         def gather(self, key: str, value: Any) -> None:
             sent.append(key)
 
-    with pytest.raises(FederationError, match=r"fold 3 would have no case for validation\. Nothing was sent.*--folds new"):
+    with pytest.raises(
+        FederationError, match=r"fold 3 would have no case for validation\. Nothing was sent.*--folds new"
+    ):
         planning.plan_and_preprocess(Listening(), study(["a"]), OTHER)  # type: ignore[arg-type]
     assert sent == []
     (raw / "Dataset021_Test" / "splits_final.json").write_text(json.dumps(folds_of(range(3), 3)))

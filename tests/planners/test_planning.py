@@ -136,7 +136,7 @@ def test_study_travels_in_the_plans(pooled: dict[str, Any]) -> None:
         "plans_digest": plans_digest(plans),
     }
     assert pooled["results"]["b"] == PlanningResult(
-        "Dataset012_Test", "nnUNetFedPlans", plans_digest(plans), ("3d_fullres",), 6, 2
+        "Dataset012_Test", "nnUNetFedPlans", plans_digest(plans), ("3d_fullres",), 6, 2, fold="all"
     )
     phases = ["checking", "extracting", "harmonising", "planning", "preprocessing", "planned"]
     assert sorted(pooled["phases"]) == sorted(3 * phases)

@@ -29,6 +29,7 @@ from nnunet_fed.study.site import Site
 from nnunet_fed.study.toml import explain
 from nnunet_fed.trainers.parts import checkpoint
 from nnunet_fed.trainers.parts.lesion_report import evaluate_lesions
+from nnunet_fed.trainers.parts.own_cases import require_cases
 from nnunet_fed.trainers.parts.site_tracker import SiteTracker
 from nnunet_fed.trainers.parts.training_record import logged_by
 
@@ -253,8 +254,9 @@ class StudyTrainer(nnUNetTrainer):
         """nnU-Net's data sets; notes the number of training cases.
 
         Raises:
-            ConfigurationError: there is no training or no validation case.
+            ConfigurationError: there is no training or no validation case, or one is not preprocessed.
         """
+        require_cases(self)
         training, validation = super().get_tr_and_val_datasets()
         for kind, cases in (("training", training), ("validation", validation)):
             if not cases.identifiers:
