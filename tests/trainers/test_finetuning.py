@@ -19,7 +19,6 @@ from nnunet_fed.study.federation import Federation
 from nnunet_fed.study.methods import METHODS
 from nnunet_fed.trainers.nnUNetTrainerFedGS import nnUNetTrainerFedGS
 from nnunet_fed.trainers.nnUNetTrainerFedOAP import nnUNetTrainerFedOAP
-from nnunet_fed.trainers.parts import study_trainer
 from nnunet_fed.trainers.parts.checkpoint import network_weights
 from nnunet_fed.trainers.parts.finetuning import TwoPhaseLRScheduler
 
@@ -79,7 +78,6 @@ def test_a_fold_without_cases_is_refused(
     monkeypatch.setattr(nnUNetTrainer, "get_tr_and_val_datasets", lambda trainer: sets)
     trainer = object.__new__(nnUNetTrainerFedOAP)
     trainer.fold, trainer.preprocessed_dataset_folder_base = 2, "somewhere"
-    monkeypatch.setattr(study_trainer, "require_cases", lambda trainer: None)
     with pytest.raises(ConfigurationError, match=rf"Fold 2 has no {missing} case\. Correct .* in somewhere"):
         trainer.get_tr_and_val_datasets()
 

@@ -250,13 +250,17 @@ class StudyTrainer(nnUNetTrainer):
         self._cleanup.close()
         super().plot_network_architecture()
 
+    def get_dataloaders(self) -> Any:
+        """nnU-Net's, once it is sure that there are the cases; raises :class:`ConfigurationError` if not."""
+        require_cases(self)
+        return super().get_dataloaders()
+
     def get_tr_and_val_datasets(self) -> Any:
         """nnU-Net's data sets; notes the number of training cases.
 
         Raises:
-            ConfigurationError: there is no training or no validation case, or one is not preprocessed.
+            ConfigurationError: there is no training or no validation case.
         """
-        require_cases(self)
         training, validation = super().get_tr_and_val_datasets()
         for kind, cases in (("training", training), ("validation", validation)):
             if not cases.identifiers:
