@@ -16,19 +16,23 @@ if TYPE_CHECKING:
     from nnunet_fed.trainers.parts.study_trainer import StudyTrainer
 
 
-def require_cases(trainer: StudyTrainer) -> None:
-    """See that the cases of the trainer's fold are preprocessed; what no fold names is told in the log.
-
-    Raises:
-        ConfigurationError: preprocessing is not complete, there are too few cases for nnU-Net's cross-validation, or
-            a case of the fold is not there.
-    """
-    folder, splits = Path(trainer.preprocessed_dataset_folder), Path(trainer.preprocessed_dataset_folder_base) / SPLITS
+def require_preprocessed(trainer: StudyTrainer) -> None:
+    """See that preprocessing is complete; raises :class:`ConfigurationError` if it is not."""
+    folder = Path(trainer.preprocessed_dataset_folder)
     if not is_complete(folder):
         raise ConfigurationError(
             f"{trainer.configuration_name} of {trainer.plans_manager.dataset_name} is not preprocessed, or not "
             f"completely ({folder}). Give the command 'nnunet_fed plan_and_preprocess' again: it goes on from there."
         )
+
+
+def require_fold(trainer: StudyTrainer) -> None:
+    """See that the cases of the trainer's fold are preprocessed; what no fold names is told in the log.
+
+    Raises:
+        ConfigurationError: there are too few cases for nnU-Net's cross-validation, or a case of the fold is not there.
+    """
+    folder, splits = Path(trainer.preprocessed_dataset_folder), Path(trainer.preprocessed_dataset_folder_base) / SPLITS
     there = set(infer_dataset_class(str(folder)).get_identifiers(str(folder)))
     if trainer.fold == "all":
         return

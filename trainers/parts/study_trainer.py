@@ -29,7 +29,7 @@ from nnunet_fed.study.site import Site
 from nnunet_fed.study.toml import explain
 from nnunet_fed.trainers.parts import checkpoint
 from nnunet_fed.trainers.parts.lesion_report import evaluate_lesions
-from nnunet_fed.trainers.parts.own_cases import require_cases
+from nnunet_fed.trainers.parts.own_cases import require_fold, require_preprocessed
 from nnunet_fed.trainers.parts.site_tracker import SiteTracker
 from nnunet_fed.trainers.parts.training_record import logged_by
 
@@ -199,7 +199,9 @@ class StudyTrainer(nnUNetTrainer):
     # ------------------------------------------------------------------------------------------- nnU-Net's hooks
 
     def initialize(self) -> None:
-        """Build the network from the study's seed."""
+        """Build the network from the study's seed, once it is sure that there are preprocessed cases."""
+        with sentences_for_users():
+            require_preprocessed(self)
         checkpoint.seed_everything(self.initial_seed + self.local_rank)
         super().initialize()
 
@@ -251,8 +253,8 @@ class StudyTrainer(nnUNetTrainer):
         super().plot_network_architecture()
 
     def get_dataloaders(self) -> Any:
-        """nnU-Net's, once it is sure that there are the cases; raises :class:`ConfigurationError` if not."""
-        require_cases(self)
+        """nnU-Net's, once it is sure that there are the fold's cases; raises :class:`ConfigurationError` if not."""
+        require_fold(self)
         return super().get_dataloaders()
 
     def get_tr_and_val_datasets(self) -> Any:
