@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +21,7 @@ from nnunet_fed.errors import ConfigurationError, DisagreementError, FederationE
 from nnunet_fed.evaluation.lesions import SMALL_LESIONS, small_lesion_thresholds
 from nnunet_fed.exchange.communicator import Collectives
 from nnunet_fed.exchange.keys import PLANNING, PLANS, key_of
-from nnunet_fed.files import move, write_json
+from nnunet_fed.files import NEXT_TO_NOTHING, free_bytes, in_words, move, no_room, write_json
 from nnunet_fed.planners.answered import FILE, AnsweredCollectives
 from nnunet_fed.planners.dataset import PLAN_AGAIN, RawDataset, check_agreement, describe
 from nnunet_fed.planners.explanation import Row, explain
@@ -311,6 +312,13 @@ def preprocess(
         # also without a configuration: it brings the references in gt_segmentations up to date
         preprocess_dataset(dataset.id, plans_name, open_ones, [processes])
     except Exception as error:  # whatever nnU-Net and its readers raise
+        told = in_words(error, str(dataset.preprocessed)) if isinstance(error, OSError) else None
+        if told is None and free_bytes(dataset.preprocessed) < NEXT_TO_NOTHING:  # Blosc does not say why
+            told = no_room(dataset.preprocessed)
+        if told is not None:
+            for name in open_ones:  # it is made anew, and the room is needed
+                shutil.rmtree(folders[name], ignore_errors=True)
+            raise told from error
         raise FederationError(
             f"Site '{site}' cannot preprocess {dataset.name}: {type(error).__name__}: {error}. "
             "If a worker died, use fewer processes; then plan again."

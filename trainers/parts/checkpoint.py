@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nnunet_fed.files import replacing
+from nnunet_fed.files import no_room, replacing
 
 FEDERATION = "federation"
 """Key of a checkpoint under which our state stands; stock nnU-Net ignores it."""
@@ -52,15 +52,33 @@ def drawn_from(seed: int) -> Iterator[None]:
         restore_random_states(before)
 
 
+@contextmanager
+def needs_room(stock: Path) -> Iterator[None]:
+    """Let nnU-Net write the checkpoint ``stock`` within; half of one is removed.
+
+    Raises:
+        BusyError: there is no room for it, which PyTorch does not say.
+    """
+    try:
+        yield
+    except BaseException as error:
+        stock.unlink(missing_ok=True)
+        if isinstance(error, RuntimeError) and "inline_container" in str(error):  # PyTorch's writer
+            raise no_room(stock) from error
+        raise
+
+
 def amend(stock: Path, filename: Path, additions: Mapping[str, Any]) -> None:
     """Add entries to the checkpoint ``stock`` and move it to ``filename``, which never is half a file.
 
     The tensors are memory-mapped, not read: the cost is one more write of the file.
     """
     checkpoint = torch.load(stock, map_location="cpu", weights_only=False, mmap=True)
-    with replacing(filename) as amended, amended.open("wb") as file:
-        torch.save({**checkpoint, **additions}, file)
-    stock.unlink()
+    try:
+        with replacing(filename) as amended, amended.open("wb") as file:
+            torch.save({**checkpoint, **additions}, file)
+    finally:
+        stock.unlink()
 
 
 def network_weights(filename: Path) -> dict[str, torch.Tensor]:

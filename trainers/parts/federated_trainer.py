@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,8 @@ class FederatedTrainer(CatchingUpTrainer):
                 except _TrainingOver:
                     self.on_train_end()
             except BaseException:
-                self._report("failed", wait=True)  # not why: an error's text may name files and cases
+                with suppress(OSError):  # a full disk, to which what is sent could not be written
+                    self._report("failed", wait=True)  # not why: an error's text may name files and cases
                 raise
 
     def on_train_start(self) -> None:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
+from nnunetv2.paths import nnUNet_results
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from pydantic import ValidationError
 from torch._dynamo import OptimizedModule
@@ -19,7 +20,7 @@ from torch._dynamo import OptimizedModule
 from nnunet_fed.agreement.fingerprint_files import OWN, put_own_in_place, without_cases
 from nnunet_fed.errors import ConfigurationError, FederationError
 from nnunet_fed.exchange.payload import Array
-from nnunet_fed.files import PARTIAL, write_json
+from nnunet_fed.files import NEXT_TO_NOTHING, PARTIAL, free_bytes, in_words, no_room, write_json
 from nnunet_fed.methods.fedavg import site_weight
 from nnunet_fed.methods.tensors import load_arrays, shared_tensors, to_arrays
 from nnunet_fed.study.federation import Federation, study_in
@@ -41,13 +42,27 @@ SKIP_VALIDATION_VARIABLE = "nnUNet_fed_skip_validation"
 
 @contextmanager
 def sentences_for_users() -> Iterator[None]:
-    """End the process with the error's sentence instead of a traceback, unless ``nnUNet_fed_debug`` is set."""
+    """End the process with the error's sentence instead of a traceback, unless ``nnUNet_fed_debug`` is set.
+
+    So end full disks and other users' files, too.
+    """
     try:
         yield
-    except FederationError as error:
-        if os.environ.get(DEBUG_VARIABLE):
+    except (FederationError, OSError, RuntimeError) as error:
+        told = _in_words(error)
+        if told is None or os.environ.get(DEBUG_VARIABLE):
             raise
-        raise SystemExit(f"Error: {error}") from None
+        raise SystemExit(f"Error: {told}") from None
+
+
+def _in_words(error: Exception) -> FederationError | None:
+    results = nnUNet_results or None
+    if isinstance(error, FederationError):
+        return error
+    if isinstance(error, OSError):
+        return in_words(error, results)
+    # libraries in C++ do not say why they could not write
+    return no_room(Path(results)) if results and free_bytes(Path(results)) < NEXT_TO_NOTHING else None
 
 
 def _all_in(transform: Any) -> Iterator[Any]:
@@ -90,7 +105,8 @@ class StudyTrainer(nnUNetTrainer):
         with sentences_for_users():
             self.study = study_in(plans)
             self.options = self.options_of(self.study)
-        super().__init__(plans, configuration, fold, dataset_json, device)
+        with sentences_for_users():
+            super().__init__(plans, configuration, fold, dataset_json, device)
         if self.device.type == "cpu" and os.environ.get(THREADS_VARIABLE):
             torch.set_num_threads(int(os.environ[THREADS_VARIABLE]))
         self.tracker: SiteTracker | None = None
@@ -290,7 +306,8 @@ class StudyTrainer(nnUNetTrainer):
             super().save_checkpoint(filename)
             return
         stock = Path(f"{filename}.nnunet{PARTIAL}")
-        super().save_checkpoint(str(stock))
+        with checkpoint.needs_room(stock):
+            super().save_checkpoint(str(stock))
         checkpoint.amend(stock, Path(filename), {**(additions or {}), "trainer_name": self.PREDICTED_AS})
 
     def load_checkpoint(self, filename_or_checkpoint: Any) -> None:
