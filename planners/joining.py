@@ -17,15 +17,14 @@ from nnunet_fed.planners.dataset import check_agreement, describe
 from nnunet_fed.planners.extraction import extract
 from nnunet_fed.planners.harmonised import planner_class
 from nnunet_fed.planners.mapping import prepare_dataset
+from nnunet_fed.planners.own_cases import check_cases, trained_fold, warn_of_little_room
 from nnunet_fed.planners.planning import (
     DESCRIPTIONS,
     PUBLISHED,
     PlanningResult,
-    check_cases,
     check_configurations,
     make_planner,
     preprocess,
-    trained_fold,
     wanted_configurations,
 )
 from nnunet_fed.study.federation import PLANS_KEY, Federation
@@ -119,6 +118,7 @@ def join_and_preprocess(
     communicator.note(f"joined after planning, with {len(dataset.cases)} cases: the plans are those of {planned_by}")
 
     report("preprocessing")
+    warn_of_little_room(dataset, local, plans, wanted)
     preprocess(communicator.site, dataset, planner.plans_identifier, plans, wanted, processes)
     report("planned")
     return PlanningResult(

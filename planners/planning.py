@@ -14,8 +14,7 @@ from nnunet_fed.agreement.fingerprint import INTENSITIES, LocalFingerprint, own_
 from nnunet_fed.agreement.fingerprint_files import COMMON, keep_own
 from nnunet_fed.agreement.odd_plans import ODD, far_from_own, require_voxels, thin_patches
 from nnunet_fed.agreement.plan_digest import comparable, differences
-from nnunet_fed.datasets.findings import counted
-from nnunet_fed.datasets.folds import FOLDS, FoldChoice, has_folds
+from nnunet_fed.datasets.folds import FoldChoice
 from nnunet_fed.datasets.preprocessed import complete_marker, is_complete
 from nnunet_fed.errors import ConfigurationError, DisagreementError, FederationError
 from nnunet_fed.evaluation.lesions import SMALL_LESIONS, small_lesion_thresholds
@@ -31,11 +30,10 @@ from nnunet_fed.planners.harmonised import check_preprocessor, planner_class
 from nnunet_fed.planners.leftovers import (
     bring_folds_up_to_date,
     drop_newer_references,
-    look_at_old_folds,
     note_cases,
-    tell_changed_cases,
 )
 from nnunet_fed.planners.mapping import prepare_dataset
+from nnunet_fed.planners.own_cases import check_cases, trained_fold, warn_of_little_room
 from nnunet_fed.study.federation import PLANS_KEY, Federation, Fold
 from nnunet_fed.study.labels import LabelMap
 
@@ -121,6 +119,7 @@ def plan_and_preprocess(
     require_voxels(communicator.site, agreement.local, plans, wanted)
 
     report("preprocessing")
+    warn_of_little_room(dataset, agreement.local, plans, wanted)
     preprocess(communicator.site, dataset, planner.plans_identifier, plans, wanted, processes)
     explanation = explain(planner, agreement.local, plans, study.overwrite_target_spacing)
     report("planned")
@@ -205,33 +204,6 @@ def wanted_configurations(study: Federation, configurations: Sequence[str] | Non
             "use 3d_fullres or 3d_lowres."
         )
     return wanted
-
-
-def check_cases(site: str, dataset: RawDataset, study: Federation, folds: FoldChoice) -> None:
-    """See that the cases are enough, and what has changed since the last planning.
-
-    Raises:
-        ConfigurationError: they are fewer than the study asks for, or the folds of an earlier training cannot be kept.
-    """
-    tell_changed_cases(dataset)
-    if len(dataset.cases) < study.min_cases:
-        raise ConfigurationError(
-            f"Site '{site}' has {len(dataset.cases)} training cases in {dataset.name}, but the study asks every site "
-            f"for at least {study.min_cases}, since sums over few cases tell what these are. Nothing was sent; "
-            "leave the site out of the study, or lower 'min_cases' in federation.toml."
-        )
-    look_at_old_folds(dataset, folds)
-    if trained_fold(dataset, study) != study.fold:
-        logger.warning(
-            "Site '%s' has %s, too few for nnU-Net's %d folds, and trains on all of them: it gives nnUNetv2_train the "
-            "fold 'all' in the place of %s. It then validates on the cases that it trains on.",
-            site, counted(len(dataset.cases), "training case"), FOLDS, study.fold,
-        )  # fmt: skip
-
-
-def trained_fold(dataset: RawDataset, study: Federation) -> Fold:
-    """The study's fold, or ``all`` at a site that has too few cases for folds, and none of its own making."""
-    return study.fold if has_folds(len(dataset.cases), dataset.folder, dataset.preprocessed) else "all"
 
 
 def make_planner(

@@ -20,6 +20,7 @@ from nnunet_fed.datasets.description import NAME, read_description
 from nnunet_fed.datasets.listing import list_cases
 from nnunet_fed.errors import ConfigurationError, FederationError
 from nnunet_fed.exchange.keys import PLANS
+from nnunet_fed.preflight import folder_checks
 from nnunet_fed.preflight import site_checks as checks
 from nnunet_fed.preflight.site_checks import Finding, Outcome
 from nnunet_fed.strict_json import to_json
@@ -188,16 +189,16 @@ class _Check:
 
     def _check_paths(self) -> Finding:
         trainer = self.trainer or (self.study.method.trainer_name if self.study else None)
-        return checks.check_paths(self._datasets(), trainer)
+        return folder_checks.check_paths(self._datasets(), trainer)
 
     def _check_fold(self) -> Finding:
-        raw = None if self.dataset is None else checks.dataset_folder(checks.RAW, self.dataset)
+        raw = None if self.dataset is None else folder_checks.dataset_folder(folder_checks.RAW, self.dataset)
         if raw is None or self.study is None:
             return Finding("fold", Outcome.skipped, "needs a data set (-d) and the study")
         content, _ = read_description(raw / NAME)
         if not content or "file_ending" not in content:
             return Finding("fold", Outcome.skipped, f"{raw / NAME} cannot be used; 'check --data' tells more")
-        return checks.check_fold(self.study, list_cases(raw, content).cases, raw, self._preprocessed())
+        return folder_checks.check_fold(self.study, list_cases(raw, content).cases, raw, self._preprocessed())
 
     def _check_trainer(self) -> Finding:
         from nnunet_fed.simulation.simulate import plugin_folder, require_trainer
@@ -212,7 +213,7 @@ class _Check:
         """Folder of the data set in which the site will train: the mapped one, if its labels are mapped."""
         label_map = self.site.label_map if self.site else None
         number = label_map.dataset if label_map else self.dataset
-        return None if number is None else checks.dataset_folder(checks.PREPROCESSED, number)
+        return None if number is None else folder_checks.dataset_folder(folder_checks.PREPROCESSED, number)
 
     def _check_plans(self) -> Finding:
         if self.dataset is None:
@@ -243,11 +244,13 @@ class _Check:
         return check_memory(self.footprint, self.device)
 
     def _check_disk(self) -> Finding:
-        raw = None if self.dataset is None else checks.dataset_folder(checks.RAW, self.dataset)
+        raw = None if self.dataset is None else folder_checks.dataset_folder(folder_checks.RAW, self.dataset)
         folder, plans = self._preprocessed(), self.plans or {"configurations": {}}
         identifier = plans["configurations"].get(self._wanted(), {}).get("data_identifier")
         done = folder / identifier if folder and identifier else None
         results = self.footprint.results_bytes if self.footprint else 0.0
-        looked = None if self.dataset is None else checks.dataset_folder(checks.PREPROCESSED, self.dataset)
-        needed = checks.preprocessed_bytes(raw, done, checks.voxels_of_images(looked))
-        return checks.check_disk(needed, results)
+        looked = (
+            None if self.dataset is None else folder_checks.dataset_folder(folder_checks.PREPROCESSED, self.dataset)
+        )
+        needed = folder_checks.preprocessed_bytes(raw, done, folder_checks.voxels_of_images(looked))
+        return folder_checks.check_disk(needed, results)

@@ -14,7 +14,7 @@ from nnunet_fed.files import replacing
 from nnunet_fed.prediction.checkpoint_files import FINAL_CHECKPOINT, GLOBAL_CHECKPOINT
 from nnunet_fed.trainers.parts.catching_up import CatchingUpTrainer
 from nnunet_fed.trainers.parts.cross_site_evaluation import evaluate_across_sites, is_complete
-from nnunet_fed.trainers.parts.study_trainer import sentences_for_users
+from nnunet_fed.trainers.parts.sentences import sentences_for_users
 from nnunet_fed.trainers.parts.training_record import logged_by
 
 

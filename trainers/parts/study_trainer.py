@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,15 +12,14 @@ from typing import Any, ClassVar
 
 import torch
 from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
-from nnunetv2.paths import nnUNet_results
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from pydantic import ValidationError
 from torch._dynamo import OptimizedModule
 
 from nnunet_fed.agreement.fingerprint_files import OWN, put_own_in_place, without_cases
-from nnunet_fed.errors import ConfigurationError, FederationError
+from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.exchange.payload import Array
-from nnunet_fed.files import NEXT_TO_NOTHING, PARTIAL, free_bytes, in_words, no_room, write_json
+from nnunet_fed.files import PARTIAL, write_json
 from nnunet_fed.methods.fedavg import site_weight
 from nnunet_fed.methods.tensors import load_arrays, shared_tensors, to_arrays
 from nnunet_fed.study.federation import Federation, study_in
@@ -31,38 +30,13 @@ from nnunet_fed.study.toml import explain
 from nnunet_fed.trainers.parts import checkpoint
 from nnunet_fed.trainers.parts.lesion_report import evaluate_lesions
 from nnunet_fed.trainers.parts.own_cases import require_fold, require_preprocessed
+from nnunet_fed.trainers.parts.sentences import sentences_for_users
 from nnunet_fed.trainers.parts.site_tracker import SiteTracker
 from nnunet_fed.trainers.parts.training_record import logged_by
 
-DEBUG_VARIABLE = "nnUNet_fed_debug"
 THREADS_VARIABLE = "nnUNet_fed_threads"
 """Number of torch's threads; stock nnU-Net takes every core for each process on the CPU."""
 SKIP_VALIDATION_VARIABLE = "nnUNet_fed_skip_validation"
-
-
-@contextmanager
-def sentences_for_users() -> Iterator[None]:
-    """End the process with the error's sentence instead of a traceback, unless ``nnUNet_fed_debug`` is set.
-
-    So end full disks and other users' files, too.
-    """
-    try:
-        yield
-    except (FederationError, OSError, RuntimeError) as error:
-        told = _in_words(error)
-        if told is None or os.environ.get(DEBUG_VARIABLE):
-            raise
-        raise SystemExit(f"Error: {told}") from None
-
-
-def _in_words(error: Exception) -> FederationError | None:
-    results = nnUNet_results or None
-    if isinstance(error, FederationError):
-        return error
-    if isinstance(error, OSError):
-        return in_words(error, results)
-    # libraries in C++ do not say why they could not write
-    return no_room(Path(results)) if results and free_bytes(Path(results)) < NEXT_TO_NOTHING else None
 
 
 def _all_in(transform: Any) -> Iterator[Any]:
