@@ -64,7 +64,7 @@ def warn_of_little_room(
     free = free_bytes(dataset.preprocessed)
     if free < needed * BYTES_OF_A_VOXEL:
         logger.warning(
-            "%s has %.1f GB free, and %s preprocessed may take %.1f GB. Make room; if the disk fills, planning ends, "
+            "%s has %.0f MB free, and %s preprocessed may take %.0f MB. Make room; if the disk fills, planning ends, "
             "and the same command goes on.",
-            dataset.preprocessed, free / 1e9, ", ".join(configurations), needed * BYTES_OF_A_VOXEL / 1e9,
+            dataset.preprocessed, free / 1e6, ", ".join(configurations), needed * BYTES_OF_A_VOXEL / 1e6,
         )  # fmt: skip
