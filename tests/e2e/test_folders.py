@@ -5,7 +5,6 @@ The disks are small ones of a mount namespace, in which one shell goes through a
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -135,4 +134,4 @@ def test_folders_of_another_user(one: OneSite) -> None:
     (one.folder / "results").chmod(0o700)
     status, said = one.run(*one.train)
     assert status == 0, said
-    assert os.listdir(one.folder / "results" / "Dataset001_Test")
+    assert (one.folder / "results" / "Dataset001_Test").is_dir()
