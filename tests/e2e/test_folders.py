@@ -119,12 +119,17 @@ def test_folders_of_another_user(one: OneSite) -> None:
     status, said = one.run(*plan)
     assert (status, "case_002" in said, "Traceback" in said) == (2, True, False), said
     image.chmod(0o644)
-    (one.folder / "preprocessed").chmod(0o500)
+    preprocessed = one.folder / "preprocessed" / "Dataset001_Test"
+    for file in preprocessed.iterdir():
+        file.chmod(0o444)
+    preprocessed.chmod(0o500)
     status, said = one.run(*plan)
     assert status == 2
-    assert "preprocessed/Dataset001_Test" in sentence_of(said)
+    assert str(preprocessed) in sentence_of(said)
     assert "another user's" in sentence_of(said)
-    (one.folder / "preprocessed").chmod(0o700)
+    preprocessed.chmod(0o700)
+    for file in preprocessed.iterdir():
+        file.chmod(0o644)
     status, said = one.run(*plan)
     assert status == 0, said
     (one.folder / "results").chmod(0o500)

@@ -150,15 +150,16 @@ class FederatedTrainer(CatchingUpTrainer):
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """The validation, watched by those who watch."""
-        if not self.skips_validation:
-            self._report("validating")
-        super().perform_actual_validation(save_probabilities)
-        if self._evaluates_across_sites and not self.skips_validation:
-            with sentences_for_users(), logged_by(self.print_to_log_file):
-                self._evaluate_across_sites(save_probabilities)
-        self._report("done", wait=True)
-        if self.validates_together:
-            self._leave()
+        with sentences_for_users():
+            if not self.skips_validation:
+                self._report("validating")
+            super().perform_actual_validation(save_probabilities)
+            if self._evaluates_across_sites and not self.skips_validation:
+                with logged_by(self.print_to_log_file):
+                    self._evaluate_across_sites(save_probabilities)
+            self._report("done", wait=True)
+            if self.validates_together:
+                self._leave()
         if self._session is not None:
             self._session.close()
 
