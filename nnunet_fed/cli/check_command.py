@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from nnunet_fed.agreement.stages import to_preprocess
 from nnunet_fed.datasets.description import NAME, read_description
 from nnunet_fed.datasets.listing import list_cases
 from nnunet_fed.errors import ConfigurationError, FederationError
@@ -245,9 +246,9 @@ class _Check:
 
     def _check_disk(self) -> Finding:
         raw = None if self.dataset is None else folder_checks.dataset_folder(folder_checks.RAW, self.dataset)
-        folder, plans = self._preprocessed(), self.plans or {"configurations": {}}
-        identifier = plans["configurations"].get(self._wanted(), {}).get("data_identifier")
-        done = folder / identifier if folder and identifier else None
+        folder, known, done = self._preprocessed(), (self.plans or {}).get("configurations", {}), None
+        if self.plans and folder and self._wanted() in known:
+            done = folder / known[to_preprocess(self.plans, self._wanted())[-1]]["data_identifier"]
         results = self.footprint.results_bytes if self.footprint else 0.0
         looked = (
             None if self.dataset is None else folder_checks.dataset_folder(folder_checks.PREPROCESSED, self.dataset)

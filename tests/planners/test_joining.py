@@ -14,10 +14,11 @@ from serving import Served, lines, make_study, together
 
 from nnunet_fed.agreement.fingerprint_files import COMMON
 from nnunet_fed.errors import ConfigurationError, DisagreementError, RoundClosedError
+from nnunet_fed.exchange.keys import PUBLISHED
 from nnunet_fed.exchange.outgoing_log import OutgoingLog
 from nnunet_fed.planners.dry_run import dry_run_planning
 from nnunet_fed.planners.joining import join_and_preprocess
-from nnunet_fed.planners.planning import PUBLISHED, plan_and_preprocess
+from nnunet_fed.planners.planning import plan_and_preprocess
 from nnunet_fed.study.site import Site
 
 Serve = Callable[..., Served]
