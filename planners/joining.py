@@ -15,10 +15,10 @@ from nnunet_fed.evaluation.lesions import SMALL_LESIONS
 from nnunet_fed.exchange.keys import PUBLISHED
 from nnunet_fed.files import write_json
 from nnunet_fed.planners.dataset import check_agreement, describe
+from nnunet_fed.planners.enough_cases import check_cases, trained_fold, warn_of_little_room
 from nnunet_fed.planners.extraction import extract
 from nnunet_fed.planners.harmonised import planner_class
 from nnunet_fed.planners.mapping import prepare_dataset
-from nnunet_fed.planners.own_cases import check_cases, trained_fold, warn_of_little_room
 from nnunet_fed.planners.planning import (
     DESCRIPTIONS,
     PlanningResult,

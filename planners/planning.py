@@ -25,6 +25,7 @@ from nnunet_fed.files import NEXT_TO_NOTHING, free_bytes, in_words, move, no_roo
 from nnunet_fed.planners.answered import FILE, AnsweredCollectives
 from nnunet_fed.planners.beginning_anew import KeptExtraction
 from nnunet_fed.planners.dataset import PLAN_AGAIN, RawDataset, check_agreement, describe, file_states
+from nnunet_fed.planners.enough_cases import check_cases, trained_fold, warn_of_little_room
 from nnunet_fed.planners.explanation import Row, explain
 from nnunet_fed.planners.extraction import extract
 from nnunet_fed.planners.geometry import harmonised_planner
@@ -35,7 +36,6 @@ from nnunet_fed.planners.leftovers import (
     note_cases,
 )
 from nnunet_fed.planners.mapping import prepare_dataset
-from nnunet_fed.planners.own_cases import check_cases, trained_fold, warn_of_little_room
 from nnunet_fed.study.federation import PLANS_KEY, Federation, Fold
 from nnunet_fed.study.labels import LabelMap
 
