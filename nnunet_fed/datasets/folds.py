@@ -6,6 +6,7 @@ import json
 from collections.abc import Collection, Iterator, Sequence
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
 from nnunet_fed.datasets.findings import Finding, Severity, counted
 from nnunet_fed.errors import ConfigurationError
@@ -40,12 +41,16 @@ def read_folds(path: Path) -> Folds:
     """Read the file; raises :class:`ConfigurationError` if it holds no folds."""
     try:
         folds = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(f"{path} is no valid JSON: {error}. Correct it.") from None
-    try:
-        return [{part: list(fold[part]) for part in ("train", "val")} for fold in folds]
-    except (TypeError, KeyError):
-        raise ConfigurationError(f"{path} is no list of 'train' and 'val' cases: correct it, or remove it.") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigurationError(f"{path} is no valid JSON ({error}): correct it, or remove it.") from None
+    if not isinstance(folds, list) or not all(_is_fold(fold) for fold in folds):
+        raise ConfigurationError(f"{path} is no list of 'train' and 'val' cases: correct it, or remove it.")
+    return [{part: fold[part] for part in ("train", "val")} for fold in folds]
+
+
+def _is_fold(fold: Any) -> bool:
+    parts = [fold.get(part) for part in ("train", "val")] if isinstance(fold, dict) else [None]
+    return all(isinstance(part, list) and all(isinstance(case, str) for case in part) for part in parts)
 
 
 def kept_folds(folds: Folds, cases: Collection[str]) -> Folds:
@@ -88,8 +93,12 @@ def check_folds(folder: Path, cases: Collection[str]) -> Iterator[Finding]:
     try:
         folds = read_folds(path)
     except ConfigurationError as error:
-        found, _, remedy = str(error).rpartition(": ")
-        yield Finding(Severity.error, "folds", found, "a list of 'train' and 'val' cases", remedy, file=SPLITS)
+        found, wanted = (
+            str(error).removesuffix(": correct it, or remove it."),
+            '[{"train": [CASES], "val": [CASES]}, ...]',
+        )
+        remedy = "Correct the file, or remove it: nnU-Net then makes five folds."
+        yield Finding(Severity.error, "folds", found, wanted, remedy, file=SPLITS)
         return
     named = [case for fold in folds for part in fold.values() for case in part]
     gone, unused = sorted(set(named) - set(cases)), sorted(set(cases) - set(named))
@@ -99,6 +108,13 @@ def check_folds(folder: Path, cases: Collection[str]) -> Iterator[Finding]:
     if unused:
         found, remedy = f"{shown(unused)} in no fold, never to be used", "Add them to the folds, or remove"
         yield Finding(Severity.warning, "folds", found, "all cases", f"{remedy} the file.", file=SPLITS)
+    empty = [f"{part} of fold {number}" for number, fold in enumerate(folds) for part in fold if not fold[part]]
+    if empty:
+        found, remedy = (
+            f"no case in {', '.join(empty)}",
+            "Put at least one case there: a training would end for want of it.",
+        )
+        yield Finding(Severity.error, "folds", found, "cases in both parts of a fold", remedy, file=SPLITS)
     both = sorted({case for fold in folds for case in set(fold["train"]) & set(fold["val"])})
     if both:
         found, remedy = f"{shown(both)} in 'train' and 'val' of one fold", "Leave each in one of them."
