@@ -1,4 +1,4 @@
-"""Results of another study at a site, among which those of this one would go: nnU-Net tells them apart by names only."""
+"""Results of another study at a site, to which this one's would go: nnU-Net tells them apart by names only."""
 
 from __future__ import annotations
 

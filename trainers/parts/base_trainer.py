@@ -11,7 +11,6 @@ import inspect
 import os
 import sys
 from contextlib import redirect_stdout
-from functools import cache
 from importlib.metadata import version
 from io import StringIO
 from pathlib import Path
@@ -31,6 +30,7 @@ BASE_TRAINER = "base trainer"
 """Under which the sites compare it."""
 SAME_TRAINER = "Put the same file of it into nnUNet_extTrainer, or install the same nnunetv2, at all sites."
 _PACKAGE = __name__.partition(".")[0]
+_COMPOSED: dict[tuple[type[Any], type[Any]], type[Any]] = {}
 _NOT_FOUND = "Could not find requested nnunet trainer"
 """How nnU-Net's complaint begins where no file has the class."""
 _BENCHMARK = "nnUNetTrainerBenchmark"
@@ -105,7 +105,6 @@ def _own_folder() -> Path:
     return Path(nnunetv2.__path__[0]) / "training" / "nnUNetTrainer"
 
 
-@cache
 def compose(federated: type[Any], base: type[Any]) -> type[Any]:
     """A federated trainer that builds on ``base``: what the former does not do itself, static hooks too, the latter
     does. Its name is the federated trainer's, by which nnU-Net names the folder of the results.
@@ -115,13 +114,18 @@ def compose(federated: type[Any], base: type[Any]) -> type[Any]:
     """
     if issubclass(federated, base):
         return federated
+    known = _COMPOSED.get((federated, base))
+    if known is not None:
+        return known
     facts = {"__module__": federated.__module__, "__qualname__": federated.__qualname__, "__doc__": federated.__doc__}
     try:
-        return type(federated)(federated.__name__, (federated, base), facts)
+        made: type[Any] = type(federated.__name__, (federated, base), facts)
     except TypeError as error:
         raise ConfigurationError(
             f"The trainer '{federated.__name__}' cannot build on '{base.__name__}': {error}."
         ) from None
+    _COMPOSED[federated, base] = made
+    return made
 
 
 def code_digest(base: type[Any]) -> str:
