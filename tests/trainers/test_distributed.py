@@ -13,8 +13,9 @@ import pytest
 import torch
 from nnunetv2.training.logging.nnunet_logger import LocalLogger
 from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as module_of_nnunet  # noqa: N813
+from postman import Postman, deliver
 from serving import Served, make_study
-from test_gcml_trainer import Postman, deliver, foreign
+from test_gcml_trainer import foreign
 from tiny import DESCRIPTION, tiny_plans, write_preprocessed
 from torch import distributed as dist
 from torch import multiprocessing
@@ -50,15 +51,17 @@ TRAINERS: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "fedsm": (nnUNetTrainerFedSM, {"selector_steps_per_round": 1}),
     "fedoap": (nnUNetTrainerFedOAP, {"finetune_epochs": 1}),
     "gcml": (nnUNetTrainerGCML, {"keep": "best", "topology": "ring"}),
+    "ditto on nnUNetTrainer_warmup": (nnUNetTrainerDitto, {}),
 }
-"""Trainer and options of each method."""
+"""Trainer and options of each method, and one on a base trainer."""
 
 
 def study_of(method: str) -> Federation:
     """Of this site alone, or with one that never comes, for methods that are nothing without a second."""
+    name, _, base = method.partition(" on ")
     return make_study(
-        ("a", "b") if method in ("fedsm", "gcml") else ("a",),
-        method={"name": method, **TRAINERS[method][1]}, rounds=ROUNDS, min_sites=1, deadline_minutes=0.02,
+        ("a", "b") if method in ("fedsm", "gcml") else ("a",), **({"trainer": base} if base else {}),
+        method={"name": name, **TRAINERS[method][1]}, rounds=ROUNDS, min_sites=1, deadline_minutes=0.02,
         iterations_per_epoch=2, val_iterations_per_epoch=1, initial_lr=0.05,
     )  # fmt: skip
 
