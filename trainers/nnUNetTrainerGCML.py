@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_fed.agreement.plan_digest import plans_digest
+from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.exchange.precision import narrow
 from nnunet_fed.gossip.mailbox import State, described
 from nnunet_fed.gossip.schedule import Version, uniform
@@ -51,6 +52,15 @@ class nnUNetTrainerGCML(PhaseTrainer):  # noqa: N801
             return super().initial_seed
         return int(2**31 * uniform(self.study.seed, "initial weights", self.own_site().name))
 
+    def check_pretrained(self, given: str | None) -> None:
+        """Only weights that the study names: no coordinator compares what the sites have."""
+        super().check_pretrained(given)
+        if given is not None and self.study.pretrained is None:
+            raise ConfigurationError(
+                "With GCML no coordinator compares the sites' pretrained weights, so the study has to name them: set "
+                f'pretrained = "{given}" in federation.toml, and plan with it.'
+            )
+
     def run_training(self) -> None:
         """nnU-Net's loop; errors of the federation end in a sentence."""
         with sentences_for_users(), logged_by(self.print_to_log_file):
@@ -90,6 +100,8 @@ class nnUNetTrainerGCML(PhaseTrainer):  # noqa: N801
             study=self.study.stored(), digest=self.study.digest_of_fold(self.study.fold), site=self.own_site().name,
             training_cases=self._training_cases, initial_weights=self._standing.initial,
         )  # fmt: skip
+        if self.pretrained is not None:
+            record.note(pretrained=self.pretrained)
         schema, size = described(narrow(self.shared_arrays(), self.study.wire_dtype))
         comparable = {
             "study": self.study.digest_of_fold(self.study.fold), "configuration": self.configuration_name,

@@ -83,11 +83,22 @@ class StudyOptions:
     cross_site: Annotated[
         bool, typer.Option("--cross-site", help="Evaluate each site's model at each site, too; not with gcml.")
     ] = _of_a_study("cross_site")
+    pretrained: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Start from the weights of this checkpoint of nnU-Net.")
+    ] = None
 
     def settings(self) -> dict[str, Any]:
-        """For ``federation.toml``; a bad fold raises :class:`ConfigurationError`."""
+        """For ``federation.toml``; a bad fold, or a file that is no checkpoint, raises :class:`ConfigurationError`."""
         fold = self.fold if self.fold == "all" else whole_number("--fold", self.fold)
-        return {**asdict(self), "fold": fold, "planning_deadline_minutes": self.deadline_minutes}
+        deadline = {"planning_deadline_minutes": self.deadline_minutes}
+        return {**asdict(self), **deadline, "fold": fold, "pretrained": self._digest()}
+
+    def _digest(self) -> str | None:
+        if self.pretrained is None:
+            return None
+        from nnunet_fed.trainers.parts.pretrained_weights import read_weights  # with PyTorch, which others spare
+
+        return read_weights(self.pretrained).digest
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,8 @@ class Comparison:
     """As for a :class:`Simulation`."""
     device: str = "cpu"
     threads: int | None = None
+    pretrained: Path | None = None
+    """The checkpoint whose digest the study names."""
 
     def study_of(self, method: str, seed: int) -> Federation:
         """The study of an arm; raises :class:`ConfigurationError` if there is none with this budget."""
@@ -230,7 +232,10 @@ def _train(comparison: Comparison, method: str, seed: int, console: Console, fol
     if method == pooled_data.SITE:
         planned, labels = comparison.out / POOLED, {}
         sites = {pooled_data.SITE: planned / pooled_data.DATA}
-    arm = Simulation(sites, folder, study, "validate", comparison.device, comparison.threads, planned, labels)
+    arm = Simulation(
+        sites, folder, study, "validate", comparison.device, comparison.threads, planned, labels,
+        pretrained=comparison.pretrained,
+    )  # fmt: skip
     console.print(result_table({**simulate(arm, console), "method": method}))
 
 

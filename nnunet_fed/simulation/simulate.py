@@ -78,6 +78,8 @@ class Simulation:
     """By site: ``labels`` of its ``site.toml``. A site that is not named has the federation's labels already."""
     looks: Path | None = None
     """Folder that keeps what is found in the sites' data, a folder for each; ``None``: that of the sites in ``out``."""
+    pretrained: Path | None = None
+    """The checkpoint whose digest the study names, from whose weights all sites start."""
 
 
 def simulate(simulation: Simulation, console: Console) -> dict[str, Any]:
@@ -290,6 +292,8 @@ def _steps(simulation: Simulation, study: Federation, place: Place) -> list[Step
             training["nnUNet_fed_skip_validation"] = "1"
         dataset = DATASET if place.label_map is None else place.label_map.dataset
         command = training_command(study, place.fold, simulation.device, dataset)
+        if simulation.pretrained is not None:
+            command += ["-pretrained_weights", str(simulation.pretrained.resolve())]
         steps.append(Step("Training", command, training, folder / "train.log"))
     return steps
 

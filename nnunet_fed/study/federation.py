@@ -22,6 +22,7 @@ PLANS_KEY = "federation"
 
 LONGEST_MINUTES = 366 * 24 * 60.0
 SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
+DIGEST = re.compile(r"[0-9a-f]{64}")
 COORDINATOR, WATCHER = "coordinator", "watcher"
 """Names in certificates that are no site's: the coordinator's own, and one for reading the status."""
 
@@ -40,6 +41,12 @@ def _is_fold(fold: Any) -> Any:
     if fold != "all" and (type(fold) is not int or fold < 0):
         raise ValueError("use a whole number from 0 on, or 'all'")
     return fold
+
+
+def _is_digest(text: Any) -> Any:
+    if text is not None and not (isinstance(text, str) and DIGEST.fullmatch(text)):
+        raise ValueError("use the 64 hexadecimal digits that 'nnunet_fed digest FILE' prints")
+    return text
 
 
 Spacing = Annotated[float, Field(gt=0)]
@@ -96,6 +103,9 @@ class Federation(Table):
     """Dtype in which models travel (:mod:`nnunet_fed.exchange.precision`): ``float32`` loses nothing, the others halve
     the bytes."""
     seed: int = Field(default=0, ge=0, lt=2**32)
+    pretrained: Annotated[str | None, BeforeValidator(_is_digest), Neutral(None, since=3)] = None
+    """Digest of the pretrained weights from which the training starts, as ``nnunet_fed digest FILE`` prints it; every
+    site names the file with ``-pretrained_weights``. ``None``: the sites say, and have to agree."""
     min_sites: int | None = Field(default=None, ge=1)
     """*Operational.* A round closes at its deadline with at least so many sites; ``None``: all."""
     deadline_minutes: float = Field(default=720.0, gt=0, le=LONGEST_MINUTES)

@@ -13,13 +13,13 @@ from nnunet_fed.methods.gcml import Contrast, MutualLoss, Outputs, Plan, executi
 from nnunet_fed.study.method_table import MethodTable
 from nnunet_fed.study.methods.gcml_options import GCML
 from nnunet_fed.trainers.gossip.peer_model import Computed, PeerModel, with_non_finite_replaced
-from nnunet_fed.trainers.parts.study_trainer import StudyTrainer
+from nnunet_fed.trainers.parts.pretrained_start import PretrainedTrainer
 
 PLAN_VARIABLE = "nnUNet_fed_mutual_plan"
 """``simultaneous`` or ``two_pass``: how mutual steps run, whatever memory is free."""
 
 
-class MutualTrainer(StudyTrainer):
+class MutualTrainer(PretrainedTrainer):
     """Trains as nnU-Net does, and while there is an incoming model trains that one, too. Source: GCML's notes, 5.3."""
 
     Options: ClassVar[type[MethodTable]] = GCML

@@ -11,12 +11,12 @@ from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMu
 from nnunet_fed.exchange.communicator import Held
 from nnunet_fed.study.federation import Federation
 from nnunet_fed.trainers.parts.coordinator_session import CoordinatorSession, Membership, is_undone
+from nnunet_fed.trainers.parts.pretrained_start import PretrainedTrainer
 from nnunet_fed.trainers.parts.ranks import RankZeroCommunicator, from_rank_zero, patient_group
-from nnunet_fed.trainers.parts.study_trainer import StudyTrainer
 from nnunet_fed.trainers.parts.training_record import RECORD, TrainingRecord
 
 
-class ConnectedTrainer(StudyTrainer):
+class ConnectedTrainer(PretrainedTrainer):
     """Joins the run before it trains, and has the verbs on every rank; rank 0 talks to the coordinator."""
 
     communicator: RankZeroCommunicator

@@ -37,6 +37,17 @@ def common_start(communicator: Collectives, name: str, tensors: Callable[[], Ten
     return from_next_source(enumerate(communicator.sites), from_source, NO_START)
 
 
+PRETRAINED = "pretrained weights"
+"""What the sites compare that start from a file; where none does, nobody tells of it."""
+_REMEDIES = {
+    PRETRAINED: "Start all sites with the same file, -pretrained_weights FILE ('nnunet_fed digest FILE' prints its "
+    "digest), or all without one, once the coordinator has opened a new attempt (nnunet_fed new-attempt STATE)."
+}
+_REMEDY = (
+    "Run 'nnunet_fed plan_and_preprocess' at all sites again, with the same versions of nnunet_fed, nnunetv2 and torch."
+)
+
+
 def require_agreement(communicator: Collectives, scope: str, digests: dict[str, str]) -> None:
     """Compare what must be equal at all sites before training.
 
@@ -48,8 +59,7 @@ def require_agreement(communicator: Collectives, scope: str, digests: dict[str, 
         require_equal(
             {site: values.get(what) for site, values in gathered.items()},
             f"The sites differ in their {what}",
-            "Run 'nnunet_fed plan_and_preprocess' at all sites again, with the same versions of nnunet_fed, nnunetv2 "
-            "and torch.",
+            _REMEDIES.get(what, _REMEDY),
         )
 
 
