@@ -14,7 +14,7 @@ from nnunetv2.training.logging.nnunet_logger import MetaLogger
 from nnunet_fed.errors import DisagreementError, NoContributionError
 from nnunet_fed.exchange.communicator import Array, LocalCommunicator, LocalFederation
 from nnunet_fed.trainers.parts import checkpoint
-from nnunet_fed.trainers.parts.rounds import common_start, fit_log, require_agreement
+from nnunet_fed.trainers.parts.rounds import PRETRAINED, common_start, fit_log, require_agreement
 
 # ------------------------------------------------------------------------------------------------------------ the start
 
@@ -89,6 +89,19 @@ def test_a_disagreement_names_what_and_who() -> None:
         assert f"differ in their plans (a: {'1' * 12}, b: {'2' * 12}, c: {'1' * 12})" in sentence
         assert "initial weights" not in sentence
         assert "plan_and_preprocess" in sentence
+
+
+def test_a_site_of_version_0_1_tells_of_no_pretrained_weights() -> None:
+    """It is refused where the others have some, at every site; the remedy is another one than for plans."""
+
+    def check(seat: LocalCommunicator) -> str:
+        digests = {"plans": "1" * 64, "initial weights": "2" * 64}
+        with pytest.raises(DisagreementError) as told:
+            require_agreement(seat, "start", {PRETRAINED: "3" * 64, **digests} if seat.site == "b" else digests)
+        return str(told.value)
+
+    for sentence in LocalFederation("ab").run(check).values():
+        assert f"differ in their pretrained weights (a: none, b: {'3' * 12}). Start all sites with the same" in sentence
 
 
 # -------------------------------------------------------------------------------------------------------------- the log
