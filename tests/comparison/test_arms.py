@@ -82,6 +82,16 @@ def test_every_arm_once_on_one_planning(given: Comparison, trained: Trained) -> 
     assert not list((given.out / "unfinished").iterdir())
 
 
+def test_every_arm_starts_from_the_same_file(given: Comparison, trained: Trained) -> None:
+    file, digest = Path("start.pth"), "0123456789abcdef" * 4
+    given = replace(given, study={**given.study, "pretrained": digest}, pretrained=file)
+    compare(given, quiet())
+    for _, arm in trained.asked[1:]:
+        assert (arm.study.pretrained, arm.pretrained) == (digest, file)
+    with pytest.raises(ConfigurationError, match="pretrained"):
+        compare(replace(given, study={**given.study, "pretrained": None}), quiet())
+
+
 def test_an_interrupted_arm_begins_anew_and_finished_ones_are_kept(given: Comparison, trained: Trained) -> None:
     trained.dies_at = "fedavg-0"
     with pytest.raises(KeyboardInterrupt):

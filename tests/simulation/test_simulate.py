@@ -181,6 +181,15 @@ def test_training_is_nnunets_own_command() -> None:
     assert command[1:] == ["1", "2d", "all", "-tr", "nnUNetTrainerFedAvg", "-p", "P", "-device", "cpu"]
 
 
+def test_all_sites_start_from_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = replace(simulation(tmp_path, {"a": 5, "b": 5}), pretrained=Path("start.pth"))
+    for place in simulate._places(given):
+        planning, training = simulate._steps(given, given.study, place)
+        assert "-pretrained_weights" not in planning.command
+        assert training.command[-2:] == ["-pretrained_weights", str(tmp_path / "start.pth")]
+
+
 def test_a_site_with_a_map_trains_the_mapped_data_set(tmp_path: Path) -> None:
     given = with_maps(simulation(tmp_path, {"a": 5, "b": 5}, plans_name="P"), a={"lesion": ("tumour", 3), "edge": ()})
     mapped, plain = simulate._places(given)
