@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=30, help="cases of each site at most")
     parser.add_argument("--out", type=Path, default=Path("pretrained"))
     parser.add_argument("--pretraining-rounds", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--iterations", type=int, default=25, help="steps of a round")
     parser.add_argument("--val-iterations", type=int, default=25)
     parser.add_argument("--seeds", type=int, default=3)

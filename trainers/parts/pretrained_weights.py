@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from nnunet_fed.errors import ConfigurationError
+from nnunet_fed.exchange.payload import bytes_of
 from nnunet_fed.study.federation import canonical_json
 
 SEGMENTATION_HEADS = ".seg_layers."
@@ -82,7 +83,7 @@ def digest_of_weights(tensors: Mapping[str, torch.Tensor]) -> str:
     described = [[name, str(tensors[name].dtype), list(tensors[name].shape)] for name in names]
     digest = hashlib.sha256(canonical_json(described))
     for name in names:
-        digest.update(tensors[name].detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(bytes_of(tensors[name].detach().contiguous().reshape(-1).view(torch.uint8).numpy()))
     return digest.hexdigest()
 
 
