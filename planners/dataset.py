@@ -36,8 +36,8 @@ from nnunet_fed.study.method_table import MethodTable
 nnunetv2.utilities.utils.Pool = ThreadPool
 
 PLAN_AGAIN = (
-    "What a site has told stands: then let the coordinator open a new attempt "
-    "(nnunet_fed new-attempt STATE), and plan at all sites again."
+    "Then plan again: first with --correct at each site that was corrected, which withdraws what it has told, and with "
+    "the same command as before at all others."
 )
 PLANNED_AS = "0.1.0"
 """The version of nnunet_fed since which planning computes the same: sites of different versions plan together. To be
@@ -163,6 +163,19 @@ def _name_of(dataset_id: int) -> str:
             f"{nnUNet_raw} and {nnUNet_preprocessed}. "
             + ("Give one of them another id." if several else f"Put it into a folder Dataset{dataset_id:03d}_NAME.")
         ) from None
+
+
+def file_states(cases: Mapping[str, Mapping[str, Any]]) -> dict[str, list[list[Any]]]:
+    """Name, size and time of each file, by case: what was made of the files can be kept for as long as they stay."""
+    return {
+        str(case): [_file_state(Path(file)) for file in (*files["images"], files["label"])]
+        for case, files in cases.items()
+    }
+
+
+def _file_state(path: Path) -> list[Any]:
+    state = path.stat()
+    return [path.name, state.st_size, state.st_mtime_ns]
 
 
 def reader_of(dataset: RawDataset) -> Any:

@@ -27,6 +27,7 @@ from nnunet_fed.datasets.description import channel_names
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.files import move
 from nnunet_fed.inspection.reading import choose_reader, reader_class
+from nnunet_fed.planners.dataset import file_states
 from nnunet_fed.study.federation import PLANS_KEY, digest_of
 
 logger = logging.getLogger(__name__)
@@ -129,10 +130,7 @@ class HarmonisedPlanner:
             "dataset": [
                 self.dataset_json.get(key) for key in ("channel_names", "modality", "labels", "regions_class_order")
             ],
-            "files": {
-                str(case): [_file_state(Path(file)) for file in (*files["images"], files["label"])]
-                for case, files in self.dataset.items()
-            },
+            "files": file_states(self.dataset),
         }
 
 
@@ -162,11 +160,6 @@ def check_preprocessor(name: str) -> None:
             f"There is no preprocessor '{name}' in {folder}. "
             "Set 'preprocessor_name' in federation.toml to a class there, or add it at every site."
         )
-
-
-def _file_state(path: Path) -> list[Any]:
-    state = path.stat()
-    return [path.name, state.st_size, state.st_mtime_ns]
 
 
 @contextmanager

@@ -10,15 +10,14 @@ from nnunet_fed.agreement.fingerprint import INTENSITIES, own_intensities
 from nnunet_fed.agreement.plan_digest import plans_digest
 from nnunet_fed.errors import ConfigurationError, DisagreementError
 from nnunet_fed.evaluation.lesions import SMALL_LESIONS
+from nnunet_fed.exchange.keys import PUBLISHED
 from nnunet_fed.planners.dataset import check_agreement, describe
 from nnunet_fed.planners.extraction import extract
 from nnunet_fed.planners.harmonised import planner_class
 from nnunet_fed.planners.mapping import prepare_dataset
 from nnunet_fed.planners.planning import (
     DESCRIPTIONS,
-    PUBLISHED,
     PlanningResult,
-    check_configurations,
     make_planner,
     preprocess,
     wanted_configurations,
@@ -65,7 +64,6 @@ def join_and_preprocess(
         FederationError: a case cannot be preprocessed.
     """
     report("checking")
-    wanted = wanted_configurations(study, configurations)
     dataset = prepare_dataset(dataset_id, labels, processes)
     descriptions, published = communicator.gathered(DESCRIPTIONS), communicator.gathered(PUBLISHED)
     if descriptions is None or published is None:
@@ -99,7 +97,7 @@ def join_and_preprocess(
     }
     if study.method.own_channels:
         _fill_in_channels(plans, planner)
-    check_configurations(plans, wanted)
+    wanted = wanted_configurations(plans, study, configurations)
     shutil.copy(dataset.folder / "dataset.json", dataset.preprocessed)  # as nnU-Net's planner does
     planner.save_plans(plans)
     if plans[PLANS_KEY]["plans_digest"] != published_digest:

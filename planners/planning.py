@@ -12,13 +12,15 @@ from nnunetv2.experiment_planning.plan_and_preprocess_api import preprocess_data
 from nnunet_fed.agreement.fingerprint import INTENSITIES, LocalFingerprint, fingerprint_of, own_intensities
 from nnunet_fed.agreement.odd_plans import ODD, far_from_own, require_voxels, thin_patches
 from nnunet_fed.agreement.plan_digest import comparable, differences
+from nnunet_fed.agreement.stages import FIRST_STAGES, to_preprocess
 from nnunet_fed.errors import ConfigurationError, DisagreementError, FederationError
 from nnunet_fed.evaluation.lesions import SMALL_LESIONS, small_lesion_thresholds
 from nnunet_fed.exchange.communicator import Collectives
-from nnunet_fed.exchange.keys import PLANNING, PLANS, key_of
+from nnunet_fed.exchange.keys import PLANNING, PLANS, PUBLISHED, key_of
 from nnunet_fed.files import move, write_json
 from nnunet_fed.planners.answered import FILE, AnsweredCollectives
-from nnunet_fed.planners.dataset import PLAN_AGAIN, RawDataset, check_agreement, describe
+from nnunet_fed.planners.beginning_anew import KeptExtraction
+from nnunet_fed.planners.dataset import PLAN_AGAIN, RawDataset, check_agreement, describe, file_states
 from nnunet_fed.planners.explanation import Row, explain
 from nnunet_fed.planners.extraction import extract
 from nnunet_fed.planners.geometry import harmonised_planner
@@ -29,9 +31,11 @@ from nnunet_fed.study.federation import PLANS_KEY, Federation
 from nnunet_fed.study.labels import LabelMap
 
 logger = logging.getLogger(__name__)
-DESCRIPTIONS, PUBLISHED = key_of(PLANNING, "dataset"), key_of(PLANNING, "published")
-"""Keys of what the sites compare, and of what a site takes that joins later."""
+DESCRIPTIONS = key_of(PLANNING, "dataset")
+"""Key of what the sites compare."""
 _LINES_SHOWN = 30
+_LARGE = {*FIRST_STAGES, *FIRST_STAGES.values()}
+"""Configurations that nnU-Net does not plan for every data set."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,8 @@ class Agreement:
     planner: Any
     plans: dict[str, Any]
     total_cases: int
+    odd_plans: tuple[str, ...]
+    """As in :class:`PlanningResult`, of the configurations that were asked about."""
 
 
 def plan_and_preprocess(
@@ -74,6 +80,7 @@ def plan_and_preprocess(
     report: Callable[[str], None] = lambda phase: None,
     *,
     labels: LabelMap | None = None,
+    kept: KeptExtraction | None = None,
 ) -> PlanningResult:
     """Agree with the other sites on a fingerprint, plan from it, make sure that all plans are equal, and preprocess.
 
@@ -84,26 +91,26 @@ def plan_and_preprocess(
         communicator: this site's; all keys begin with ``planning/``.
         study: names the planner and, if it says so, the plans; travels in the plans under ``federation``.
         dataset_id: nnU-Net's number of this site's data set.
-        configurations: what this site preprocesses; ``None``: the study's configuration.
+        configurations: what this site will train; ``None``: the study's configuration.
         processes: worker processes for extraction and preprocessing.
         report: called with the name of each phase that begins: checking, extracting, harmonising, planning,
             preprocessing, planned.
         labels: this site's label map; with one, all work is done on the mapped data set, which is built first.
+        kept: what an earlier call has extracted, if this command plans anew.
 
     Raises:
         ConfigurationError: nnU-Net's paths, the data set, the planner or a configuration is wrong.
         DisagreementError: the sites' data sets or plans differ; shows where.
+        WithdrawnError: a site has withdrawn what it told: the sites plan anew
+            (:func:`nnunet_fed.planners.beginning_anew.plan_with_corrections`).
         FederationError: a case cannot be analysed or preprocessed.
     """
-    wanted = wanted_configurations(study, configurations)
-    agreement = agree(communicator, study, dataset_id, processes, report, labels=labels)
+    agreement = agree(
+        communicator, study, dataset_id, processes, report, labels=labels, kept=kept,
+        asked=asked_configurations(study, configurations),
+    )  # fmt: skip
     dataset, planner, plans = agreement.dataset, agreement.planner, agreement.plans
-    check_configurations(plans, wanted)
-
-    odd_plans = tuple(thin_patches(plans, wanted))
-    for text in (*odd_plans, *far_from_own(agreement.local, plans, wanted)):
-        logger.warning("%s%s", ODD, text)
-    require_voxels(communicator.site, agreement.local, plans, wanted)
+    wanted = wanted_configurations(plans, study, configurations)
 
     report("preprocessing")
     preprocess(communicator.site, dataset, planner.plans_identifier, plans, wanted, processes)
@@ -117,7 +124,7 @@ def plan_and_preprocess(
         agreement.total_cases,
         len(dataset.cases),
         explanation,
-        odd_plans,
+        agreement.odd_plans,
     )
 
 
@@ -130,10 +137,13 @@ def agree(
     *,
     labels: LabelMap | None = None,
     keep_look: bool = True,
+    asked: Sequence[str] = (),
+    kept: KeptExtraction | None = None,
 ) -> Agreement:
     """The part of :func:`plan_and_preprocess` before preprocessing: all that needs the other sites.
 
-    Without ``keep_look``, what was read of the files is not kept for the next time.
+    Without ``keep_look``, what was read of the files is not kept for the next time. Plans by which this site cannot
+    preprocess what is ``asked`` for are not agreed on, so that a site can still correct what it has told.
     """
     report("checking")
     make = planner_class(study.planner)
@@ -147,7 +157,10 @@ def agree(
     communicator = AnsweredCollectives(communicator, dataset.preprocessed / FILE)
     report("extracting")
     own_channels = study.method.own_channels
-    local = extract(dataset.id, len(dataset.cases) if own_channels else total_cases, processes)
+    pooled = len(dataset.cases) if own_channels else total_cases
+    local = (kept or KeptExtraction()).unless_changed(
+        [pooled, dataset.json, file_states(dataset.cases)], lambda: extract(dataset.id, pooled, processes)
+    )
     intensities = own_intensities(local) if own_channels else None
 
     report("harmonising")
@@ -165,27 +178,21 @@ def agree(
 
     report("planning")
     plans = planner.plan_experiment()
-    try:
-        _agree_on_plans(communicator, plans)
-    except FederationError:
-        move(planner.plans_file, planner.plans_file.with_suffix(".refused.json"))
-        raise
     # for sites that join later; it is the same everywhere, so one copy is enough
     fingerprint = {**planner.dataset_fingerprint, **({INTENSITIES: {}} if own_channels else {})}
     published = {"fingerprint": fingerprint, "plans": comparable(plans), **small_lesions}
-    communicator.gather(PUBLISHED, published if communicator.site == next(iter(descriptions)) else None)
-    return Agreement(dataset, local, planner, plans, total_cases)
-
-
-def wanted_configurations(study: Federation, configurations: Sequence[str] | None) -> tuple[str, ...]:
-    """What a site preprocesses: what its command names, or else the study; raises :class:`ConfigurationError`."""
-    wanted = tuple(dict.fromkeys(configurations or [study.configuration]))
-    if "3d_cascade_fullres" in wanted:
-        raise ConfigurationError(
-            "3d_cascade_fullres needs predictions of the previous stage, which a federation does not make; "
-            "use 3d_fullres or 3d_lowres."
-        )
-    return wanted
+    wanted = [needed for name in asked if name in plans["configurations"] for needed in to_preprocess(plans, name)]
+    try:
+        _agree_on_plans(communicator, plans)
+        odd_plans = tuple(thin_patches(plans, wanted))
+        for text in (*odd_plans, *far_from_own(local, plans, wanted)):
+            logger.warning("%s%s", ODD, text)
+        require_voxels(communicator.site, local, plans, wanted)
+        communicator.gather(PUBLISHED, published if communicator.site == next(iter(descriptions)) else None)
+    except FederationError:
+        move(planner.plans_file, planner.plans_file.with_suffix(".refused.json"))
+        raise
+    return Agreement(dataset, local, planner, plans, total_cases, odd_plans)
 
 
 def _write_local_fingerprint(dataset: RawDataset, local: LocalFingerprint) -> None:
@@ -257,15 +264,28 @@ def _agree_on_plans(communicator: Collectives, plans: dict[str, Any]) -> None:
     )
 
 
-def check_configurations(plans: dict[str, Any], wanted: Sequence[str]) -> None:
-    """See that the plans have these configurations; raises :class:`ConfigurationError`."""
-    there = [name for name, content in plans["configurations"].items() if "inherits_from" not in content]
-    missing = [name for name in wanted if name not in there]
+def asked_configurations(study: Federation, configurations: Sequence[str] | None) -> list[str]:
+    """What a site's command names, or else the study."""
+    return list(dict.fromkeys(configurations or [study.configuration]))
+
+
+def wanted_configurations(
+    plans: dict[str, Any], study: Federation, configurations: Sequence[str] | None
+) -> tuple[str, ...]:
+    """What a site preprocesses: what its command names, or else the study; for a cascade what both stages train on.
+
+    Raises:
+        ConfigurationError: the plans have no such configuration.
+    """
+    asked, there = asked_configurations(study, configurations), plans["configurations"]
+    missing = [name for name in asked if name not in there]
     if missing:
+        cascade = " nnU-Net plans 3d_lowres and the cascade only where images are much larger than a patch."
         raise ConfigurationError(
             f"The plans of this federation have no configuration {', '.join(missing)}; there are {', '.join(there)}. "
-            "Set 'configuration' in federation.toml to one of these."
+            f"Set 'configuration' in federation.toml to one of these.{cascade if {*missing} & _LARGE else ''}"
         )
+    return tuple(dict.fromkeys(needed for name in asked for needed in to_preprocess(plans, name)))
 
 
 def preprocess(

@@ -82,7 +82,7 @@ class nnUNetTrainerFedGS(FineTuningTrainer):  # noqa: N801
             dist.all_reduce(sums)
             total, samples = sums.tolist()
         round_number = self.current_epoch // self.study.local_epochs
-        strength = strength_in_round(self.options.strength, self.options.warm_down, round_number, self.study.rounds)
+        strength = strength_in_round(self.options.strength, self.options.warm_down, round_number, self.study.all_rounds)
         return 1 + strength * total / samples
 
     # ------------------------------------------------------------------------------------------- the exchange

@@ -41,7 +41,7 @@ class nnUNetTrainerGCML(PhaseTrainer):  # noqa: N801
     def configure_study(self) -> None:
         """Take from the study how long a site stays alone."""
         super().configure_study()
-        self._warm_up = self.options.warm_up(self.study.epochs)
+        self._warm_up = self.options.warm_up(self.study.rounds * self.study.local_epochs)
 
     # ------------------------------------------------------------------------------------------- start and end
 
@@ -55,10 +55,11 @@ class nnUNetTrainerGCML(PhaseTrainer):  # noqa: N801
     def check_pretrained(self, given: str | None) -> None:
         """Only weights that the study names: no coordinator compares what the sites have."""
         super().check_pretrained(given)
-        if given is not None and self.study.pretrained is None:
+        if given is not None and self.named_weights is None:
             raise ConfigurationError(
                 "With GCML no coordinator compares the sites' pretrained weights, so the study has to name them: set "
-                f'pretrained = "{given}" in federation.toml, and plan with it.'
+                f'pretrained = "{given}" and configuration = "{self.configuration_name}" in federation.toml, and plan '
+                "with it."
             )
 
     def run_training(self) -> None:
@@ -72,13 +73,12 @@ class nnUNetTrainerGCML(PhaseTrainer):  # noqa: N801
 
     def on_train_start(self) -> None:
         """Let nnU-Net start and fork its workers, then start the peer process."""
-        if self.current_epoch >= self.num_epochs:  # --c after the end
-            super().on_train_start()
-            return
-        self.require_own_fold()
-        require_peers(self.own_site(), self.study.sites)
-        self._plan_of_choice()
+        if self.current_epoch < self.num_epochs:  # before anything is done
+            self._require_gossip()
         super().on_train_start()
+        if self.current_epoch >= self.num_epochs:  # --c after the end
+            return
+        self._require_gossip()
         self._group = patient_group()
         if self._resumed is None:
             self._standing = Standing(Version(self.own_site().name, {}, 0), digest_of_tensors(self.shared()))
@@ -90,7 +90,13 @@ class nnUNetTrainerGCML(PhaseTrainer):  # noqa: N801
             if self._exchanges(self.current_epoch):  # a training that was killed between its checkpoint and its post
                 self._here().round_over(self.shared_arrays())
             self._here().happened(f"continued with --c in epoch {self.current_epoch}")
+            self._begin_more_rounds()
             checkpoint.restore_random_states(self._resumed["random"])
+
+    def _require_gossip(self) -> None:
+        self.require_own_fold()
+        require_peers(self.own_site(), self.study.sites)
+        self._plan_of_choice()
 
     def _open_session(self) -> GossipSession:
         folder = Path(self.output_folder)
@@ -169,7 +175,7 @@ class nnUNetTrainerGCML(PhaseTrainer):  # noqa: N801
         if self._peer_model is not None:
             self._peer_model.epochs_left -= 1
             if self._peer_model.epochs_left == 0:
-                self._end_phase(self._peer_model)
+                self._end_phase()
 
     def on_epoch_end(self) -> None:
         """nnU-Net's checkpoints, then the mail: what has left is always in a checkpoint."""

@@ -16,6 +16,7 @@ from nnunet_fed.cli.compare_command import compare
 from nnunet_fed.cli.coordinator_command import coordinator
 from nnunet_fed.cli.dataset_commands import phantom, split
 from nnunet_fed.cli.digest_command import digest
+from nnunet_fed.cli.export_command import export
 from nnunet_fed.cli.init_command import init
 from nnunet_fed.cli.option_values import repeat_option
 from nnunet_fed.cli.peer_command import peer
@@ -46,7 +47,7 @@ app = typer.Typer(
 def main() -> None:
     """Run the command line; errors end in one sentence, unless ``--debug`` asks for the traceback."""
     try:
-        app(args=repeat_option(repeat_option(sys.argv[1:], "-c"), "-f"))
+        app(args=repeat_option(repeat_option(repeat_option(sys.argv[1:], "-c"), "-f"), "-chk"))
     except BusyError as error:
         _end(error, str(error), status=TRY_AGAIN)
     except FederationError as error:
@@ -99,6 +100,7 @@ app.command()(phantom)
 app.command()(check)
 app.command()(digest)
 app.command()(predict)
+app.command()(export)
 app.command()(compare)
 app.command()(report)
 app.command()(peer)

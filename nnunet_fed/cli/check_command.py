@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from nnunet_fed.agreement.stages import to_preprocess
 from nnunet_fed.errors import ConfigurationError, FederationError
 from nnunet_fed.exchange.keys import PLANS
 from nnunet_fed.preflight import site_checks as checks
@@ -222,8 +223,8 @@ class _Check:
 
     def _check_disk(self) -> Finding:
         raw = None if self.dataset is None else checks.dataset_folder(checks.RAW, self.dataset)
-        folder, plans = self._preprocessed(), self.plans or {"configurations": {}}
-        identifier = plans["configurations"].get(self._wanted(), {}).get("data_identifier")
-        done = folder / identifier if folder and identifier else None
+        folder, known, done = self._preprocessed(), (self.plans or {}).get("configurations", {}), None
+        if self.plans and folder and self._wanted() in known:
+            done = folder / known[to_preprocess(self.plans, self._wanted())[-1]]["data_identifier"]
         results = self.footprint.results_bytes if self.footprint else 0.0
         return checks.check_disk(checks.preprocessed_bytes(raw, done), results)

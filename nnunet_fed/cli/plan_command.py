@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from functools import partial
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -12,6 +12,9 @@ from rich.console import Console
 from nnunet_fed.errors import ConfigurationError, DisagreementError
 from nnunet_fed.study.federation import Federation
 from nnunet_fed.study.site import Site
+
+if TYPE_CHECKING:
+    from nnunet_fed.planners.planning import PlanningResult
 
 
 def plan_and_preprocess(
@@ -23,9 +26,13 @@ def plan_and_preprocess(
     processes: Annotated[int, typer.Option("-np", help="Processes for extraction and preprocessing.")] = 4,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what this site would send, and stop.")] = False,
     join: Annotated[bool, typer.Option("--join", help="Take the plans of a federation that has planned.")] = False,
+    correct: Annotated[
+        bool, typer.Option("--correct", help="Withdraw what this site has told wrongly: all sites plan anew.")
+    ] = False,
 ) -> None:
     """Agree with the other sites on plans, and preprocess this site's data by them."""
     from nnunet_fed.exchange.outgoing_log import FILE, OutgoingLog
+    from nnunet_fed.planners.beginning_anew import KeptExtraction, plan_with_corrections
     from nnunet_fed.planners.dataset import preprocessed_folder
     from nnunet_fed.planners.dry_run import dry_run_planning
     from nnunet_fed.planners.explanation import explanation_table
@@ -36,6 +43,11 @@ def plan_and_preprocess(
 
     if dry_run and join:
         raise ConfigurationError("--dry-run goes without --join, which sends nothing of this site's data.")
+    if correct and (dry_run or join):
+        raise ConfigurationError(
+            f"--correct goes without {'--dry-run' if dry_run else '--join'}, which tells nothing that could be "
+            "withdrawn."
+        )
     site = Site.from_environment()
     if dry_run:
         study = Federation.restore(GrpcCommunicator(site).status()["study"])
@@ -43,16 +55,20 @@ def plan_and_preprocess(
         dry_run_planning(site, study, dataset, processes, partial(print, file=sys.stdout))
         return
     outgoing = OutgoingLog(preprocessed_folder(dataset) / FILE)
-    communicator = GrpcCommunicator(site, outgoing=outgoing)
+    communicator = GrpcCommunicator(site, outgoing=outgoing, corrects=correct)
     study = communicator.join("planning")
 
     def report(phase: str) -> None:
         communicator.report({"phase": phase, "rounds": study.rounds}, wait=True)
 
-    run = join_and_preprocess if join else plan
-    try:
+    run = join_and_preprocess if join else partial(plan, kept=KeptExtraction())
+
+    def once(study: Federation) -> PlanningResult:
         require_trainer(study)
-        result = run(communicator, study, dataset, configurations, processes, report, labels=site.label_map)
+        return run(communicator, study, dataset, configurations, processes, report, labels=site.label_map)
+
+    try:
+        result = plan_with_corrections(communicator, study, once)
     except BaseException as error:
         report("failed")
         if isinstance(error, DisagreementError) and (join or communicator.site == study.sites[0]):  # once is enough

@@ -53,13 +53,13 @@ def status_of(
         round_closer: knows for whom open collectives wait.
         members: know what the sites said last.
     """
-    standing = store.latest_standing()
+    standing, undone = store.latest_standing(), generations.undone()
     return {
         "study": told,
         "digest": study.digest_of_fold(study.fold),
         "attempt": attempt,
         "now": time.time(),
-        "undone": generations.undone(),
+        "undone": undone,
         "sites": {
             site: {
                 "last_seen": members.seen.get(site),
@@ -80,6 +80,7 @@ def status_of(
         "failed": [
             {"run": c.run, "key": c.key, "error": c.error}
             for run in store.runs_of(attempt)
+            if run not in undone
             for c in store.collectives(run, "failed")
         ],
     }

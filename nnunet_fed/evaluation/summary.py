@@ -12,6 +12,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from nnunet_fed.evaluation.foreground import foreground_dice
 from nnunet_fed.evaluation.lesions import METRICS, SMALL_LESIONS, combined
 from nnunet_fed.exchange.cross_site_matrix import matrix
 from nnunet_fed.study.federation import Federation
@@ -35,7 +36,7 @@ def site_summary(results: Path, labels: Numbers, fold: int | str) -> dict[str, A
     lesions = _read(results / "validation" / "lesions.json")
     names = {str(tuple(value) if isinstance(value, list) else value): name for name, value in labels.items()}
     dice = {
-        model: _finite(_read(results / folder / "validation" / "summary.json")["foreground_mean"]["Dice"])
+        model: foreground_dice(_read(results / folder / "validation" / "summary.json"))
         for model, folder in FOLDERS.items()
         if (results / folder / "validation" / "summary.json").is_file()
     }
@@ -70,7 +71,7 @@ def summarise(study: Federation, sites: Mapping[str, Numbers], seconds: float) -
     of_all = combined([site for site in counted if site["lesions"]])
     return {
         "method": study.method.name,
-        "rounds": study.rounds,
+        "rounds": study.all_rounds,
         "seed": study.seed,
         "seconds": round(seconds, 1),
         "sites": dict(sites),
@@ -88,7 +89,12 @@ def result_table(summary: Numbers) -> Table:
     sites = summary["sites"]
     classes = list(dict.fromkeys(name for site in sites.values() for name in site["dice_per_class"] or ()))
     title = f"{summary['method']}, {summary['rounds']} rounds, seed {summary['seed']}, {summary['seconds']:.0f} s"
-    notes = "\n".join(f"* {name}: {ALL_NOTE}" for name, site in sites.items() if site["fold"] == "all")
+    notes = "\n".join(
+        [
+            *(f"* {name}: {ALL_NOTE}" for name, site in sites.items() if site["fold"] == "all"),
+            *(f"{name}: {note}" for name, site in sites.items() if (note := _undefined(site))),
+        ]
+    )
     table = Table(
         title=Text(title), caption=Text(notes), caption_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
     )
@@ -149,6 +155,16 @@ def lesion_table(summary: Numbers) -> Table | None:
             )
         table.add_section()
     return table
+
+
+def _undefined(site: Numbers) -> str:
+    """What there is no Dice of, as a sentence; empty if there is all."""
+    if site["dice_per_class"] is None:  # it was not validated
+        return ""
+    if site["dice"]["final"] is None:
+        return "no foreground in its validation cases, and none predicted: it has no Dice, and is not in the mean"
+    missing = [name for name, dice in site["dice_per_class"].items() if dice is None]
+    return f"nowhere in its validation: {', '.join(missing)}; its Dice is of the other classes" if missing else ""
 
 
 def _models(sites: Iterable[Numbers]) -> list[str]:

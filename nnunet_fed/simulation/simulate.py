@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 
+from nnunet_fed.agreement.stages import stages_of
 from nnunet_fed.coordinator.watch import watch
 from nnunet_fed.datasets.findings import FILE
 from nnunet_fed.errors import ConfigurationError, FederationError, UnreachableError
@@ -99,6 +100,7 @@ def simulate(simulation: Simulation, console: Console) -> dict[str, Any]:
     started = time.monotonic()
     study = simulation.study
     require_trainer(study)
+    _check_stages(simulation)
     if simulation.planned is not None:
         check_same_planning(simulation.planned, study, simulation.sites, simulation.labels)
     if study.plans_name is None:
@@ -262,6 +264,15 @@ def _check_sites(simulation: Simulation) -> None:
             )
 
 
+def _check_stages(simulation: Simulation) -> None:
+    *first, last = stages_of(simulation.study.configuration)
+    if first and simulation.until != "plan" and simulation.study.fold != "all":
+        raise ConfigurationError(
+            f"{last} trains on what {first[-1]} predicts for every case, and fold {simulation.study.fold} of "
+            f"{first[-1]} predicts its validation cases only: simulate {last} with --fold all."
+        )
+
+
 def _places(simulation: Simulation) -> list[Place]:
     places = []
     for name, source in sorted(simulation.sites.items()):
@@ -287,14 +298,17 @@ def _steps(simulation: Simulation, study: Federation, place: Place) -> list[Step
     if simulation.planned is None:
         steps.append(Step(PLANNING, planning_command(study), planning, folder / PLANNING_LOG))
     if simulation.until != "plan":
-        training = {AUGMENTATION_VARIABLE: "0", **common, "nnUNet_fed_skip_validation": ""}
-        if simulation.until == "train":
-            training["nnUNet_fed_skip_validation"] = "1"
         dataset = DATASET if place.label_map is None else place.label_map.dataset
-        command = training_command(study, place.fold, simulation.device, dataset)
-        if simulation.pretrained is not None:
-            command += ["-pretrained_weights", str(simulation.pretrained.resolve())]
-        steps.append(Step("Training", command, training, folder / "train.log"))
+        *first, last = stages_of(study.configuration)
+        for stage in (*first, last):
+            skips = simulation.until == "train" and stage == last  # what a stage predicts is what the next one needs
+            training = {AUGMENTATION_VARIABLE: "0", **common, "nnUNet_fed_skip_validation": "1" if skips else ""}
+            of_stage = study.model_copy(update={"configuration": stage})
+            command = training_command(of_stage, place.fold, simulation.device, dataset)
+            if simulation.pretrained is not None and stage == last:
+                command += ["-pretrained_weights", str(simulation.pretrained.resolve())]
+            name, log = ("Training", "train.log") if stage == last else (f"Training {stage}", f"train_{stage}.log")
+            steps.append(Step(name, command, training, folder / log))
     return steps
 
 

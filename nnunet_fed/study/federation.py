@@ -63,7 +63,7 @@ class Federation(Table):
 
     OPERATIONAL = frozenset({
         "name", "sites", "plans_name", "configuration", "fold", "min_cases", "min_sites", "deadline_minutes",
-        "planning_deadline_minutes", "keep_rounds", "keep_every", "max_update_norm", "cross_site",
+        "planning_deadline_minutes", "keep_rounds", "keep_every", "max_update_norm", "cross_site", "more_rounds",
     })  # fmt: skip
 
     name: str = Field(min_length=1, max_length=100)
@@ -91,6 +91,8 @@ class Federation(Table):
     """*Operational.* Cross-validation fold that the sites train; a site may map it to another one or to ``all``
     (site.toml). Part of a run's identity."""
     rounds: int = Field(ge=1)
+    more_rounds: Annotated[int, Field(ge=0), Neutral(0, since=3)] = 0
+    """*Operational.* Further rounds, which a training that is over goes on with from its last state; it only grows."""
     local_epochs: int = Field(default=1, ge=1)
     iterations_per_epoch: int = Field(default=250, ge=1)
     val_iterations_per_epoch: int = Field(default=50, ge=1)
@@ -99,13 +101,16 @@ class Federation(Table):
     momentum_on_round: Literal["keep", "reset"] = "keep"
     weighting: Literal["cases", "uniform"] = "cases"
     """Weight of a site in a mean: its number of training cases, or 1."""
+    best: Annotated[Literal["site", "federation"], Neutral("site", since=3)] = "site"
+    """Whose choice ``checkpoint_best.pth`` is: each site's own by nnU-Net's rule, or the round with the highest
+    weighted mean of the sites' pseudo Dice, the same at all sites."""
     wire_dtype: WireDtype = "float32"
     """Dtype in which models travel (:mod:`nnunet_fed.exchange.precision`): ``float32`` loses nothing, the others halve
     the bytes."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     pretrained: Annotated[str | None, BeforeValidator(_is_digest), Neutral(None, since=3)] = None
-    """Digest of the pretrained weights from which the training starts, as ``nnunet_fed digest FILE`` prints it; every
-    site names the file with ``-pretrained_weights``. ``None``: the sites say, and have to agree."""
+    """Digest of the pretrained weights from which the training of :attr:`configuration` starts, as ``nnunet_fed digest
+    FILE`` prints it; every site names the file with ``-pretrained_weights``. ``None``: the sites say, and must agree."""
     min_sites: int | None = Field(default=None, ge=1)
     """*Operational.* A round closes at its deadline with at least so many sites; ``None``: all."""
     deadline_minutes: float = Field(default=720.0, gt=0, le=LONGEST_MINUTES)
@@ -143,8 +148,15 @@ class Federation(Table):
             raise ValueError(f"min_sites is {self.min_sites}, but the study has only {len(self.sites)} sites")
         self.method.check_sites(self.sites)
         self.method.check_epochs(self.epochs)
+        if self.best == "federation":
+            self.method.check_best()
         if self.cross_site:
             self.method.check_cross_site()
+            if self.more_rounds and not self.method.EXCHANGES:
+                raise ValueError(
+                    "more_rounds does not go with cross_site = true for a method whose sites train alone: their models "
+                    "have been evaluated at each other once. Set cross_site = false"
+                )
         return self
 
     @property
@@ -153,9 +165,14 @@ class Federation(Table):
         return len(self.sites) if self.min_sites is None else self.min_sites
 
     @property
+    def all_rounds(self) -> int:
+        """Rounds of the whole training."""
+        return self.rounds + self.more_rounds
+
+    @property
     def epochs(self) -> int:
-        """nnU-Net epochs of the whole training."""
-        return self.rounds * self.local_epochs
+        """nnU-Net epochs of the whole training, without fine-tuning."""
+        return self.all_rounds * self.local_epochs
 
     @property
     def digest(self) -> str:

@@ -171,6 +171,7 @@ def use_dataset(monkeypatch: pytest.MonkeyPatch, folder: Path, number: int) -> P
         ("plan_and_preprocess", "-d", "1"),
         ("plan_and_preprocess", "-d", "1", "--join"),
         ("plan_and_preprocess", "-d", "1", "--dry-run"),
+        ("plan_and_preprocess", "-d", "1", "--correct"),
         ("status", "--json"),
     ],
 )
@@ -227,6 +228,12 @@ def test_planning_that_fails(
     assert served.coordinator.status()["sites"]["a"]["progress"]["phase"] == "failed", "who watches sees it"
 
 
+@pytest.mark.parametrize("other", ["--join", "--dry-run"])
+def test_only_who_tells_something_can_withdraw_it(command: Command, other: str) -> None:
+    told = f"--correct goes without {other}, which tells nothing that could be withdrawn."
+    assert command.fails("plan_and_preprocess", "-d", "1", "--correct", other) == told
+
+
 def test_planning_takes_several_configurations(
     command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, serve: Callable[..., Served]
 ) -> None:
@@ -236,7 +243,7 @@ def test_planning_takes_several_configurations(
     asked: list[Any] = []
 
     def plan(
-        seat: Any, study: Federation, dataset: int, configurations: list[str], processes: int, _: Any, labels: Any
+        seat: Any, study: Federation, dataset: int, configurations: list[str], processes: int, *_: Any, **more: Any
     ) -> None:
         asked.append((study, dataset, configurations, processes))
         raise DisagreementError("That is enough.")

@@ -131,7 +131,7 @@ def test_voxels_that_spoil_the_plans_of_all(
         write_dataset(raw, number, (0, 1, 2), labels={"background": 0, "organ": 1, "lesion": 2})
     told = r"Site 'a' cannot preprocess by these plans: 3d_fullres has a voxel size of 500.5 x 1 x 1, and of 3 of this"
     with caplog.at_level(logging.WARNING), pytest.raises(FederationError, match=told):
-        plan({"a": SITE_A, "b": SITE_B})
+        plan({"a": SITE_A, "b": SITE_B}, deadline=3)
     assert "Before anybody trains: 3d_fullres has a voxel size of 500.5 x 1 x 1, this site's images have 1 x 1 x 1" in (
         caplog.text
     )

@@ -13,10 +13,11 @@ from planning_sites import OTHER, SITE_A, SITE_B, preprocessed, read, write_data
 from serving import Served, lines, make_study, together
 
 from nnunet_fed.errors import ConfigurationError, DisagreementError, RoundClosedError
+from nnunet_fed.exchange.keys import PUBLISHED
 from nnunet_fed.exchange.outgoing_log import OutgoingLog
 from nnunet_fed.planners.dry_run import dry_run_planning
 from nnunet_fed.planners.joining import join_and_preprocess
-from nnunet_fed.planners.planning import PUBLISHED, plan_and_preprocess
+from nnunet_fed.planners.planning import plan_and_preprocess
 from nnunet_fed.study.site import Site
 
 Serve = Callable[..., Served]

@@ -33,13 +33,14 @@ from nnunet_fed.agreement.fingerprint import INTENSITIES, LocalFingerprint
 from nnunet_fed.agreement.plan_digest import comparable, plans_digest
 from nnunet_fed.errors import DisagreementError, FederationError
 from nnunet_fed.exchange.communicator import LocalFederation
+from nnunet_fed.exchange.keys import PUBLISHED
 from nnunet_fed.methods.fedoap import shared_names, stem_name
 from nnunet_fed.methods.tensors import shared_tensors
 from nnunet_fed.planners import joining, planning
 from nnunet_fed.planners.dataset import find_dataset, reader_of
 from nnunet_fed.planners.joining import join_and_preprocess
 from nnunet_fed.planners.nnUNetPlannerFed import nnUNetPlannerFed
-from nnunet_fed.planners.planning import PUBLISHED, plan_and_preprocess
+from nnunet_fed.planners.planning import plan_and_preprocess
 from nnunet_fed.trainers.nnUNetTrainerFedOAP import nnUNetTrainerFedOAP
 
 OWN = {"name": "fedoap", "private_stem": True}

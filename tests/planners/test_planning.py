@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from planning_sites import (
 )
 from workers import workers_as_threads
 
+from nnunet_fed.agreement.fingerprint import LocalFingerprint
 from nnunet_fed.agreement.plan_digest import comparable, differences, plans_digest
 from nnunet_fed.errors import ConfigurationError, DisagreementError, FederationError
 from nnunet_fed.planners import planning
@@ -302,8 +304,38 @@ def test_a_configuration_that_is_not_there(raw: Path, instant: list[list[str]]) 
     write_dataset(raw, OTHER, (0, 1), two_d=True)
     with pytest.raises(ConfigurationError, match=r"no configuration 3d_lowres; there are 2d, 3d_fullres"):
         plan({"a": OTHER}, configurations=["3d_lowres"])
-    with pytest.raises(ConfigurationError, match=r"3d_cascade_fullres needs predictions"):
+    large = r"no configuration 3d_cascade_fullres; .* only where images are much larger than a patch\.$"
+    with pytest.raises(ConfigurationError, match=large):
         plan({"a": OTHER}, configurations=["3d_cascade_fullres"])
+
+
+@pytest.mark.parametrize(
+    ("study_says", "command_says", "prepared"),
+    [
+        ("3d_cascade_fullres", None, ["3d_lowres", "3d_fullres"]),
+        ("3d_fullres", ["2d", "3d_cascade_fullres", "3d_lowres"], ["2d", "3d_lowres", "3d_fullres"]),
+        ("3d_lowres", None, ["3d_lowres"]),
+    ],
+)
+def test_both_stages_of_a_cascade_are_preprocessed(
+    raw: Path,
+    instant: list[list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    study_says: str,
+    command_says: list[str] | None,
+    prepared: list[str],
+) -> None:
+    small = planning.extract
+
+    def large(*arguments: Any) -> LocalFingerprint:
+        return replace(small(*arguments), shapes_after_crop=[[28, 32, 32]] * 2)
+
+    monkeypatch.setattr(planning, "extract", large)
+    write_dataset(raw, OTHER, (0, 1))
+    options = {"planner": "nnUNetPlannerFedSmall", "gpu_memory_target_in_gb": 0.003, "configuration": study_says}
+    result = plan({"a": OTHER}, configurations=command_says, **options)["a"]
+    assert instant == [prepared]
+    assert result.configurations == tuple(prepared)
 
 
 def test_unknown_planner(raw: Path) -> None:

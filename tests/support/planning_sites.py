@@ -67,11 +67,12 @@ def study(sites: Sequence[str] = ("a", "b"), **changes: Any) -> Federation:
 
 
 def plan(datasets: dict[str, int], **options: Any) -> dict[str, PlanningResult]:
-    """Plan at each site, with one worker."""
+    """Plan at each site, with one worker; the others wait so many seconds for one that fails."""
     configurations = options.pop("configurations", None)
     report = options.pop("report", lambda phase: None)
+    deadline = options.pop("deadline", 60)
     agreed = study(list(datasets), **options)
-    return LocalFederation(list(datasets), deadline=60).run(
+    return LocalFederation(list(datasets), deadline=deadline).run(
         lambda seat: plan_and_preprocess(seat, agreed, datasets[seat.site], configurations, 1, report)
     )
 

@@ -53,6 +53,15 @@ def tiny_plans(study: Federation | None = None) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def tiny_cascade(study: Federation | None = None) -> dict[str, Any]:
+    """The same with the two stages of a cascade, by nnU-Net's names; both have the slices as they are."""
+    plans = tiny_plans(study)
+    configurations = plans["configurations"]
+    configurations["3d_lowres"] = {**configurations["2d"], "next_stage": "3d_cascade_fullres"}
+    configurations["3d_cascade_fullres"] = {"inherits_from": "2d", "previous_stage": "3d_lowres"}
+    return plans
+
+
 def write_preprocessed(folder: Path, cases: int = 5) -> None:
     """Write ``folder`` as nnU-Net's folder of preprocessed data."""
     dataset = folder / DATASET

@@ -58,7 +58,7 @@ def weights_in(path: Path) -> dict[str, torch.Tensor]:
 
 def study_of(sites: InProcess, method: str, options: dict[str, Any] | None = None, **settings: Any) -> Federation:
     options = options or {"fedgs": {"threshold": 1.5}, "fedsm": {"selector_steps_per_round": 1}}.get(method, {})
-    study = {"rounds": 1, "iterations_per_epoch": 1, "initial_lr": NO_STEPS, "seed": 3}
+    study = {"rounds": 1, "iterations_per_epoch": 1, "initial_lr": NO_STEPS, "seed": 3, "configuration": "2d"}
     return sites.study(method={"name": method, **options}, **{**study, **settings})
 
 
@@ -145,6 +145,14 @@ def test_a_study_names_the_weights(sites: InProcess, file: Path, tmp_path: Path)
         assert_has(weights_in(Path(trainer.output_folder) / "checkpoint_final.pth"), weights_in(file))
         record = json.loads((Path(trainer.output_folder) / "federation.json").read_text())
         assert record["pretrained"] == digest
+
+
+def test_another_configuration_is_another_network(sites: InProcess, file: Path) -> None:
+    """Such as the first stage of a cascade: its command says from what it starts."""
+    study = study_of(sites, "fedavg", pretrained=read_weights(file).digest, configuration="3d_fullres")
+    trainers = sites.make(nnUNetTrainerFedAvg, study)
+    sites.run(trainers)
+    assert trainers["a"].pretrained is None
 
 
 def test_a_command_without_debug_ends_in_a_sentence(sites: InProcess, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,7 +74,7 @@ class CatchingUpTrainer(ConnectedTrainer):
 
     def _forget_pretrained(self) -> None:
         """The start is over: weights that nobody has compared with the others' are in nothing of this site."""
-        if self.pretrained is not None and self.study.pretrained is None:
+        if self.pretrained is not None and self.named_weights is None:
             self.happened(f"came late: the pretrained weights {self.pretrained} are not used")
             self.note_facts(pretrained=None)
             self.pretrained = None
@@ -151,8 +151,4 @@ class CatchingUpTrainer(ConnectedTrainer):
         self.current_epoch = epoch
 
     def _save_latest(self) -> None:
-        self.current_epoch -= 1  # nnU-Net writes the number of the next epoch
-        try:
-            self.save_checkpoint(str(Path(self.output_folder) / LATEST_CHECKPOINT))
-        finally:
-            self.current_epoch += 1
+        self.save_at_epoch_start(LATEST_CHECKPOINT)

@@ -12,8 +12,8 @@ from nnunet_fed.exchange import keys
 from nnunet_fed.exchange.payload import Tensors
 from nnunet_fed.files import replacing
 from nnunet_fed.prediction.checkpoint_files import FINAL_CHECKPOINT, GLOBAL_CHECKPOINT
-from nnunet_fed.trainers.parts.catching_up import CatchingUpTrainer
 from nnunet_fed.trainers.parts.cross_site_evaluation import evaluate_across_sites, is_complete
+from nnunet_fed.trainers.parts.federation_best import FederationBestTrainer
 from nnunet_fed.trainers.parts.study_trainer import sentences_for_users
 from nnunet_fed.trainers.parts.training_record import logged_by
 
@@ -22,7 +22,7 @@ class _TrainingOver(Exception):  # noqa: N818
     """The last round is over, though nnU-Net's loop has epochs left, because this site skipped some."""
 
 
-class FederatedTrainer(CatchingUpTrainer):
+class FederatedTrainer(FederationBestTrainer):
     """nnU-Net's trainer with an exchange at the end of every round.
 
     A method overrides :meth:`exchange` and the few hooks that it needs. One round is ``local_epochs`` epochs of
@@ -94,6 +94,9 @@ class FederatedTrainer(CatchingUpTrainer):
             self._continue()
         else:
             self._start_anew(reason)
+        if self.study.cross_site and (reason is not None or self._rounds_before is not None):
+            self.note_facts(cross_site={})  # it was of other models
+        self._begin_more_rounds()
         self._restore_random_states()
 
     def on_epoch_start(self) -> None:

@@ -26,7 +26,7 @@ class PretrainedTrainer(StudyTrainer):
     pretrained: str | None = None
     """Digest of the weights from which the training starts; ``None``: its network is drawn from the seed."""
     _weights: PretrainedWeights | None = None
-    """Until the network has them."""
+    """Until nnU-Net's start is over, in which the trainer may be initialized again, for more rounds."""
 
     def configure_study(self) -> None:
         """From now on nnU-Net's command hands its file to a federated trainer."""
@@ -48,6 +48,14 @@ class PretrainedTrainer(StudyTrainer):
         self.was_initialized = False
         self.initialize()
 
+    @property
+    def named_weights(self) -> str | None:
+        """Digest of the weights from which the study lets this training start; ``None``: it says nothing of it.
+
+        It speaks of its own configuration: 2D, or the first stage of a cascade, is another network.
+        """
+        return self.study.pretrained if self.configuration_name == self.study.configuration else None
+
     def check_pretrained(self, given: str | None) -> None:
         """See that the weights from which a training is to start are the study's.
 
@@ -57,7 +65,7 @@ class PretrainedTrainer(StudyTrainer):
         Raises:
             ConfigurationError: they are not.
         """
-        study, wanted = self.study.name, self.study.pretrained
+        study, wanted = self.study.name, self.named_weights
         if wanted is not None and given is None:
             raise ConfigurationError(
                 f"The study '{study}' starts from the pretrained weights with the digest {wanted}, and this command "
@@ -74,9 +82,10 @@ class PretrainedTrainer(StudyTrainer):
         return ()
 
     def initialize(self) -> None:
-        """The network with the pretrained weights, once: a site that starts anew takes the newest model."""
+        """The network, with the pretrained weights until the training has started: a site that starts anew later
+        takes the newest model."""
         super().initialize()
-        weights, self._weights = self._weights, None
+        weights = self._weights
         if weights is not None:
             anew = take_weights(self.bare(self.network), weights, self.may_begin_anew())
             self.print_to_log_file(
@@ -95,6 +104,7 @@ class PretrainedTrainer(StudyTrainer):
                     f"checkpoint yet from which it could go on: add {OPTION} to this command. {HOW_TO_COMPARE}"
                 )
         super().on_train_start()
+        self._weights = None
 
 
 def _load(

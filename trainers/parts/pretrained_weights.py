@@ -12,7 +12,7 @@ import itertools
 import pickle
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ class PretrainedWeights:
     """The network's weights in a checkpoint."""
 
     path: Path
-    tensors: Mapping[str, torch.Tensor]
+    tensors: Mapping[str, torch.Tensor] = field(repr=False)
     """By nnU-Net's names, on the CPU; memory-mapped."""
     digest: str
     """See :func:`digest_of_weights`."""

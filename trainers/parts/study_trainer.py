@@ -17,7 +17,6 @@ from torch._dynamo import OptimizedModule
 
 from nnunet_fed.errors import ConfigurationError, FederationError
 from nnunet_fed.exchange.payload import Array
-from nnunet_fed.files import PARTIAL
 from nnunet_fed.methods.fedavg import site_weight
 from nnunet_fed.methods.tensors import load_arrays, shared_tensors, to_arrays
 from nnunet_fed.study.federation import Federation, study_in
@@ -26,6 +25,7 @@ from nnunet_fed.study.methods.custom_options import Custom
 from nnunet_fed.study.site import Site
 from nnunet_fed.study.toml import explain
 from nnunet_fed.trainers.parts import checkpoint
+from nnunet_fed.trainers.parts.cascade import predicting_next_stages, require_previous_stage
 from nnunet_fed.trainers.parts.lesion_report import evaluate_lesions
 from nnunet_fed.trainers.parts.site_tracker import SiteTracker
 from nnunet_fed.trainers.parts.training_record import logged_by
@@ -72,6 +72,7 @@ class StudyTrainer(nnUNetTrainer):
     optimizer: Any
     lr_scheduler: Any
     grad_scaler: Any
+    _best_ema: float | None
 
     def __init__(
         self,
@@ -229,7 +230,7 @@ class StudyTrainer(nnUNetTrainer):
         """nnU-Net's data sets; notes the number of training cases.
 
         Raises:
-            ConfigurationError: there is no training or no validation case.
+            ConfigurationError: there is no training or no validation case, or the previous stage has not predicted one.
         """
         training, validation = super().get_tr_and_val_datasets()
         for kind, cases in (("training", training), ("validation", validation)):
@@ -238,6 +239,7 @@ class StudyTrainer(nnUNetTrainer):
                     f"Fold {self.fold} has no {kind} case. Correct splits_final.json in "
                     f"{self.preprocessed_dataset_folder_base}, or train fold 'all', which validates on all cases."
                 )
+        require_previous_stage(self, [*training.identifiers, *validation.identifiers])
         self._training_cases = len(training.identifiers)
         return training, validation
 
@@ -257,9 +259,9 @@ class StudyTrainer(nnUNetTrainer):
         if self.local_rank != 0 or self.disable_checkpointing:
             super().save_checkpoint(filename)
             return
-        stock = Path(f"{filename}.nnunet{PARTIAL}")
-        super().save_checkpoint(str(stock))
-        checkpoint.amend(stock, Path(filename), {**(additions or {}), "trainer_name": self.PREDICTED_AS})
+        entries = {**(additions or {}), "trainer_name": self.PREDICTED_AS}
+        with checkpoint.written_with(entries, Path(filename)) as part:
+            super().save_checkpoint(str(part))
 
     def load_checkpoint(self, filename_or_checkpoint: Any) -> None:
         """nnU-Net's checkpoint and our state."""
@@ -291,5 +293,7 @@ class StudyTrainer(nnUNetTrainer):
 
     def validate(self, save_probabilities: bool) -> None:
         """nnU-Net's validation of :attr:`network`, then the same by lesion size."""
-        super().perform_actual_validation(save_probabilities)
+        require_previous_stage(self, self.do_split()[1] if self.is_cascaded else [])
+        with predicting_next_stages(self):
+            super().perform_actual_validation(save_probabilities)
         evaluate_lesions(self)

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import grpc
 
-from nnunet_fed.errors import FederationError, NoRoomError, NotYetError
+from nnunet_fed.errors import FederationError, NoRoomError, NotYetError, WithdrawnError
 from nnunet_fed.exchange.uploads import InterruptedUploadError
 from nnunet_fed.logs import printable
 from nnunet_fed.study.address import readable
@@ -23,6 +23,10 @@ LINES, LINE_SECONDS = 20, 10.0
 """So many lines of one caller are logged at once, and later one in so many seconds."""
 CALLERS = 256
 """Of so many callers the lines are counted; of more, the one that was heard of least recently is forgotten."""
+
+WITHDRAWN_BY = "nnunet-fed-withdrawn-by"
+"""Names a site, beside a refusal after which the others plan anew by themselves
+(:class:`nnunet_fed.errors.WithdrawnError`)."""
 
 
 class SparingLog:
@@ -80,6 +84,8 @@ class Refusals:
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: Any) -> None:
+        if isinstance(error, WithdrawnError):  # a refusal to version 0.1, which does not read what goes with it
+            self._context.set_trailing_metadata(((WITHDRAWN_BY, error.site),))
         if isinstance(error, NoRoomError | NotYetError):
             refuse(self._context, str(error), grpc.StatusCode.RESOURCE_EXHAUSTED)
         elif isinstance(error, FederationError):
