@@ -109,8 +109,8 @@ class Federation(Table):
     the bytes."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     pretrained: Annotated[str | None, BeforeValidator(_is_digest), Neutral(None, since=3)] = None
-    """Digest of the pretrained weights from which the training of :attr:`configuration` starts, as ``nnunet_fed digest
-    FILE`` prints it; every site names the file with ``-pretrained_weights``. ``None``: the sites say, and must agree."""
+    """Digest of the pretrained weights from which the training of :attr:`configuration` starts (``nnunet_fed digest
+    FILE``); every site names the file with ``-pretrained_weights``. ``None``: the sites say, and must agree."""
     min_sites: int | None = Field(default=None, ge=1)
     """*Operational.* A round closes at its deadline with at least so many sites; ``None``: all."""
     deadline_minutes: float = Field(default=720.0, gt=0, le=LONGEST_MINUTES)

@@ -334,7 +334,7 @@ def test_gcml_starts_from_what_the_study_names(sites: InProcess, file: Path) -> 
     for pretrained in (None, digest):
         trainer = sites.trainer(plugin.nnUNetTrainerGCML, study_of(sites, "gcml", pretrained=pretrained), "a")
         if pretrained is None:
-            with pytest.raises(ConfigurationError, match=f'pretrained = "{digest}" in federation.toml'):
+            with pytest.raises(ConfigurationError, match=f'pretrained = "{digest}" and configuration = "2d"'):
                 with_file(trainer, file)
         else:
             assert_has(with_file(trainer, file).network.state_dict(), weights_in(file))

@@ -77,7 +77,7 @@ class CatchingUpTrainer(ConnectedTrainer):
         if self.pretrained is not None and self.named_weights is None:
             self.happened(f"came late: the pretrained weights {self.pretrained} are not used")
             self.note_facts(pretrained=None)
-            self.pretrained = None
+            self.pretrained = self._weights = None
             begin_anew(self)
 
     def _continue(self) -> None:
