@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,9 @@ def train(arguments: argparse.Namespace, name: str, rounds: int, seed: int, pret
         planned: Path = arguments.out / ("planned-others" if together else "planned")
         console = Console(stderr=True)
         if not (planned / "summary.json").is_file():
+            shutil.rmtree(planned, ignore_errors=True)  # what was interrupted begins anew
             simulate(Simulation(sites, planned, study, until="plan", threads=1), console)
+        shutil.rmtree(out, ignore_errors=True)
         until: Any = "train" if together else "validate"
         simulate(Simulation(sites, out, study, until=until, threads=1, planned=planned, pretrained=pretrained), console)
     return next(out.glob("sites/*/nnUNet_results/*/*/fold_0"))
