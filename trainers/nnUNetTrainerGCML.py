@@ -21,7 +21,7 @@ from nnunet_fed.trainers.gossip.mutual_phase import PhaseTrainer
 from nnunet_fed.trainers.gossip.peer_model import PeerModel, plain_values
 from nnunet_fed.trainers.parts import checkpoint
 from nnunet_fed.trainers.parts.ranks import patient_group
-from nnunet_fed.trainers.parts.study_trainer import sentences_for_users
+from nnunet_fed.trainers.parts.sentences import sentences_for_users
 from nnunet_fed.trainers.parts.training_record import RECORD, TrainingRecord, logged_by
 
 MAILBOX = "mailbox"

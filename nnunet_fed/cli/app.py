@@ -28,6 +28,7 @@ from nnunet_fed.cli.simulate_command import simulate
 from nnunet_fed.cli.state_commands import new_attempt, rewind
 from nnunet_fed.cli.status_command import status
 from nnunet_fed.errors import BusyError, FederationError
+from nnunet_fed.files import in_words
 from nnunet_fed.logs import PlainLines
 
 TRY_AGAIN = 75
@@ -55,6 +56,8 @@ def main() -> None:
     except (KeyboardInterrupt, BrokenPipeError) as error:
         _end(error, "interrupted", status=130)
     except Exception as error:
+        if isinstance(error, OSError) and (told := in_words(error)) is not None:
+            _end(error, str(told), status=TRY_AGAIN if isinstance(told, BusyError) else 2)
         _end(error, f"{type(error).__name__}: {error} (nnunet_fed --debug shows where)", status=1)
 
 

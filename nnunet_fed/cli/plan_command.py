@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from nnunet_fed.datasets.folds import FoldChoice
 from nnunet_fed.errors import ConfigurationError, DisagreementError
 from nnunet_fed.study.federation import Federation
 from nnunet_fed.study.site import Site
@@ -25,6 +26,13 @@ def plan_and_preprocess(
     ] = None,
     processes: Annotated[int, typer.Option("-np", help="Processes for extraction and preprocessing.")] = 4,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what this site would send, and stop.")] = False,
+    folds: Annotated[
+        FoldChoice,
+        typer.Option(
+            help="What becomes of the folds of an earlier training where cases were added or removed: keep brings them "
+            "up to date, and no case goes from training to validation; new makes folds anew."
+        ),
+    ] = FoldChoice.keep,
     join: Annotated[bool, typer.Option("--join", help="Take the plans of a federation that has planned.")] = False,
     correct: Annotated[
         bool, typer.Option("--correct", help="Withdraw what this site has told wrongly: all sites plan anew.")
@@ -65,7 +73,7 @@ def plan_and_preprocess(
 
     def once(study: Federation) -> PlanningResult:
         require_trainer(study)
-        return run(communicator, study, dataset, configurations, processes, report, labels=site.label_map)
+        return run(communicator, study, dataset, configurations, processes, report, labels=site.label_map, folds=folds)
 
     try:
         result = plan_with_corrections(communicator, study, once)
@@ -82,5 +90,7 @@ def plan_and_preprocess(
     print(
         f"{result.dataset_name}: {result.local_cases} cases, plans {result.plans_name} ({result.plans_digest[:12]}) of "
         f"{result.total_cases} cases, {planned_by}; preprocessed: {', '.join(result.configurations)}\n"
+        f"Train with: nnUNetv2_train {result.dataset_name} {result.configurations[0]} {result.fold} "
+        f"-tr {study.method.trainer_name} -p {result.plans_name}\n"
         f"All that this site has sent is listed in {outgoing.path}."
     )

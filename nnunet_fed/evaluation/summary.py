@@ -16,6 +16,7 @@ from nnunet_fed.evaluation.foreground import foreground_dice
 from nnunet_fed.evaluation.lesions import METRICS, SMALL_LESIONS, combined
 from nnunet_fed.exchange.cross_site_matrix import matrix
 from nnunet_fed.study.federation import Federation
+from nnunet_fed.study.labels import in_numbers
 
 Numbers = Mapping[str, Any]
 FOLDERS = {"final": "", "global": "global", "federated": "federated", "super": "super"}
@@ -34,7 +35,9 @@ def site_summary(results: Path, labels: Numbers, fold: int | str) -> dict[str, A
     """
     record, validation = _read(results / "federation.json"), _read(results / "validation" / "summary.json")
     lesions = _read(results / "validation" / "lesions.json")
-    names = {str(tuple(value) if isinstance(value, list) else value): name for name, value in labels.items()}
+    names = {
+        str(tuple(value) if isinstance(value, list) else value): name for name, value in in_numbers(labels).items()
+    }
     dice = {
         model: foreground_dice(_read(results / folder / "validation" / "summary.json"))
         for model, folder in FOLDERS.items()

@@ -24,6 +24,7 @@ from rich.console import Console
 from nnunet_fed.agreement.stages import stages_of
 from nnunet_fed.coordinator.watch import watch
 from nnunet_fed.datasets.findings import FILE
+from nnunet_fed.datasets.folds import has_folds
 from nnunet_fed.errors import ConfigurationError, FederationError, UnreachableError
 from nnunet_fed.evaluation.summary import lesion_table, result_table, site_summary, summarise
 from nnunet_fed.files import write_json, write_text
@@ -52,8 +53,6 @@ PLANNING = "Planning"
 """What a site does first."""
 MAPPED_DATASET = 2
 """nnU-Net's number of the data set with the federation's labels, where a site has a map."""
-FOLDS = 5
-"""Of nnU-Net's cross-validation, which needs as many cases."""
 STARTUP_SECONDS = 60.0
 NNUNET_FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 AUGMENTATION_VARIABLE = "nnUNet_n_proc_DA"
@@ -276,7 +275,7 @@ def _check_stages(simulation: Simulation) -> None:
 def _places(simulation: Simulation) -> list[Place]:
     places = []
     for name, source in sorted(simulation.sites.items()):
-        split = count_cases(name, source) >= FOLDS or (source / "splits_final.json").is_file()
+        split = has_folds(count_cases(name, source), source)
         folder = simulation.out.resolve() / SITES / name
         fold = simulation.study.fold if split else "all"
         places.append(Place(name, source, folder, fold, _label_maps(simulation).get(name)))

@@ -73,7 +73,7 @@ class Federation(Table):
     planner: str = "nnUNetPlannerFed"
     geometry: Literal["private", "lists"] = "private"
     """What the sites tell each other of spacings and shapes: sums from which medians are found, or every case's
-    (sorted, without names). The plans are the same; ``lists`` leaves nnU-Net's complete fingerprint file."""
+    (sorted, without names). The plans are the same; ``lists`` leaves a fingerprint of every case at all sites."""
     overwrite_target_spacing: tuple[Spacing, Spacing, Spacing] | None = None
     """Voxel size in mm of 3d_fullres along the array's axes; ``None``: the planner's choice."""
     gpu_memory_target_in_gb: float | None = Field(default=None, gt=0)

@@ -62,6 +62,15 @@ def test_split_looks_first(command: Command, data: Path, tmp_path: Path) -> None
     assert (tmp_path / "sites" / "site_1" / "dataset.json").is_file()
 
 
+def test_other_data_sets_of_the_same_number(command: Command, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "nnUNet_results" / "Dataset001_Old").mkdir()
+    (tmp_path / "nnUNet_preprocessed" / data.name).mkdir()
+    status, out, _ = command("check", "-d", "1", "--data", "-device", "cpu")
+    assert status == 1
+    told = "Dataset001_Own (in nnUNet_raw and nnUNet_preprocessed), Dataset001_Old (in nnUNet_results). nnU-Net counts"
+    assert told in " ".join(out.split())
+
+
 def test_a_cascade_trains_on_what_is_preprocessed_for_full_resolution(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

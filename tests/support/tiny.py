@@ -42,6 +42,7 @@ def tiny_plans(study: Federation | None = None) -> dict[str, Any]:
     return {
         "dataset_name": DATASET, "plans_name": "nnUNetFedPlans", "image_reader_writer": "SimpleITKIO",
         "transpose_forward": [0, 1, 2], "transpose_backward": [0, 1, 2], "continue_training": False,
+        "original_median_spacing_after_transp": [1.0, 1.0, 1.0], "original_median_shape_after_transp": [3, 20, 20],
         "foreground_intensity_properties_per_channel": {"0": {}}, **carried,
         "configurations": {
             "2d": {

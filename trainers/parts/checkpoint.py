@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nnunet_fed.files import replacing
+from nnunet_fed.files import no_room, replacing
 
 FEDERATION = "federation"
 """Key of a checkpoint under which our state stands; stock nnU-Net ignores it."""
@@ -78,6 +78,10 @@ def written_with(additions: Mapping[str, Any], filename: Path) -> Iterator[Path]
         torch.save = save_with_additions  # type: ignore[assignment]
         try:
             yield part
+        except RuntimeError as error:
+            if "inline_container" in str(error):  # PyTorch's writer does not say why it could not write
+                raise no_room(filename) from error
+            raise
         finally:
             torch.save = save
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, suppress
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
 
 import torch
@@ -15,8 +16,10 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from pydantic import ValidationError
 from torch._dynamo import OptimizedModule
 
-from nnunet_fed.errors import ConfigurationError, FederationError
+from nnunet_fed.agreement.fingerprint_files import OWN, put_own_in_place, without_cases
+from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.exchange.payload import Array
+from nnunet_fed.files import write_json
 from nnunet_fed.methods.fedavg import site_weight
 from nnunet_fed.methods.tensors import load_arrays, shared_tensors, to_arrays
 from nnunet_fed.study.federation import Federation, study_in
@@ -27,24 +30,14 @@ from nnunet_fed.study.toml import explain
 from nnunet_fed.trainers.parts import checkpoint
 from nnunet_fed.trainers.parts.cascade import predicting_next_stages, require_previous_stage
 from nnunet_fed.trainers.parts.lesion_report import evaluate_lesions
+from nnunet_fed.trainers.parts.own_cases import require_fold, require_preprocessed
+from nnunet_fed.trainers.parts.sentences import sentences_for_users
 from nnunet_fed.trainers.parts.site_tracker import SiteTracker
 from nnunet_fed.trainers.parts.training_record import logged_by
 
-DEBUG_VARIABLE = "nnUNet_fed_debug"
 THREADS_VARIABLE = "nnUNet_fed_threads"
 """Number of torch's threads; stock nnU-Net takes every core for each process on the CPU."""
 SKIP_VALIDATION_VARIABLE = "nnUNet_fed_skip_validation"
-
-
-@contextmanager
-def sentences_for_users() -> Iterator[None]:
-    """End the process with the error's sentence instead of a traceback, unless ``nnUNet_fed_debug`` is set."""
-    try:
-        yield
-    except FederationError as error:
-        if os.environ.get(DEBUG_VARIABLE):
-            raise
-        raise SystemExit(f"Error: {error}") from None
 
 
 def _all_in(transform: Any) -> Iterator[Any]:
@@ -72,6 +65,9 @@ class StudyTrainer(nnUNetTrainer):
     optimizer: Any
     lr_scheduler: Any
     grad_scaler: Any
+    preprocessed_dataset_folder_base: str
+    _cleanup: ExitStack
+    """What ends once nnU-Net has copied the fingerprint."""
     _best_ema: float | None
 
     def __init__(
@@ -85,7 +81,8 @@ class StudyTrainer(nnUNetTrainer):
         with sentences_for_users():
             self.study = study_in(plans)
             self.options = self.options_of(self.study)
-        super().__init__(plans, configuration, fold, dataset_json, device)
+        with sentences_for_users():
+            super().__init__(plans, configuration, fold, dataset_json, device)
         if self.device.type == "cpu" and os.environ.get(THREADS_VARIABLE):
             torch.set_num_threads(int(os.environ[THREADS_VARIABLE]))
         self.tracker: SiteTracker | None = None
@@ -194,7 +191,9 @@ class StudyTrainer(nnUNetTrainer):
     # ------------------------------------------------------------------------------------------- nnU-Net's hooks
 
     def initialize(self) -> None:
-        """Build the network from the study's seed."""
+        """Build the network from the study's seed, once it is sure that there are preprocessed cases."""
+        with sentences_for_users():
+            require_preprocessed(self)
         checkpoint.seed_everything(self.initial_seed + self.local_rank)
         super().initialize()
 
@@ -220,11 +219,35 @@ class StudyTrainer(nnUNetTrainer):
 
     def on_train_start(self) -> None:
         """nnU-Net's start, then TensorBoard if site.toml asks for it: its thread must not be there at a fork."""
+        if self.local_rank == 0:
+            with suppress(OSError):  # the folder may be another user's
+                put_own_in_place(Path(self.preprocessed_dataset_folder_base))
         super().on_train_start()
         going_on = self.current_epoch < self.num_epochs  # a finished training needs no site.toml
         if self.local_rank == 0 and going_on and self.own_site().tensorboard:
             self.tracker = SiteTracker(Path(self.output_folder), self.current_epoch)
             self.logger.loggers.append(self.tracker)
+
+    def print_plans(self) -> None:
+        """nnU-Net's. What it does next is to copy the fingerprint of this site's cases into the results.
+
+        These may leave the site, so it is shown a fingerprint of no single case, until it plots the architecture.
+        """
+        super().print_plans()
+        self._cleanup = ExitStack()
+        self._cleanup.callback(setattr, self, "preprocessed_dataset_folder_base", self.preprocessed_dataset_folder_base)
+        self.preprocessed_dataset_folder_base = self._cleanup.enter_context(TemporaryDirectory())
+        write_json(Path(self.preprocessed_dataset_folder_base) / OWN, without_cases(self.plans_manager.plans), indent=4)
+
+    def plot_network_architecture(self) -> None:
+        """nnU-Net's, once the fingerprint is copied."""
+        self._cleanup.close()
+        super().plot_network_architecture()
+
+    def get_dataloaders(self) -> Any:
+        """nnU-Net's, once it is sure that there are the fold's cases; raises :class:`ConfigurationError` if not."""
+        require_fold(self)
+        return super().get_dataloaders()
 
     def get_tr_and_val_datasets(self) -> Any:
         """nnU-Net's data sets; notes the number of training cases.

@@ -16,6 +16,7 @@ from nnunet_fed.errors import FederationError, NoRoomError, NotYetError, Withdra
 from nnunet_fed.exchange.uploads import InterruptedUploadError
 from nnunet_fed.logs import printable
 from nnunet_fed.study.address import readable
+from nnunet_fed.transport.channel.options import WITHDRAWN_BY
 
 logger = logging.getLogger(__name__)
 
@@ -23,10 +24,6 @@ LINES, LINE_SECONDS = 20, 10.0
 """So many lines of one caller are logged at once, and later one in so many seconds."""
 CALLERS = 256
 """Of so many callers the lines are counted; of more, the one that was heard of least recently is forgotten."""
-
-WITHDRAWN_BY = "nnunet-fed-withdrawn-by"
-"""Names a site, beside a refusal after which the others plan anew by themselves
-(:class:`nnunet_fed.errors.WithdrawnError`)."""
 
 
 class SparingLog:

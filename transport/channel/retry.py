@@ -15,7 +15,7 @@ import grpc
 from nnunet_fed.errors import RefusedError, UnknownCollectiveError, UnreachableError, WithdrawnError
 from nnunet_fed.logs import printable
 from nnunet_fed.study.address import readable
-from nnunet_fed.transport.channel.refusals import WITHDRAWN_BY
+from nnunet_fed.transport.channel.options import WITHDRAWN_BY
 
 logger = logging.getLogger(__name__)
 
