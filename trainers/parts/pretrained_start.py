@@ -8,7 +8,8 @@ from nnunetv2.run import run_training
 
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.trainers.parts.pretrained_weights import PretrainedWeights, read_weights, take_weights
-from nnunet_fed.trainers.parts.study_trainer import StudyTrainer, sentences_for_users
+from nnunet_fed.trainers.parts.sentences import sentences_for_users
+from nnunet_fed.trainers.parts.study_trainer import StudyTrainer
 from nnunet_fed.trainers.parts.training_record import noted_in
 
 OPTION = "-pretrained_weights FILE"
