@@ -231,7 +231,7 @@ def test_a_failing_write_leaves_the_old_checkpoint_intact(
 
     def fail(content: Any, file: str) -> None:
         save(content, file)
-        with open(file, "r+b") as partial:
+        with Path(file).open("r+b") as partial:
             partial.truncate(written)
         raise OSError("No space left on device")
 
