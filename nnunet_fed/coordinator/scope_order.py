@@ -82,8 +82,8 @@ class ScopeOrder:
         if not is_its_turn:
             raise RefusedError(
                 f"'{offer.key}' of site '{offer.site}' cannot begin: a training has the scopes of its method's "
-                f"preparation, then round after round up to '{scope_of_round(self._study.all_rounds - 1)}', then those in "
-                f"which the sites validate. A planning has '{PLANNING}'. Do all sites run the same version of the "
+                f"preparation, then round after round up to '{scope_of_round(self._study.all_rounds - 1)}', then those "
+                f"in which the sites validate. A planning has '{PLANNING}'. Do all sites run the same version of the "
                 "trainer?"
             )
 

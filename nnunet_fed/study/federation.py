@@ -95,8 +95,8 @@ class Federation(Table):
     weighting: Literal["cases", "uniform"] = "cases"
     """Weight of a site in a mean: its number of training cases, or 1."""
     best: Annotated[Literal["site", "federation"], Neutral("site", since=3)] = "site"
-    """Whose choice ``checkpoint_best.pth`` is: each site's own by nnU-Net's rule, or the round with the highest weighted
-    mean of the sites' pseudo Dice, the same at all sites."""
+    """Whose choice ``checkpoint_best.pth`` is: each site's own by nnU-Net's rule, or the round with the highest
+    weighted mean of the sites' pseudo Dice, the same at all sites."""
     wire_dtype: WireDtype = "float32"
     """Dtype in which models travel (:mod:`nnunet_fed.exchange.precision`): ``float32`` loses nothing, the others halve
     the bytes."""
