@@ -67,10 +67,12 @@ class ConnectedTrainer(MoreRoundsTrainer):
 
     def _catch_up_with_rounds(self) -> None:
         """Have as many rounds as the others, where these have gone on with more than this site began with."""
+
+        def newest() -> str | None:
+            return None if self._session is None else self._session.communicator.newest(MODEL)
+
         if self.operational.more_rounds > self.study.more_rounds:
-            key = from_rank_zero(
-                lambda: None if self._session is None else self._session.communicator.newest(MODEL), self._group
-            )
+            key = from_rank_zero(newest, self._group)
             if key is not None and last_round(key) >= self.study.all_rounds:
                 self._go_on(self.operational.more_rounds, None if self._resumed is None else self._loaded)
 

@@ -19,6 +19,8 @@ class OwnBestTrainer(PretrainedTrainer):
     Where every epoch has one, the choice is nnU-Net's, bit for bit.
     """
 
+    _best_ema: float | None
+
     def on_epoch_end(self) -> None:
         """nnU-Net's; as long as no epoch had a pseudo Dice, the newest model is kept as the best."""
         undefined = not math.isfinite(leave_out_undefined(self.logger.get_checkpoint(), self.current_epoch))
