@@ -58,6 +58,7 @@ class nnUNetTrainerGCML(PhaseTrainer):  # noqa: N801
                 super().run_training()
             except BaseException:
                 self._close()
+                self._leave_folder()
                 raise
 
     def on_train_start(self) -> None:
@@ -124,6 +125,7 @@ class nnUNetTrainerGCML(PhaseTrainer):  # noqa: N801
             super().perform_actual_validation(save_probabilities)
         finally:
             self._close()
+            self._leave_folder()
 
     def _close(self) -> None:
         if self._session is not None:

@@ -13,6 +13,9 @@ from nnunet_fed.errors import ConfigurationError, DisagreementError
 from nnunet_fed.study.federation import Federation
 from nnunet_fed.study.site import Site
 
+LEASE = "planning.lock"
+"""In the data set's preprocessed folder: which process plans it (:mod:`nnunet_fed.leases`)."""
+
 
 def plan_and_preprocess(
     dataset: Annotated[int, typer.Option("-d", metavar="ID", help="nnU-Net's number of this site's data set.")],
@@ -26,6 +29,7 @@ def plan_and_preprocess(
 ) -> None:
     """Agree with the other sites on plans, and preprocess this site's data by them."""
     from nnunet_fed.exchange.outgoing_log import FILE, OutgoingLog
+    from nnunet_fed.leases import take
     from nnunet_fed.planners.dataset import preprocessed_folder
     from nnunet_fed.planners.dry_run import dry_run_planning
     from nnunet_fed.planners.explanation import explanation_table
@@ -42,6 +46,7 @@ def plan_and_preprocess(
         require_trainer(study)
         dry_run_planning(site, study, dataset, processes, partial(print, file=sys.stdout))
         return
+    take(preprocessed_folder(dataset) / LEASE, f"The data set {dataset} is being planned already")
     outgoing = OutgoingLog(preprocessed_folder(dataset) / FILE)
     communicator = GrpcCommunicator(site, outgoing=outgoing)
     study = communicator.join("planning")

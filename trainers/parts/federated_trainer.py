@@ -76,6 +76,7 @@ class FederatedTrainer(CatchingUpTrainer):
                     self.on_train_end()
             except BaseException:
                 self._report("failed", wait=True)  # not why: an error's text may name files and cases
+                self._leave_folder()
                 raise
 
     def on_train_start(self) -> None:
@@ -160,6 +161,7 @@ class FederatedTrainer(CatchingUpTrainer):
             self._leave()
         if self._session is not None:
             self._session.close()
+        self._leave_folder()
 
     # ------------------------------------------------------------------------------------------- the federation
 

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
+from filelock import SoftFileLease
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from pydantic import ValidationError
 from torch._dynamo import OptimizedModule
@@ -18,6 +19,7 @@ from torch._dynamo import OptimizedModule
 from nnunet_fed.errors import ConfigurationError, FederationError
 from nnunet_fed.exchange.payload import Array
 from nnunet_fed.files import PARTIAL
+from nnunet_fed.leases import take
 from nnunet_fed.methods.fedavg import site_weight
 from nnunet_fed.methods.tensors import load_arrays, shared_tensors, to_arrays
 from nnunet_fed.study.federation import Federation, study_in
@@ -27,6 +29,7 @@ from nnunet_fed.study.site import Site
 from nnunet_fed.study.toml import explain
 from nnunet_fed.trainers.parts import checkpoint
 from nnunet_fed.trainers.parts.lesion_report import evaluate_lesions
+from nnunet_fed.trainers.parts.ranks import from_rank_zero
 from nnunet_fed.trainers.parts.site_tracker import SiteTracker
 from nnunet_fed.trainers.parts.training_record import logged_by
 
@@ -34,6 +37,8 @@ DEBUG_VARIABLE = "nnUNet_fed_debug"
 THREADS_VARIABLE = "nnUNet_fed_threads"
 """Number of torch's threads; stock nnU-Net takes every core for each process on the CPU."""
 SKIP_VALIDATION_VARIABLE = "nnUNet_fed_skip_validation"
+LEASE = "training.lock"
+"""In the folder of the fold: which process trains, or validates, there (:mod:`nnunet_fed.leases`)."""
 
 
 @contextmanager
@@ -92,6 +97,8 @@ class StudyTrainer(nnUNetTrainer):
         """This site's settings, which are read once in a training: somebody may edit site.toml meanwhile. A function:
         nnU-Net writes all other attributes down, and ``--val`` needs no site.toml."""
         self._training_cases = 0
+        self._takes_folder = True
+        self._lease: SoftFileLease | None = None
         self._resumed: dict[str, Any] | None = None
         with sentences_for_users():
             self.configure_study()
@@ -190,7 +197,49 @@ class StudyTrainer(nnUNetTrainer):
         """From which the network is built and everything else is drawn."""
         return self.study.seed
 
+    # ------------------------------------------------------------------------------------------- one process
+
+    def _take_folder(self) -> None:
+        """Be the one process that trains into this folder, before anything is read from it or sent; for all ranks.
+
+        Raises:
+            ConfigurationError: another one does.
+        """
+
+        def on_rank_zero() -> None:
+            doing = f"Fold {self.fold} is trained or validated already in {self.output_folder}"
+            self._lease = take(Path(self.output_folder) / LEASE, doing)
+
+        if self._takes_folder:
+            from_rank_zero(on_rank_zero)
+            self._takes_folder = False
+
+    def _leave_folder(self) -> None:
+        """Let another process train here; without it, the end of this process does."""
+        self._takes_folder = True
+        if self._lease is not None:
+            self._lease.release()
+            self._lease = None
+
+    def _require_folder(self) -> None:
+        lost = None if self._lease is None else self._lease.compromise
+        if lost is not None and lost.reason == "owner-changed":
+            raise FederationError(
+                f"Another process trains in {self.output_folder} now: this one was not heard of for so long that it "
+                "counted as ended. This one ends."
+            )
+
     # ------------------------------------------------------------------------------------------- nnU-Net's hooks
+
+    def run_training(self) -> None:
+        """nnU-Net's loop, in one process at a time for a folder."""
+        self._take_folder()
+        super().run_training()
+
+    def on_epoch_start(self) -> None:
+        """See that the folder is still this process's."""
+        self._require_folder()
+        super().on_epoch_start()
 
     def initialize(self) -> None:
         """Build the network from the study's seed."""
@@ -263,6 +312,8 @@ class StudyTrainer(nnUNetTrainer):
 
     def load_checkpoint(self, filename_or_checkpoint: Any) -> None:
         """nnU-Net's checkpoint and our state."""
+        with sentences_for_users():
+            self._take_folder()
         super().load_checkpoint(filename_or_checkpoint)
         self._resumed = checkpoint.federation_state(Path(filename_or_checkpoint))
         if self._resumed is not None:
@@ -280,6 +331,7 @@ class StudyTrainer(nnUNetTrainer):
             self._stop_tracking()
             return
         with sentences_for_users(), logged_by(self.print_to_log_file):
+            self._take_folder()
             self.validate(save_probabilities)
         self._stop_tracking()
 
