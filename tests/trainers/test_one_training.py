@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_ranks import on_two_ranks
 from tiny import DESCRIPTION, tiny_plans, write_preprocessed
 
 from nnunet_fed import leases
@@ -17,6 +17,7 @@ from nnunet_fed.leases import take
 from nnunet_fed.study.federation import Federation
 from nnunet_fed.study.site import SITE_FILE_VARIABLE
 from nnunet_fed.trainers.nnUNetTrainerFedAvg import nnUNetTrainerFedAvg
+from nnunet_fed.trainers.parts import study_trainer
 from nnunet_fed.trainers.parts.study_trainer import LEASE
 
 Act = Callable[[Any], None]
@@ -68,42 +69,28 @@ def test_what_another_machine_has_taken_over_ends_here(make: Callable[[], Any]) 
     theirs = path.with_name("theirs")
     theirs.write_text(path.read_text().replace("host=", "host=other-"))
     theirs.replace(path)
+    deadline = time.monotonic() + 30
+    while trainer._lease.compromise is None and time.monotonic() < deadline:
+        time.sleep(0.02)
     with pytest.raises(FederationError, match=r"^Another process trains in .* now"):
-        while True:
-            trainer._require_folder()
+        trainer._require_folder()
     trainer._leave_folder()
     assert "host=other-" in path.read_text()
 
 
-class Starts:
-    """As one rank: a training, and a second one while the first lives; for both, whether it holds the folder."""
+def test_another_rank_takes_nothing_and_is_refused_with_rank_0(
+    make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What :func:`from_rank_zero` does on other ranks, ``test_ranks.py`` tests in processes."""
+    trainer = make()
+    monkeypatch.setattr(study_trainer, "from_rank_zero", lambda function: None)
+    trainer._take_folder()
+    assert trainer._lease is None
+    assert not (Path(trainer.output_folder) / LEASE).exists()
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def refuse(function: Callable[[], None]) -> None:
+        raise ConfigurationError("told by rank 0")
 
-    def __call__(self) -> list[tuple[bool, str]]:
-        leases.BEAT_SECONDS = 0.1
-        folder, found = self.folder, []
-
-        class Rank(nnUNetTrainerFedAvg):
-            def __init__(self) -> None:
-                self.fold, self.output_folder, self._takes_folder, self._lease = 0, str(folder), True, None
-
-        trainers = [Rank(), Rank()]
-        for trainer in trainers:
-            sentence = ""
-            try:
-                trainer._take_folder()
-            except ConfigurationError as error:
-                sentence = str(error)
-            found.append((trainer._lease is not None, sentence))
-        return found
-
-
-def test_rank_0_takes_the_folder_and_all_ranks_are_refused_with_it(tmp_path: Path) -> None:
-    (tmp_path / "ranks").mkdir()
-    zero, one = on_two_ranks(Starts(tmp_path / "fold_0"), tmp_path / "ranks", 60)
-    assert (zero[0], one[0]) == ((True, ""), (False, ""))
-    assert zero[1] == one[1]
-    assert zero[1][1].startswith("Fold 0 is trained or validated already")
-    assert not (tmp_path / "fold_0" / LEASE).exists(), "it goes with its process"
+    monkeypatch.setattr(study_trainer, "from_rank_zero", refuse)
+    with pytest.raises(SystemExit, match="^Error: told by rank 0$"):
+        make().run_training()
