@@ -63,6 +63,16 @@ def take(path: Path, doing: str) -> SoftFileLease:
 
 
 @contextmanager
+def taken(path: Path, doing: str) -> Iterator[None]:
+    """Be the one process that does something meanwhile; see :func:`take`."""
+    lease = take(path, doing)
+    try:
+        yield
+    finally:
+        lease.release()
+
+
+@contextmanager
 def in_turn(path: Path) -> Iterator[None]:
     """Let no other process be in such a block of the same file meanwhile; who comes later waits.
 

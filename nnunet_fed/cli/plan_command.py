@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from functools import partial
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -28,13 +29,9 @@ def plan_and_preprocess(
     join: Annotated[bool, typer.Option("--join", help="Take the plans of a federation that has planned.")] = False,
 ) -> None:
     """Agree with the other sites on plans, and preprocess this site's data by them."""
-    from nnunet_fed.exchange.outgoing_log import FILE, OutgoingLog
-    from nnunet_fed.leases import take
+    from nnunet_fed.leases import taken
     from nnunet_fed.planners.dataset import preprocessed_folder
     from nnunet_fed.planners.dry_run import dry_run_planning
-    from nnunet_fed.planners.explanation import explanation_table
-    from nnunet_fed.planners.joining import join_and_preprocess
-    from nnunet_fed.planners.planning import plan_and_preprocess as plan
     from nnunet_fed.simulation.simulate import require_trainer
     from nnunet_fed.transport.site.client import GrpcCommunicator
 
@@ -46,8 +43,20 @@ def plan_and_preprocess(
         require_trainer(study)
         dry_run_planning(site, study, dataset, processes, partial(print, file=sys.stdout))
         return
-    take(preprocessed_folder(dataset) / LEASE, f"The data set {dataset} is being planned already")
-    outgoing = OutgoingLog(preprocessed_folder(dataset) / FILE)
+    folder = preprocessed_folder(dataset)
+    with taken(folder / LEASE, f"The data set {dataset} is being planned already"):
+        _plan(site, dataset, folder, configurations, processes, join)
+
+
+def _plan(site: Site, dataset: int, folder: Path, configurations: list[str] | None, processes: int, join: bool) -> None:
+    from nnunet_fed.exchange.outgoing_log import FILE, OutgoingLog
+    from nnunet_fed.planners.explanation import explanation_table
+    from nnunet_fed.planners.joining import join_and_preprocess
+    from nnunet_fed.planners.planning import plan_and_preprocess as plan
+    from nnunet_fed.simulation.simulate import require_trainer
+    from nnunet_fed.transport.site.client import GrpcCommunicator
+
+    outgoing = OutgoingLog(folder / FILE)
     communicator = GrpcCommunicator(site, outgoing=outgoing)
     study = communicator.join("planning")
 

@@ -72,7 +72,6 @@ class ConnectedTrainer(StudyTrainer):
         """Join the run, on rank 0, and let every rank know as what."""
 
         def on_rank_zero() -> Membership:
-            self.require_own_fold()
             resumed = self._resumed or {}
             self._session = CoordinatorSession(
                 self.study,
@@ -80,6 +79,7 @@ class ConnectedTrainer(StudyTrainer):
                 self.configuration_name,
                 type(self).__name__,
                 Path(self.output_folder),
+                self.fold_of_study(),
                 continues=self._continues,
                 attempt=resumed.get("attempt"),
                 held=Held(*resumed["held"]) if resumed.get("held") else None,

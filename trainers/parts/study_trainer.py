@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,17 +16,19 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from pydantic import ValidationError
 from torch._dynamo import OptimizedModule
 
+from nnunet_fed.datasets.folds import SPLITS
 from nnunet_fed.errors import ConfigurationError, FederationError
 from nnunet_fed.exchange.payload import Array
 from nnunet_fed.files import PARTIAL
-from nnunet_fed.leases import take
+from nnunet_fed.leases import in_turn, take
 from nnunet_fed.methods.fedavg import site_weight
 from nnunet_fed.methods.tensors import load_arrays, shared_tensors, to_arrays
-from nnunet_fed.study.federation import Federation, study_in
+from nnunet_fed.study.federation import Federation, Fold, study_in
 from nnunet_fed.study.method_table import MethodTable
 from nnunet_fed.study.methods.custom_options import Custom
 from nnunet_fed.study.site import Site
 from nnunet_fed.study.toml import explain
+from nnunet_fed.study.trained_fold import trained_fold
 from nnunet_fed.trainers.parts import checkpoint
 from nnunet_fed.trainers.parts.lesion_report import evaluate_lesions
 from nnunet_fed.trainers.parts.ranks import from_rank_zero
@@ -73,6 +75,7 @@ class StudyTrainer(nnUNetTrainer):
     """The trainer that checkpoints name: the one whose network it is. The stock one predicts without nnunet_fed."""
 
     current_epoch: int
+    fold: Fold
     network: Any
     optimizer: Any
     lr_scheduler: Any
@@ -138,13 +141,20 @@ class StudyTrainer(nnUNetTrainer):
                 f"The options of '{cls.__name__}' in the study '{study.name}': {explain(error, cls.Options)}"
             ) from None
 
-    def require_own_fold(self) -> None:
-        """Raise :class:`ConfigurationError` if site.toml is missing or wrong, or if this site trains another fold."""
-        if self.fold not in (self.study.fold, "all", self.own_site().fold):
-            raise ConfigurationError(
-                f"The study trains fold {self.study.fold}, this command fold {self.fold}. Train fold "
-                f"{self.study.fold} or 'all', or set 'fold = {self.fold}' in site.toml."
-            )
+    def fold_of_study(self) -> Fold:
+        """The fold of the study that this command trains.
+
+        Raises:
+            ConfigurationError: site.toml is missing or wrong, or this site does not train the command's fold.
+        """
+        return trained_fold(self.fold, self.study, self.own_site()).study
+
+    @property
+    def _trains_on_all_cases(self) -> bool:
+        """Whether this site trains on all its cases in a fold with a number, as it did when it began."""
+        if self._resumed is not None:
+            return bool(self._resumed.get("all_cases"))
+        return self.fold != "all" and trained_fold(self.fold, self.study, self.own_site()).all_cases
 
     # ------------------------------------------------------------------------------------------- for the methods
 
@@ -157,7 +167,11 @@ class StudyTrainer(nnUNetTrainer):
 
     def training_state(self) -> dict[str, Any]:
         """What a checkpoint holds besides nnU-Net's own."""
-        return {"random": checkpoint.random_states(), "method": self.method_state()}
+        return {
+            "random": checkpoint.random_states(),
+            "method": self.method_state(),
+            "all_cases": self._trains_on_all_cases,
+        }
 
     def load_training_state(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`training_state`; the random states wait until the training has started."""
@@ -273,6 +287,23 @@ class StudyTrainer(nnUNetTrainer):
         if self.local_rank == 0 and going_on and self.own_site().tensorboard:
             self.tracker = SiteTracker(Path(self.output_folder), self.current_epoch)
             self.logger.loggers.append(self.tracker)
+
+    def do_split(self) -> Any:
+        """nnU-Net's split; all cases for training and for validation where ``site.toml`` says so.
+
+        nnU-Net makes the split if there is none. Two folds may start at once, and one would find half a file.
+        """
+        if self._trains_on_all_cases:
+            self.print_to_log_file(f"This site trains on all its cases in fold {self.fold}, as site.toml says.")
+            fold, self.fold = self.fold, "all"
+            try:
+                return super().do_split()
+            finally:
+                self.fold = fold
+        splits = Path(self.preprocessed_dataset_folder_base) / SPLITS
+        being_made = splits.with_suffix(".lock")
+        with nullcontext() if splits.is_file() and not being_made.exists() else in_turn(being_made):
+            return super().do_split()
 
     def get_tr_and_val_datasets(self) -> Any:
         """nnU-Net's data sets; notes the number of training cases.
