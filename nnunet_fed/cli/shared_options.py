@@ -75,7 +75,9 @@ class StudyOptions:
     planner: Annotated[str, typer.Option(help="Planner; the small one suits a CPU.")] = "nnUNetPlannerFedSmall"
     initial_lr: Annotated[float, typer.Option("--lr", help="Initial learning rate.")] = _of_a_study("initial_lr")
     momentum: Annotated[float, typer.Option(help="Momentum.")] = _of_a_study("momentum")
-    fold: Annotated[str, typer.Option(help="Cross-validation fold; simulate takes all, too.")] = "0"
+    fold: Annotated[
+        str, typer.Option(metavar="FOLD[,FOLD...]", help="Cross-validation folds; simulate takes all, too.")
+    ] = "0"
     weighting: Annotated[str, typer.Option(help="Weight of a site in a mean: cases or uniform.")] = _of_a_study(
         "weighting"
     )
@@ -86,8 +88,9 @@ class StudyOptions:
 
     def settings(self) -> dict[str, Any]:
         """For ``federation.toml``; a bad fold raises :class:`ConfigurationError`."""
-        fold = self.fold if self.fold == "all" else whole_number("--fold", self.fold)
-        return {**asdict(self), "fold": fold, "planning_deadline_minutes": self.deadline_minutes}
+        folds = [fold if fold == "all" else whole_number("--fold", fold) for fold in self.fold.split(",")]
+        several = {"folds": folds} if len(folds) > 1 else {}
+        return {**asdict(self), "fold": folds[0], **several, "planning_deadline_minutes": self.deadline_minutes}
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from nnunet_fed.exchange.cross_site_matrix import matrix
 from nnunet_fed.study.federation import Federation
 
 Numbers = Mapping[str, Any]
-FOLDERS = {"final": "", "global": "global", "federated": "federated", "super": "super"}
+MODELS = {"final": "", "global": "global", "federated": "federated", "super": "super"}
 """Where, in the folder of a fold, the validation of each model stands."""
 ALL_NOTE = "trained and validated on all its cases; not in the mean"
 SIZE_NOTE = "Small: up to the volume in mm³ (2D: area in mm²) below which a fifth of the training lesions lie"
@@ -33,10 +33,10 @@ def site_summary(results: Path, labels: Numbers, fold: int | str) -> dict[str, A
     """
     record, validation = _read(results / "federation.json"), _read(results / "validation" / "summary.json")
     lesions = _read(results / "validation" / "lesions.json")
-    names = {str(tuple(value) if isinstance(value, list) else value): name for name, value in labels.items()}
+    names = names_of(labels)
     dice = {
         model: _finite(_read(results / folder / "validation" / "summary.json")["foreground_mean"]["Dice"])
-        for model, folder in FOLDERS.items()
+        for model, folder in MODELS.items()
         if (results / folder / "validation" / "summary.json").is_file()
     }
     final = dice.get("final")
@@ -61,6 +61,11 @@ def site_summary(results: Path, labels: Numbers, fold: int | str) -> dict[str, A
     }
 
 
+def names_of(labels: Numbers) -> dict[str, str]:
+    """By nnU-Net's name of a label in its results: that of ``dataset.json``."""
+    return {str(tuple(value) if isinstance(value, list) else value): name for name, value in labels.items()}
+
+
 def summarise(study: Federation, sites: Mapping[str, Numbers], seconds: float) -> dict[str, Any]:
     """The sites' summaries, with their mean Dice and with means over the lesions of all sites.
 
@@ -72,6 +77,7 @@ def summarise(study: Federation, sites: Mapping[str, Numbers], seconds: float) -
         "method": study.method.name,
         "rounds": study.rounds,
         "seed": study.seed,
+        **({"folds": list(study.folds)} if study.folds else {}),
         "seconds": round(seconds, 1),
         "sites": dict(sites),
         "mean_dice": {model: _mean([site["dice"].get(model) for site in counted]) for model in _models(counted)},
@@ -87,7 +93,9 @@ def result_table(summary: Numbers) -> Table:
     """A row for each site, and one for the mean."""
     sites = summary["sites"]
     classes = list(dict.fromkeys(name for site in sites.values() for name in site["dice_per_class"] or ()))
-    title = f"{summary['method']}, {summary['rounds']} rounds, seed {summary['seed']}, {summary['seconds']:.0f} s"
+    folds = [f"folds {', '.join(map(str, summary['folds']))}"] if "folds" in summary else []
+    title = ", ".join([summary["method"], *folds, f"{summary['rounds']} rounds", f"seed {summary['seed']}"])
+    title += f", {summary['seconds']:.0f} s"
     notes = "\n".join(f"* {name}: {ALL_NOTE}" for name, site in sites.items() if site["fold"] == "all")
     table = Table(
         title=Text(title), caption=Text(notes), caption_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)

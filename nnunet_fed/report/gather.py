@@ -13,7 +13,7 @@ from typing import Any
 from nnunet_fed.coordinator.history import record_of
 from nnunet_fed.coordinator.store import Store
 from nnunet_fed.errors import ConfigurationError
-from nnunet_fed.evaluation.summary import FOLDERS
+from nnunet_fed.evaluation.summary import MODELS
 from nnunet_fed.report.training_log import TrainingLog, read_training_log
 from nnunet_fed.study.federation import PLANS_KEY
 
@@ -188,7 +188,7 @@ def _site(place: Path) -> SiteFiles:
             "log": read_training_log(log.read_text(encoding="utf-8", errors="replace") for log in logs),
             "validation": {
                 model: found
-                for model, below in FOLDERS.items()
+                for model, below in MODELS.items()
                 if (found := _read(fold / below / "validation" / "summary.json"))
             },
             "lesions": _read(fold / "validation" / "lesions.json"),

@@ -144,7 +144,7 @@ def test_the_sites_are_those_of_the_study_and_differ_in_more_than_capitals(tmp_p
 
 
 def test_a_site_has_nnunets_folders_its_data_as_a_link_and_a_name_that_nnunet_takes(tmp_path: Path) -> None:
-    place = simulate.Place("site__a.1-x", raw(tmp_path / "raw"), tmp_path / "site", 0)
+    place = simulate.Place("site__a.1-x", raw(tmp_path / "raw"), tmp_path / "site", (0,))
     place.make("127.0.0.1:1234", {})
     assert place.dataset == "Dataset001_site_a_1_x"
     assert (tmp_path / "site" / "nnUNet_raw" / place.dataset).resolve() == tmp_path / "raw"
@@ -156,7 +156,7 @@ def test_a_site_has_nnunets_folders_its_data_as_a_link_and_a_name_that_nnunet_ta
 def test_peers_have_addresses_of_their_own(tmp_path: Path) -> None:
     addresses = [f"127.0.0.1:{port}" for port in simulate.free_ports(2)]
     peers = dict(zip(("a", "b"), addresses, strict=True))
-    place = simulate.Place("b", raw(tmp_path / "raw"), tmp_path / "site", 0)
+    place = simulate.Place("b", raw(tmp_path / "raw"), tmp_path / "site", (0,))
     place.make("127.0.0.1:1234", peers)
     site = Site.read(tmp_path / "site" / "site.toml")  # which refuses two sites with one address
     assert (site.listen, site.peers) == (addresses[1], peers)
@@ -167,7 +167,7 @@ def test_the_data_are_copied_where_links_are_not_possible(tmp_path: Path, monkey
         raise OSError
 
     monkeypatch.setattr(Path, "symlink_to", refuse)
-    place = simulate.Place("a", raw(tmp_path / "raw"), tmp_path / "site", 0)
+    place = simulate.Place("a", raw(tmp_path / "raw"), tmp_path / "site", (0,))
     place.make("127.0.0.1:1234", {})
     copy = tmp_path / "site" / "nnUNet_raw" / "Dataset001_a"
     assert not copy.is_symlink()
@@ -193,7 +193,7 @@ def test_a_site_with_a_map_trains_the_mapped_data_set(tmp_path: Path) -> None:
     assert plain.trained_dataset == plain.dataset == "Dataset001_b"
     assert mapped.labels == {"background": 0, "lesion": 1, "edge": 2}
     assert plain.labels == FLAT
-    assert [place.results(given.study).parts[-3] for place in (mapped, plain)] == [
+    assert [place.results(given.study, 0).parts[-3] for place in (mapped, plain)] == [
         "Dataset002_a_mapped",
         "Dataset001_b",
     ]
