@@ -72,10 +72,10 @@ def status_table(status: Status) -> Table:
 
 
 def _going_on(status: Status) -> dict[str, Status]:
-    """By a name, the trainings that go on, if there are several; a coordinator of version 0.1 does not tell."""
+    """By a name, the trainings that go on, if there may be several; a coordinator of version 0.1 does not tell."""
     trainings: Mapping[str, Status] = status.get("trainings", {})
     lively = [training for training in trainings.values() if _is_going_on(training)]
-    if len(lively) < 2:
+    if len(lively) < 2 and not status["study"].get("folds"):
         return {}
     kinds = {(training["configuration"], training["trainer"]) for training in lively}
     return {
