@@ -161,7 +161,7 @@ def write_fold(
     path = model_folder / BUNDLE
     with in_turn(path.with_suffix(".lock")):  # other folds may end at the same time
         others = read_bundle(model_folder).folds if path.is_file() else {}
-        bundle = Bundle(folds={**others, str(fold): entry})
+        bundle = Bundle(folds=dict(sorted({**others, str(fold): entry}.items())))
         write_text(path, bundle.model_dump_json(indent=2))
 
 
