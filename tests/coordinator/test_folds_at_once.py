@@ -106,7 +106,7 @@ def test_no_fold_waits_for_room_that_another_one_takes(desk: Make) -> None:
     for fold in (0, 1):
         join(at, fold, "a", "b")
         assert at.upload("a", R0, big) == "stands"
-        with pytest.raises(NoRoomError, match=r"pass its share of 1e-06 GB \(--spool-quota-gb, divided by the sites and"):
+        with pytest.raises(NoRoomError, match=r"its share of 1e-06 GB \(--spool-quota-gb, divided by the sites and"):
             at.upload("a", "round-0000/other", big)
 
 

@@ -497,6 +497,47 @@ def test_a_whole_simulation(tmp_path: Path, commands: Callable[..., None]) -> No
     assert (given.out / "sites" / "a" / "plan.log").read_text().startswith("planned")
 
 
+VALIDATED = """
+place = site / 'nnUNet_results' / next((site / 'nnUNet_raw').iterdir()).name / MODEL / f'fold_{FOLD}'
+(place / 'validation').mkdir(parents=True)
+with (site / 'order').open('a') as file:
+    file.write(f'{FOLD} ')
+cases = [{'metrics': {'0': {'Dice': 1.0}, '1': {'Dice': dice}}} for dice in ([0.5] if FOLD == 0 else [0.8, 0.8])]
+content = {'metric_per_case': cases, 'mean': {'1': {'Dice': 9.0}}, 'foreground_mean': {'Dice': 9.0}}
+(place / 'validation' / 'summary.json').write_text(json.dumps(content))
+record = {'training_cases': 4, 'bytes_sent': 1, 'bytes_received': 2}
+(place / 'federation.json').write_text(json.dumps(record))
+"""
+
+
+def test_several_folds_one_after_the_other(
+    tmp_path: Path, commands: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A site with too few cases for folds trains each fold on all of them, and counts in no mean."""
+    commands("")
+
+    def training(study: Federation, fold: int, device: str, dataset: int) -> list[str]:
+        return [sys.executable, "-c", f"import json; FOLD, MODEL = {fold}, {MODEL!r}; {NAME}\n{VALIDATED}"]
+
+    monkeypatch.setattr(simulate, "training_command", training)
+    given = simulation(tmp_path, {"a": 6, "c": 4}, folds=[0, 1])
+    summary = simulate.simulate(given, quiet())
+    for name, fold in (("a", [0, 1]), ("c", "all")):
+        folder, site = given.out / "sites" / name, summary["sites"][name]
+        assert (folder / "order").read_text() == "0 1 "
+        assert (folder / "train_0.log").is_file()
+        assert Site.read(folder / "site.toml").fold == (None if name == "a" else "all")
+        assert (site["fold"], site["train_cases"], site["val_cases"], site["bytes_received"]) == (fold, 4, 3, 4)
+        assert site["dice"]["final"] == pytest.approx(0.7), "of the cases, not of the folds"
+        assert list(site["folds"]) == ["0", "1"]
+        assert site["folds"]["1"]["val_cases"] == 2
+    assert summary["folds"] == [0, 1]
+    assert summary["mean_dice"]["final"] == pytest.approx(0.7)
+    shown = text_of(result_table(summary))
+    assert "folds 0, 1" in shown
+    assert "c *" in shown
+
+
 def test_results_of_a_mapped_site_are_in_the_words_of_the_federation(
     tmp_path: Path, commands: Callable[..., None]
 ) -> None:
