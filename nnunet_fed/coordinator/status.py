@@ -71,7 +71,8 @@ def status_of(
         },
         "trainings": {
             run: {
-                **{name: runs[run][name] for name in ("fold", "configuration", "trainer")},
+                "fold": runs[run].get("fold", study.fold),  # version 0.1 has not journalled it
+                **{name: runs[run][name] for name in ("configuration", "trainer")},
                 "sites": {
                     site: {"standing": of_run, "progress": members.progress_in.get(run, {}).get(site)}
                     for site, of_run in store.standing(run).items()
