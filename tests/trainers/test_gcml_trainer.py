@@ -708,9 +708,7 @@ def test_folds_are_trained_one_after_the_other(postman: Postman, monkeypatch: py
     both = make_study(folds=[0, 1], method={"name": "gcml"}, rounds=1, iterations_per_epoch=1)
     first = nnUNetTrainerGCML(tiny_plans(both), "2d", 1, DESCRIPTION, CPU)
     first._take_address()
-    with pytest.raises(
-        SystemExit, match=r"^Error: GCML trains one fold .* \(127\.0\.0\.1:2\): process"
-    ):
+    with pytest.raises(SystemExit, match=r"^Error: GCML trains one fold .* \(127\.0\.0\.1:2\): process"):
         make(both).run_training()
     first._close()
     with pytest.raises(SystemExit, match=r"^Error: The study in the plans trains fold 0, this command fold 1\."):
