@@ -57,8 +57,8 @@ class CoordinatorSession:
         site: this site's settings.
         configuration: of nnU-Net.
         trainer: name of the trainer class.
-        folder: where the record and the list of all that is sent go.
         fold: of the study.
+        folder: where the record and the list of all that is sent go.
         continues: the command said ``--c``.
         attempt: the attempt of the checkpoint from which the training continues; ``None``: there is no checkpoint.
         held: the newest model of the federation in that checkpoint.
@@ -75,8 +75,8 @@ class CoordinatorSession:
         site: Site,
         configuration: str,
         trainer: str,
-        folder: Path,
         fold: Fold,
+        folder: Path,
         continues: bool,
         attempt: int | None,
         held: Held | None,
