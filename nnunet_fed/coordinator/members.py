@@ -85,8 +85,7 @@ class Members:
         """
         self._require_member(site)
         if fold is None:
-            of_digest = (one for one in self._study.trained_folds if self._study.digest_of_fold(one) == digest)
-            fold = next(of_digest, self._study.fold)
+            fold = self._fold_of(digest)
         if purpose == "training" and digest != self._study.digest_of_fold(fold):
             raise RefusedError(
                 f"The plans at site '{site}' belong to another study than '{self._study.name}', which this coordinator "
@@ -123,6 +122,10 @@ class Members:
             self._store.add_event(run, site, "joined" if fresh or purpose == "planning" else "joined with --c")
             self.seen[site] = time.time()
         return run
+
+    def _fold_of(self, digest: str) -> Fold:
+        of_digest = (fold for fold in self._study.trained_folds if self._study.digest_of_fold(fold) == digest)
+        return next(of_digest, self._study.fold)
 
     def _require_member(self, site: str) -> None:
         if site not in self._study.sites:

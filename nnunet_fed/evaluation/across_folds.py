@@ -15,11 +15,12 @@ from typing import Any
 
 from nnunet_fed.evaluation.lesions import METRICS, SMALL_LESIONS, combined
 from nnunet_fed.evaluation.summary import MODELS, Numbers, names_of, site_summary
+from nnunet_fed.study.federation import Fold
 
 BACKGROUND = "0"
 
 
-def summary_across_folds(folders: Mapping[int | str, Path], labels: Numbers, all_cases: bool) -> dict[str, Any]:
+def summary_across_folds(folders: Mapping[Fold, Path], labels: Numbers, all_cases: bool) -> dict[str, Any]:
     """The summary of a site that has trained several folds.
 
     Args:

@@ -37,7 +37,7 @@ def trained_fold(command: Fold, study: Federation, site: Site) -> TrainedFold:
         by_study[study.fold] = site.fold
         if command == study.fold and not study.folds and not site.folds:  # as in version 0.1
             return TrainedFold(study.fold, False)
-    by_study |= {name if name == "all" else int(name): own for name, own in site.folds.items()}
+    by_study |= {_fold(name): own for name, own in site.folds.items()}
     otherwise: Fold | None = "all" if site.fold == "all" else None
     taken: dict[Fold, Fold] = {}
     for fold in dict.fromkeys([*by_study, *study.trained_folds]):
@@ -70,3 +70,7 @@ def trained_fold(command: Fold, study: Federation, site: Site) -> TrainedFold:
             "study's fold in the command."
         )
     return TrainedFold(study.fold, False)
+
+
+def _fold(name: str) -> Fold:
+    return "all" if name == "all" else int(name)

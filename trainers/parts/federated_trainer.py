@@ -150,6 +150,12 @@ class FederatedTrainer(CatchingUpTrainer):
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """The validation, watched by those who watch."""
+        try:
+            self._validate_with_others(save_probabilities)
+        finally:
+            self._leave_folder()
+
+    def _validate_with_others(self, save_probabilities: bool) -> None:
         if not self.skips_validation:
             self._report("validating")
         super().perform_actual_validation(save_probabilities)
@@ -161,7 +167,6 @@ class FederatedTrainer(CatchingUpTrainer):
             self._leave()
         if self._session is not None:
             self._session.close()
-        self._leave_folder()
 
     # ------------------------------------------------------------------------------------------- the federation
 
