@@ -47,11 +47,11 @@ def mean_dice(folder: Path) -> float | None:
 
 def predict_cases(trainer: StudyTrainer, cases: Sequence[str], save_probabilities: bool) -> None:
     """nnU-Net's validation of some of the cases."""
-    vars(trainer)["do_split"] = lambda: ([], list(cases))
+    trainer.__dict__["do_split"] = lambda: ([], list(cases))
     try:
         nnUNetTrainer.perform_actual_validation(trainer, save_probabilities)
     finally:
-        del vars(trainer)["do_split"]
+        del trainer.__dict__["do_split"]
 
 
 @contextmanager
