@@ -19,6 +19,15 @@ class RefusedError(FederationError):
     """The coordinator refuses what a site asks for: unknown site, other study, start without ``--c``, wrong schema."""
 
 
+class WithdrawnError(RefusedError):
+    """A site has withdrawn what it told while planning: all sites plan again from the beginning."""
+
+    def __init__(self, text: str, site: str):
+        super().__init__(text)
+        self.site = site
+        """Who has."""
+
+
 class UnknownCollectiveError(RefusedError):
     """The coordinator has never heard of a collective, or has lost it: nobody has contributed to it."""
 

@@ -27,7 +27,7 @@ from nnunet_fed.errors import ConfigurationError, DisagreementError
 from nnunet_fed.inspection.look import Look, look_at
 from nnunet_fed.inspection.reading import choose_reader, endings, reader_class
 from nnunet_fed.study.federation import canonical_json
-from nnunet_fed.study.labels import LabelMap
+from nnunet_fed.study.labels import LabelMap, in_numbers
 from nnunet_fed.study.method_table import MethodTable
 
 # nnU-Net lists the cases in a pool of forked processes, before and after planning talks to the coordinator. A process
@@ -36,8 +36,8 @@ from nnunet_fed.study.method_table import MethodTable
 nnunetv2.utilities.utils.Pool = ThreadPool
 
 PLAN_AGAIN = (
-    "What a site has told stands: then let the coordinator open a new attempt "
-    "(nnunet_fed new-attempt STATE), and plan at all sites again."
+    "Then plan again: first with --correct at each site that was corrected, which withdraws what it has told, and with "
+    "the same command as before at all others."
 )
 PLANNED_AS = "0.1.0"
 """The version of nnunet_fed since which planning computes the same: sites of different versions plan together. To be
@@ -157,12 +157,38 @@ def _name_of(dataset_id: int) -> str:
     try:
         return str(convert_id_to_dataset_name(dataset_id))
     except RuntimeError as error:
-        several = str(error).startswith("More than one")
+        start = f"Dataset{dataset_id:03d}"
+        if str(error).startswith("More than one"):
+            raise ConfigurationError(
+                f"There is more than one data set with the id {dataset_id}: {_places(start)}. nnU-Net counts every "
+                f"folder whose name begins with {start}: give all but one another id, or move them elsewhere."
+            ) from None
         raise ConfigurationError(
-            f"There is {'more than one' if several else 'no'} data set with the id {dataset_id} below "
-            f"{nnUNet_raw} and {nnUNet_preprocessed}. "
-            + ("Give one of them another id." if several else f"Put it into a folder Dataset{dataset_id:03d}_NAME.")
+            f"There is no data set with the id {dataset_id} below {nnUNet_raw} and {nnUNet_preprocessed}. "
+            f"Put it into a folder {start}_NAME."
         ) from None
+
+
+def _places(start: str) -> str:
+    """Names of the data sets that begin so, and in which of nnU-Net's folders each stands."""
+    found: dict[str, list[str]] = {}
+    for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        for path in sorted(Path(os.environ.get(variable) or os.devnull).glob(f"{start}*/")):
+            found.setdefault(path.name, []).append(variable)
+    return ", ".join(f"{name} (in {' and '.join(variables)})" for name, variables in found.items())
+
+
+def file_states(cases: Mapping[str, Mapping[str, Any]]) -> dict[str, list[list[Any]]]:
+    """Name, size and time of each file, by case: what was made of the files can be kept for as long as they stay."""
+    return {
+        str(case): [_file_state(Path(file)) for file in (*files["images"], files["label"])]
+        for case, files in cases.items()
+    }
+
+
+def _file_state(path: Path) -> list[Any]:
+    state = path.stat()
+    return [path.name, state.st_size, state.st_mtime_ns]
 
 
 def reader_of(dataset: RawDataset) -> Any:
@@ -182,7 +208,7 @@ def describe(dataset: RawDataset, planner: str) -> dict[str, Any]:
     """
     return {
         _CHANNELS: dataset.channel_names,
-        "labels": _ordered_labels(dataset.json["labels"]),
+        "labels": _ordered_labels(in_numbers(dataset.json["labels"])),
         "regions_class_order": dataset.json.get("regions_class_order"),
         "dimensions": dataset.dimensions,
         "nnunetv2": ".".join(re.findall(r"\d+", version("nnunetv2"))[:3]),

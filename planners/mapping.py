@@ -21,7 +21,7 @@ from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.files import link, move, write_json
 from nnunet_fed.planners.dataset import RawDataset, find_dataset, looked_at, reader_of
 from nnunet_fed.study.federation import digest_of
-from nnunet_fed.study.labels import LabelMap, ResolvedMap
+from nnunet_fed.study.labels import LabelMap, ResolvedMap, in_numbers
 
 logger = logging.getLogger(__name__)
 PROVENANCE = "provenance"
@@ -119,7 +119,7 @@ def _in_words(dataset: RawDataset, resolved: ResolvedMap) -> str:
     names = {number: label for label, number in resolved.labels.items()}
     return ", ".join(
         f"{label} {value} -> {names[resolved.values[value]]} {resolved.values[value]}"
-        for label, value in dataset.json["labels"].items()
+        for label, value in in_numbers(dataset.json["labels"]).items()
     )
 
 

@@ -3,35 +3,48 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from nnunetv2.experiment_planning.plan_and_preprocess_api import preprocess_dataset
 
-from nnunet_fed.agreement.fingerprint import INTENSITIES, LocalFingerprint, fingerprint_of, own_intensities
+from nnunet_fed.agreement.fingerprint import INTENSITIES, LocalFingerprint, own_intensities
+from nnunet_fed.agreement.fingerprint_files import COMMON, keep_own
 from nnunet_fed.agreement.odd_plans import ODD, far_from_own, require_voxels, thin_patches
 from nnunet_fed.agreement.plan_digest import comparable, differences
+from nnunet_fed.agreement.stages import FIRST_STAGES, to_preprocess
+from nnunet_fed.datasets.folds import FoldChoice
+from nnunet_fed.datasets.preprocessed import complete_marker, is_complete
 from nnunet_fed.errors import ConfigurationError, DisagreementError, FederationError
 from nnunet_fed.evaluation.lesions import SMALL_LESIONS, small_lesion_thresholds
 from nnunet_fed.exchange.communicator import Collectives
-from nnunet_fed.exchange.keys import PLANNING, PLANS, key_of
-from nnunet_fed.files import move, write_json
+from nnunet_fed.exchange.keys import PLANNING, PLANS, PUBLISHED, key_of
+from nnunet_fed.files import NEXT_TO_NOTHING, free_bytes, in_words, move, no_room, write_json
 from nnunet_fed.planners.answered import FILE, AnsweredCollectives
-from nnunet_fed.planners.dataset import PLAN_AGAIN, RawDataset, check_agreement, describe
+from nnunet_fed.planners.beginning_anew import KeptExtraction
+from nnunet_fed.planners.dataset import PLAN_AGAIN, RawDataset, check_agreement, describe, file_states
+from nnunet_fed.planners.enough_cases import check_cases, trained_fold, warn_of_little_room
 from nnunet_fed.planners.explanation import Row, explain
 from nnunet_fed.planners.extraction import extract
 from nnunet_fed.planners.geometry import harmonised_planner
 from nnunet_fed.planners.harmonised import check_preprocessor, planner_class
-from nnunet_fed.planners.leftovers import drop_newer_references, set_old_folds_aside
+from nnunet_fed.planners.leftovers import (
+    bring_folds_up_to_date,
+    drop_newer_references,
+    note_cases,
+)
 from nnunet_fed.planners.mapping import prepare_dataset
-from nnunet_fed.study.federation import PLANS_KEY, Federation
+from nnunet_fed.study.federation import PLANS_KEY, Federation, Fold
 from nnunet_fed.study.labels import LabelMap
 
 logger = logging.getLogger(__name__)
-DESCRIPTIONS, PUBLISHED = key_of(PLANNING, "dataset"), key_of(PLANNING, "published")
-"""Keys of what the sites compare, and of what a site takes that joins later."""
+DESCRIPTIONS = key_of(PLANNING, "dataset")
+"""Key of what the sites compare."""
 _LINES_SHOWN = 30
+_LARGE = {*FIRST_STAGES, *FIRST_STAGES.values()}
+"""Configurations that nnU-Net does not plan for every data set."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +65,8 @@ class PlanningResult:
     """What this site would have planned alone; none if it is not known."""
     odd_plans: tuple[str, ...] = ()
     """What had better be looked at before anybody trains; the same at all sites, and logged."""
+    fold: Fold = 0
+    """That this site trains: the study's, or ``all`` where it has too few cases for a cross-validation."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +78,8 @@ class Agreement:
     planner: Any
     plans: dict[str, Any]
     total_cases: int
+    odd_plans: tuple[str, ...]
+    """As in :class:`PlanningResult`, of the configurations that were asked about."""
 
 
 def plan_and_preprocess(
@@ -74,6 +91,8 @@ def plan_and_preprocess(
     report: Callable[[str], None] = lambda phase: None,
     *,
     labels: LabelMap | None = None,
+    folds: FoldChoice = FoldChoice.keep,
+    kept: KeptExtraction | None = None,
 ) -> PlanningResult:
     """Agree with the other sites on a fingerprint, plan from it, make sure that all plans are equal, and preprocess.
 
@@ -84,28 +103,30 @@ def plan_and_preprocess(
         communicator: this site's; all keys begin with ``planning/``.
         study: names the planner and, if it says so, the plans; travels in the plans under ``federation``.
         dataset_id: nnU-Net's number of this site's data set.
-        configurations: what this site preprocesses; ``None``: the study's configuration.
+        configurations: what this site will train; ``None``: the study's configuration.
         processes: worker processes for extraction and preprocessing.
         report: called with the name of each phase that begins: checking, extracting, harmonising, planning,
             preprocessing, planned.
         labels: this site's label map; with one, all work is done on the mapped data set, which is built first.
+        folds: what becomes of those of an earlier training.
+        kept: what an earlier call has extracted, if this command plans anew.
 
     Raises:
         ConfigurationError: nnU-Net's paths, the data set, the planner or a configuration is wrong.
         DisagreementError: the sites' data sets or plans differ; shows where.
+        WithdrawnError: a site has withdrawn what it told: the sites plan anew
+            (:func:`nnunet_fed.planners.beginning_anew.plan_with_corrections`).
         FederationError: a case cannot be analysed or preprocessed.
     """
-    wanted = wanted_configurations(study, configurations)
-    agreement = agree(communicator, study, dataset_id, processes, report, labels=labels)
+    agreement = agree(
+        communicator, study, dataset_id, processes, report, labels=labels, folds=folds, kept=kept,
+        asked=asked_configurations(study, configurations),
+    )  # fmt: skip
     dataset, planner, plans = agreement.dataset, agreement.planner, agreement.plans
-    check_configurations(plans, wanted)
-
-    odd_plans = tuple(thin_patches(plans, wanted))
-    for text in (*odd_plans, *far_from_own(agreement.local, plans, wanted)):
-        logger.warning("%s%s", ODD, text)
-    require_voxels(communicator.site, agreement.local, plans, wanted)
+    wanted = wanted_configurations(plans, study, configurations)
 
     report("preprocessing")
+    warn_of_little_room(dataset, agreement.local, plans, wanted)
     preprocess(communicator.site, dataset, planner.plans_identifier, plans, wanted, processes)
     explanation = explain(planner, agreement.local, plans, study.overwrite_target_spacing)
     report("planned")
@@ -117,7 +138,8 @@ def plan_and_preprocess(
         agreement.total_cases,
         len(dataset.cases),
         explanation,
-        odd_plans,
+        agreement.odd_plans,
+        trained_fold(dataset, study),
     )
 
 
@@ -129,17 +151,21 @@ def agree(
     report: Callable[[str], None] = lambda phase: None,
     *,
     labels: LabelMap | None = None,
+    folds: FoldChoice = FoldChoice.keep,
     keep_look: bool = True,
+    asked: Sequence[str] = (),
+    kept: KeptExtraction | None = None,
 ) -> Agreement:
     """The part of :func:`plan_and_preprocess` before preprocessing: all that needs the other sites.
 
-    Without ``keep_look``, what was read of the files is not kept for the next time.
+    Without ``keep_look``, what was read of the files is not kept for the next time. Plans by which this site cannot
+    preprocess what is ``asked`` for are not agreed on, so that a site can still correct what it has told.
     """
     report("checking")
     make = planner_class(study.planner)
     check_preprocessor(study.preprocessor_name)
     dataset = prepare_dataset(dataset_id, labels, processes, keep_look=keep_look)
-    _check_number(communicator.site, dataset, study)
+    check_cases(communicator.site, dataset, study, folds)
     descriptions = communicator.gather(DESCRIPTIONS, describe(dataset, study.planner))
     check_agreement(descriptions, study.method)
     total_cases = sum(description["training cases"] for description in descriptions.values())
@@ -147,8 +173,13 @@ def agree(
     communicator = AnsweredCollectives(communicator, dataset.preprocessed / FILE)
     report("extracting")
     own_channels = study.method.own_channels
-    local = extract(dataset.id, len(dataset.cases) if own_channels else total_cases, processes)
+    pooled = len(dataset.cases) if own_channels else total_cases
+    local = (kept or KeptExtraction()).unless_changed(
+        [pooled, dataset.json, file_states(dataset.cases)], lambda: extract(dataset.id, pooled, processes)
+    )
     intensities = own_intensities(local) if own_channels else None
+    dataset.preprocessed.mkdir(parents=True, exist_ok=True)
+    keep_own(dataset.preprocessed, local)
 
     report("harmonising")
     small_lesions = {
@@ -161,50 +192,25 @@ def agree(
         lambda fingerprint: make_planner(make, dataset, study, total_cases, fingerprint, **small_lesions),
         intensities,
     )
-    _write_local_fingerprint(dataset, local)
+    write_json(dataset.preprocessed / COMMON, planner.dataset_fingerprint, indent=4)
 
     report("planning")
     plans = planner.plan_experiment()
-    try:
-        _agree_on_plans(communicator, plans)
-    except FederationError:
-        move(planner.plans_file, planner.plans_file.with_suffix(".refused.json"))
-        raise
     # for sites that join later; it is the same everywhere, so one copy is enough
     fingerprint = {**planner.dataset_fingerprint, **({INTENSITIES: {}} if own_channels else {})}
     published = {"fingerprint": fingerprint, "plans": comparable(plans), **small_lesions}
-    communicator.gather(PUBLISHED, published if communicator.site == next(iter(descriptions)) else None)
-    return Agreement(dataset, local, planner, plans, total_cases)
-
-
-def wanted_configurations(study: Federation, configurations: Sequence[str] | None) -> tuple[str, ...]:
-    """What a site preprocesses: what its command names, or else the study; raises :class:`ConfigurationError`."""
-    wanted = tuple(dict.fromkeys(configurations or [study.configuration]))
-    if "3d_cascade_fullres" in wanted:
-        raise ConfigurationError(
-            "3d_cascade_fullres needs predictions of the previous stage, which a federation does not make; "
-            "use 3d_fullres or 3d_lowres."
-        )
-    return wanted
-
-
-def _write_local_fingerprint(dataset: RawDataset, local: LocalFingerprint) -> None:
-    """For a reader who compares this site with all sites; nothing reads it."""
-    path = dataset.preprocessed / "dataset_fingerprint_local.json"
-    if all(len(channel) for channel in local.intensities):
-        write_json(path, fingerprint_of(local), indent=4)
-    else:
-        logger.warning("No case of %s has foreground; %s is not written", dataset.name, path.name)
-        path.unlink(missing_ok=True)
-
-
-def _check_number(site: str, dataset: RawDataset, study: Federation) -> None:
-    if len(dataset.cases) < study.min_cases:
-        raise ConfigurationError(
-            f"Site '{site}' has {len(dataset.cases)} training cases in {dataset.name}, but the study asks every site "
-            f"for at least {study.min_cases}, since sums over few cases tell what these are. Nothing was sent; "
-            "leave the site out of the study, or lower 'min_cases' in federation.toml."
-        )
+    wanted = [needed for name in asked if name in plans["configurations"] for needed in to_preprocess(plans, name)]
+    try:
+        _agree_on_plans(communicator, plans)
+        odd_plans = tuple(thin_patches(plans, wanted))
+        for text in (*odd_plans, *far_from_own(local, plans, wanted)):
+            logger.warning("%s%s", ODD, text)
+        require_voxels(communicator.site, local, plans, wanted)
+        communicator.gather(PUBLISHED, published if communicator.site == next(iter(descriptions)) else None)
+    except FederationError:
+        move(planner.plans_file, planner.plans_file.with_suffix(".refused.json"))
+        raise
+    return Agreement(dataset, local, planner, plans, total_cases, odd_plans)
 
 
 def make_planner(
@@ -215,7 +221,7 @@ def make_planner(
     fingerprint: dict[str, Any],
     **about: Any,
 ) -> Any:
-    """The planner of this site's data set, which reads a fingerprint where nnU-Net puts its own.
+    """The planner of this site's data set.
 
     Args:
         make: the planner's class.
@@ -225,8 +231,6 @@ def make_planner(
         fingerprint: of all sites.
         about: what this site's plans carry beside the study.
     """
-    dataset.preprocessed.mkdir(parents=True, exist_ok=True)
-    write_json(dataset.preprocessed / "dataset_fingerprint.json", fingerprint, indent=4)
     carried = {"name": study.name, "digest": study.digest_of_fold(study.fold), "study": study.stored(), **about}
     options = {
         "plans_name": study.plans_name,
@@ -235,13 +239,7 @@ def make_planner(
         "preprocessor_name": study.preprocessor_name,
     }
     given = {name: value for name, value in options.items() if value is not None}
-    try:
-        return make(dataset.id, total_cases=total_cases, study=carried, **given)
-    except AssertionError:  # nnU-Net asserts without a word that raw and preprocessed folds are the same
-        raise ConfigurationError(
-            f"The folds in {dataset.folder / 'splits_final.json'} are not those in {dataset.preprocessed}. "
-            "Remove the latter file if the former is right."
-        ) from None
+    return make(dataset.id, fingerprint=fingerprint, total_cases=total_cases, study=carried, **given)
 
 
 def _agree_on_plans(communicator: Collectives, plans: dict[str, Any]) -> None:
@@ -257,15 +255,28 @@ def _agree_on_plans(communicator: Collectives, plans: dict[str, Any]) -> None:
     )
 
 
-def check_configurations(plans: dict[str, Any], wanted: Sequence[str]) -> None:
-    """See that the plans have these configurations; raises :class:`ConfigurationError`."""
-    there = [name for name, content in plans["configurations"].items() if "inherits_from" not in content]
-    missing = [name for name in wanted if name not in there]
+def asked_configurations(study: Federation, configurations: Sequence[str] | None) -> list[str]:
+    """What a site's command names, or else the study."""
+    return list(dict.fromkeys(configurations or [study.configuration]))
+
+
+def wanted_configurations(
+    plans: dict[str, Any], study: Federation, configurations: Sequence[str] | None
+) -> tuple[str, ...]:
+    """What a site preprocesses: what its command names, or else the study; for a cascade what both stages train on.
+
+    Raises:
+        ConfigurationError: the plans have no such configuration.
+    """
+    asked, there = asked_configurations(study, configurations), plans["configurations"]
+    missing = [name for name in asked if name not in there]
     if missing:
+        cascade = " nnU-Net plans 3d_lowres and the cascade only where images are much larger than a patch."
         raise ConfigurationError(
             f"The plans of this federation have no configuration {', '.join(missing)}; there are {', '.join(there)}. "
-            "Set 'configuration' in federation.toml to one of these."
+            f"Set 'configuration' in federation.toml to one of these.{cascade if {*missing} & _LARGE else ''}"
         )
+    return tuple(dict.fromkeys(needed for name in asked for needed in to_preprocess(plans, name)))
 
 
 def preprocess(
@@ -281,24 +292,30 @@ def preprocess(
         wanted: configurations.
         processes: worker processes.
     """
-    # a marker stands beside the folder, in which nnU-Net would take it for a case
     folders = {name: dataset.preprocessed / plans["configurations"][name]["data_identifier"] for name in wanted}
-    markers = {name: folder.with_name(f"{folder.name}.complete.json") for name, folder in folders.items()}
-    open_ones = [name for name in wanted if not (folders[name].is_dir() and markers[name].is_file())]
+    open_ones = [name for name in wanted if not is_complete(folders[name])]
     for name in wanted:
         if name in open_ones:
-            markers[name].unlink(missing_ok=True)
+            complete_marker(folders[name]).unlink(missing_ok=True)
         else:
             logger.info("%s is preprocessed already in %s", name, folders[name].name)
     drop_newer_references(dataset)
-    set_old_folds_aside(dataset)
     try:
         # also without a configuration: it brings the references in gt_segmentations up to date
         preprocess_dataset(dataset.id, plans_name, open_ones, [processes])
     except Exception as error:  # whatever nnU-Net and its readers raise
+        told = in_words(error, str(dataset.preprocessed)) if isinstance(error, OSError) else None
+        if told is None and free_bytes(dataset.preprocessed) < NEXT_TO_NOTHING:  # Blosc does not say why
+            told = no_room(dataset.preprocessed)
+        if told is not None:
+            for name in open_ones:  # it is made anew, and the room is needed
+                shutil.rmtree(folders[name], ignore_errors=True)
+            raise told from error
         raise FederationError(
             f"Site '{site}' cannot preprocess {dataset.name}: {type(error).__name__}: {error}. "
             "If a worker died, use fewer processes; then plan again."
         ) from error
     for name in open_ones:
-        write_json(markers[name], {"configuration": name, "cases": len(dataset.cases)}, indent=4)
+        write_json(complete_marker(folders[name]), {"configuration": name, "cases": len(dataset.cases)}, indent=4)
+    bring_folds_up_to_date(dataset)
+    note_cases(dataset)

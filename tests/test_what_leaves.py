@@ -85,6 +85,7 @@ def texts(message: Message) -> set[str]:
 def offer_of(entry: dict[str, Any], site: str) -> federation_pb2.OfferRequest:
     names = {"run": "run", "key": "key", "verb": "verb", "weight": "weight", "digest": "digest", "size": "bytes"}
     offer = federation_pb2.OfferRequest(site=site, **{field: entry[name] for field, name in names.items()})
+    offer.correct = entry.get("correct", False)
     if "held" in entry:
         offer.held.key, offer.held.digest = entry["held"]["key"], entry["held"]["digest"]
     return offer

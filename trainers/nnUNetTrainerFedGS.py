@@ -13,6 +13,7 @@ from nnunet_fed.exchange.payload import Array
 from nnunet_fed.methods.fedgs import GradientScaler, against_plain, difficulty, strength_in_round, with_gain
 from nnunet_fed.methods.lesion_classes import LesionClasses
 from nnunet_fed.methods.tensors import shared_tensors, to_arrays
+from nnunet_fed.study.labels import in_numbers
 from nnunet_fed.study.method_table import MethodTable
 from nnunet_fed.study.methods.fedgs_options import FedGS
 from nnunet_fed.trainers.fedgs.calibration import agreed_thresholds
@@ -35,7 +36,7 @@ class nnUNetTrainerFedGS(FineTuningTrainer):  # noqa: N801
         super().configure_study()
         options, labels = self.options, self.label_manager
         self._classes = LesionClasses.named(
-            options.classes, self.dataset_json["labels"], labels.has_regions, labels.ignore_label,
+            options.classes, in_numbers(self.dataset_json["labels"]), labels.has_regions, labels.ignore_label,
             options.truncation_guard,
         )  # fmt: skip
         threshold, log_base = options.threshold, options.log_base
@@ -82,7 +83,7 @@ class nnUNetTrainerFedGS(FineTuningTrainer):  # noqa: N801
             dist.all_reduce(sums)
             total, samples = sums.tolist()
         round_number = self.current_epoch // self.study.local_epochs
-        strength = strength_in_round(self.options.strength, self.options.warm_down, round_number, self.study.rounds)
+        strength = strength_in_round(self.options.strength, self.options.warm_down, round_number, self.study.all_rounds)
         return 1 + strength * total / samples
 
     # ------------------------------------------------------------------------------------------- the exchange

@@ -24,7 +24,7 @@ from nnunet_fed.trainers.gossip.mutual_phase import PhaseTrainer
 from nnunet_fed.trainers.gossip.peer_model import PeerModel, plain_values
 from nnunet_fed.trainers.parts import checkpoint
 from nnunet_fed.trainers.parts.ranks import from_rank_zero, patient_group
-from nnunet_fed.trainers.parts.study_trainer import sentences_for_users
+from nnunet_fed.trainers.parts.sentences import sentences_for_users
 from nnunet_fed.trainers.parts.training_record import RECORD, TrainingRecord, logged_by
 
 ADDRESS_LEASE = "gossip.lock"
@@ -47,7 +47,7 @@ class nnUNetTrainerGCML(PhaseTrainer):  # noqa: N801
         """Take from the study how long a site stays alone."""
         super().configure_study()
         self._address: SoftFileLease | None = None
-        self._warm_up = self.options.warm_up(self.study.epochs)
+        self._warm_up = self.options.warm_up(self.study.rounds * self.study.local_epochs)
 
     # ------------------------------------------------------------------------------------------- start and end
 
@@ -70,14 +70,12 @@ class nnUNetTrainerGCML(PhaseTrainer):  # noqa: N801
 
     def on_train_start(self) -> None:
         """Let nnU-Net start and fork its workers, then start the peer process."""
-        if self.current_epoch >= self.num_epochs:  # --c after the end
-            super().on_train_start()
-            return
-        self._require_fold_of_plans()
-        self._take_address()
-        require_peers(self.own_site(), self.study.sites)
-        self._plan_of_choice()
+        if self.current_epoch < self.num_epochs:  # before anything is done
+            self._require_gossip()
         super().on_train_start()
+        if self.current_epoch >= self.num_epochs:  # --c after the end
+            return
+        self._require_gossip()
         self._group = patient_group()
         if self._resumed is None:
             self._standing = Standing(Version(self.own_site().name, {}, 0), digest_of_tensors(self.shared()))
@@ -89,7 +87,15 @@ class nnUNetTrainerGCML(PhaseTrainer):  # noqa: N801
             if self._exchanges(self.current_epoch):  # a training that was killed between its checkpoint and its post
                 self._here().round_over(self.shared_arrays())
             self._here().happened(f"continued with --c in epoch {self.current_epoch}")
+            self._begin_more_rounds()
             checkpoint.restore_random_states(self._resumed["random"])
+
+    def _require_gossip(self) -> None:
+        self._require_fold_of_plans()
+        if self._address is None:
+            self._take_address()
+        require_peers(self.own_site(), self.study.sites)
+        self._plan_of_choice()
 
     def _take_address(self) -> None:
         """Be the one training of this model and site that has a peer process, for all ranks: it has one address."""
@@ -194,7 +200,7 @@ class nnUNetTrainerGCML(PhaseTrainer):  # noqa: N801
         if self._peer_model is not None:
             self._peer_model.epochs_left -= 1
             if self._peer_model.epochs_left == 0:
-                self._end_phase(self._peer_model)
+                self._end_phase()
 
     def on_epoch_end(self) -> None:
         """nnU-Net's checkpoints, then the mail: what has left is always in a checkpoint."""

@@ -37,8 +37,9 @@ def thin_patches(plans: Mapping[str, Any], configurations: Sequence[str]) -> lis
                 f"{by(content['median_image_size_in_voxels'])}, from a median voxel size of "
                 f"{by(plans['original_median_spacing_after_transp'])} and a median shape of "
                 f"{by(plans['original_median_shape_after_transp'])} of all sites' cases. Most likely the voxel sizes "
-                "of one site are not what the others' are: compare them before anybody trains, correct that site's "
-                "files, or set 'overwrite_target_spacing' in federation.toml, and plan again."
+                "of one site are not what the others' are: compare them before anybody trains. Then correct that "
+                "site's files and plan again, in a new attempt, or begin another study, with "
+                "'overwrite_target_spacing' in its federation.toml."
             )
     return told
 
@@ -73,8 +74,9 @@ def require_voxels(site: str, local: LocalFingerprint, plans: Mapping[str, Any],
             raise FederationError(
                 f"Site '{site}' cannot preprocess by these plans: {name} has a voxel size of {by(target)}, and of "
                 f"{int(empty.sum())} of this site's {len(sizes)} images, such as one with voxels of {by(own[worst])}, "
-                f"nothing would be left ({by(sizes[worst])} voxels). {_LOOK}, correct them, or set "
-                "'overwrite_target_spacing' in federation.toml; then plan again in a new attempt."
+                f"nothing would be left ({by(sizes[worst])} voxels). Nothing is agreed yet. {_LOOK}, and correct them; "
+                "then plan again: with --correct where they were corrected, and with the same command at the others. "
+                "Or begin another study, with 'overwrite_target_spacing' in its federation.toml."
             )
 
 

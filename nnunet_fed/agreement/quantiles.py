@@ -134,7 +134,8 @@ def _check_some(key: str, count: Integers) -> None:
     if not count.all():
         raise FederationError(
             f"No site has a value for '{key}' (channel {int(np.argmin(count))}); "
-            "check that the labels of the training cases contain foreground."
+            "check that the labels of the training cases contain foreground. A site that corrects them plans again "
+            "with --correct, the others with the same command."
         )
 
 

@@ -27,6 +27,10 @@ def predict(
     folds: Annotated[
         list[str] | None, typer.Option("-f", metavar="FOLD ...", help="Folds; default: all that were trained.")
     ] = None,
+    previous_stage: Annotated[
+        Path | None,
+        typer.Option("-prev_stage_predictions", metavar="FOLDER", help="What the first stage of a cascade predicted."),
+    ] = None,
     gamma: Annotated[
         float | None, typer.Option(help="Threshold of a site's probability; default: the study's.")
     ] = None,
@@ -70,6 +74,7 @@ def predict(
     counts = predictor.predict_folder(
         source,
         out,
+        previous_stage=previous_stage,
         save_probabilities=save_probabilities,
         continue_prediction=continue_prediction,
         processes_preprocessing=preprocessing,

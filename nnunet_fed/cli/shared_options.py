@@ -73,6 +73,9 @@ class StudyOptions:
         "configuration"
     )
     planner: Annotated[str, typer.Option(help="Planner; the small one suits a CPU.")] = "nnUNetPlannerFedSmall"
+    gpu_memory_target_in_gb: Annotated[
+        float | None, typer.Option("--gpu-memory", metavar="GB", help="What the planner may fill; default: its own.")
+    ] = None
     initial_lr: Annotated[float, typer.Option("--lr", help="Initial learning rate.")] = _of_a_study("initial_lr")
     momentum: Annotated[float, typer.Option(help="Momentum.")] = _of_a_study("momentum")
     fold: Annotated[

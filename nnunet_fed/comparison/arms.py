@@ -21,6 +21,7 @@ from uuid import uuid4
 from pydantic import ValidationError
 from rich.console import Console
 
+from nnunet_fed.agreement.stages import stages_of
 from nnunet_fed.comparison import pooled_data
 from nnunet_fed.comparison.pooled_data import Planned, fix_folds, pool
 from nnunet_fed.errors import ConfigurationError
@@ -188,6 +189,12 @@ def _check(comparison: Comparison) -> None:
         raise ConfigurationError(f"--option {unused[0]}.NAME: '{unused[0]}' is none of --methods.")
     if "all" in _folds(comparison):
         raise ConfigurationError("--fold all keeps no case for validation, so nothing can be compared: use numbers.")
+    *first, last = stages_of(str(comparison.study.get("configuration", "")))
+    if first:
+        raise ConfigurationError(
+            f"--config {last}: it is the second of two trainings, and a comparison is of one. Compare with --config "
+            f"{first[-1]} or 3d_fullres; 'nnunet_fed simulate' trains both stages with one method."
+        )
     for method, seed in comparison.arms:
         require_trainer(comparison.study_of(method, seed))
 

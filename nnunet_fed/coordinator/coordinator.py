@@ -16,6 +16,7 @@ from typing import Any
 
 from nnunet_fed.coordinator.admission import Admission, QuarantinedError, check_content, distance
 from nnunet_fed.coordinator.deadlines import Clock, RunningClock
+from nnunet_fed.coordinator.further_rounds import begin_more_rounds
 from nnunet_fed.coordinator.generations import Generations
 from nnunet_fed.coordinator.history import happened, page_of
 from nnunet_fed.coordinator.log_fields import about
@@ -28,6 +29,7 @@ from nnunet_fed.coordinator.status import Outlook, Tally, status_of
 from nnunet_fed.coordinator.store import Ballot, Collective, Contribution, Store
 from nnunet_fed.coordinator.tracking import FederationTracker
 from nnunet_fed.coordinator.verdict import Offer, Verdict, verdict_of
+from nnunet_fed.coordinator.withdrawals import Withdrawals
 from nnunet_fed.errors import NotFiniteError
 from nnunet_fed.exchange.communicator import Held
 from nnunet_fed.exchange.payload import open_payload
@@ -65,6 +67,7 @@ class Coordinator:
         tracker: FederationTracker | None = None,
         clock: Clock | None = None,
     ):
+        known = store.latest_study()
         self.study, self.attempt = open_study(study, store)
         self._store = store
         self._tracker = tracker
@@ -75,6 +78,8 @@ class Coordinator:
         clock = clock or RunningClock()
         self._spool = Spool(store.spool, spool_quota, share, folds)
         self._generations = Generations(store)
+        if known is not None:
+            begin_more_rounds(Federation.restore(known), self.study, store, self._generations)
         self._members = Members(self.study, self.attempt, store, self._generations, self._changed)
         self._admission = Admission(self.study, store, share)
         self._scope_order = ScopeOrder(self.study, self.attempt, store)
@@ -82,6 +87,7 @@ class Coordinator:
         self._reconciliation = Reconciliation(
             self.study, store, self._generations, self._round_closer.expected_in, clock
         )
+        self._withdrawals = Withdrawals(self.attempt, store, self._generations, self._round_closer)
         self._round_closer.recover(self.attempt)
 
     def drain(self) -> None:
@@ -191,11 +197,20 @@ class Coordinator:
     def offer(self, offer: Offer) -> Verdict:
         """Answer a site that is about to contribute; one of weight 0 sends nothing, and has contributed with that.
 
+        One that corrects what the site has told while planning lets that begin anew.
+
         Raises:
-            RefusedError: see :meth:`ask`.
+            RefusedError: see :meth:`ask` and :meth:`nnunet_fed.coordinator.withdrawals.Withdrawals.withdraw`.
+            WithdrawnError: a site, perhaps this one, has withdrawn what it told.
         """
         with self._changed:
             verdict = self.ask(offer)
+            if verdict == "differs" and offer.correct and self._store.run(offer.run)["purpose"] == "planning":
+                self._changed.wait_for(lambda: not self._round_closer.is_closing(offer.run))
+                self._generations.require_newest(offer.run)
+                self._changed.notify_all()  # who waits hears of it once the lock is free
+                self._withdrawals.withdraw(offer)
+                self._generations.require_newest(offer.run)
             if verdict != "send" or offer.weight > 0:
                 return verdict
             self._contribute(offer, None)

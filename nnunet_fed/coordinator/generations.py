@@ -1,7 +1,7 @@
 """Undoing rounds: a run goes on, as another *generation* of it, from a model that it had before.
 
-A generation is a run of its own in the journal. It begins with what had closed up to a round; everything after that
-stays with the run before it, for the record, and counts nowhere. Source: ours.
+A generation is a run of its own in the journal. It begins with what had closed up to a round, that of a planning with
+nothing; everything after that stays with the run before it, for the record, and counts nowhere. Source: ours.
 """
 
 from __future__ import annotations
@@ -13,12 +13,15 @@ from typing import NamedTuple
 
 from nnunet_fed.coordinator.log_fields import about
 from nnunet_fed.coordinator.store import Collective, Store
-from nnunet_fed.errors import ConfigurationError, RefusedError
+from nnunet_fed.errors import ConfigurationError, RefusedError, WithdrawnError
 from nnunet_fed.exchange.keys import MODEL, last_round, round_of
 from nnunet_fed.exchange.payload import digest_of_file
 from nnunet_fed.files import make_durable, same_file
 
 logger = logging.getLogger(__name__)
+
+WITHDRAWN_BY, GOES_ON_AFTER = "withdrawn_by", "goes_on_after"
+"""What the journal says of a generation: the site for which a planning has begun anew, and the run before it."""
 
 
 class Generations:
@@ -48,10 +51,18 @@ class Generations:
         return {run: runs[-1] for runs in self._generations.values() for run in runs[:-1]}
 
     def require_newest(self, run: str) -> None:
-        """Raise :class:`RefusedError` if rounds of a run were undone: its sites have to go back."""
+        """See that a run goes on.
+
+        Raises:
+            RefusedError: rounds of it were undone: its sites have to go back.
+            WithdrawnError: it is a planning that has begun anew.
+        """
         newest = self._of(run)[-1]
         if newest != run:
-            raise RefusedError(_go_back(self._store.runs()[newest]["goes_on_from"]))
+            described = self._store.run(newest)
+            if WITHDRAWN_BY in described:
+                raise WithdrawnError(plan_again(described[WITHDRAWN_BY]), described[WITHDRAWN_BY])
+            raise RefusedError(_go_back(described["goes_on_from"]))
 
     def _of(self, run: str) -> list[str]:
         return next((runs for runs in self._generations.values() if run in runs), [run])
@@ -78,7 +89,7 @@ class Generations:
         void = [c for old in runs for status in ("open", "failed") for c in store.collectives(old, status)]
         sentence = _go_back(scope)
         with store.transaction():
-            store.add_run(new, {**described, "first": first, "goes_on_from": scope, "goes_on_after": run})
+            store.add_run(new, {**described, "first": first, "goes_on_from": scope, GOES_ON_AFTER: run})
             store.continue_run(run, new, standing)
             files = [file for collective in void for file in store.release(collective.run, collective.key)]
             for collective in void:
@@ -90,6 +101,32 @@ class Generations:
         logger.warning("the run %s goes on from the model of %s, as %s: %s", run, scope, new, why, extra=about(new))
         return new
 
+    def begin_anew(self, run: str, site: str, why: str) -> None:
+        """Let a planning begin anew, with nothing.
+
+        Args:
+            run: in which the sites have planned, of any generation.
+            site: that has withdrawn what it told.
+            why: for the record.
+        """
+        described = self._store.run(run)
+        first = described.get("first", run)
+        runs = self._generations.setdefault(first, [first])
+        new = f"{first}.{len(runs)}"
+        with self._store.transaction():
+            self._store.add_run(new, {**described, "first": first, WITHDRAWN_BY: site, GOES_ON_AFTER: run})
+            self._store.add_event(new, site, why)
+        runs.append(new)
+        logger.warning("site %s %s; the sites plan anew as %s", site, why, new, extra=about(new, site=site))
+
+
+def plan_again(site: str) -> str:
+    """The sentence that says that a planning has begun anew."""
+    return (
+        f"Site '{site}' has withdrawn what it told while planning: all sites plan again from the beginning. Where "
+        "'nnunet_fed plan_and_preprocess' has ended, run it again."
+    )
+
 
 def _go_back(scope: str) -> str:
     return f"The federation went back to the model of {scope}. Go back with it: start this training again with --c."
@@ -97,13 +134,26 @@ def _go_back(scope: str) -> str:
 
 def _up_to(collectives: Iterable[Collective], scope: str) -> list[Collective]:
     """The collectives up to a scope, in their order: of no later round, and of no validation after the rounds."""
-    number, up_to = last_round(scope), []
+    number, up_to, begun = last_round(scope), [], False
     for collective in collectives:
         of_round = round_of(collective.key)
         if of_round is not None and of_round > number:
             break  # what comes after it came after the scope
-        up_to.append(collective)
+        begun = begun or of_round is not None
+        if of_round is not None or not begun:
+            up_to.append(collective)
     return up_to
+
+
+def is_after_rounds(collectives: Iterable[Collective]) -> bool:
+    """Whether the sites of a run have begun what comes after the rounds."""
+    begun = False
+    for collective in collectives:
+        of_round = round_of(collective.key)
+        if begun and of_round is None:
+            return True
+        begun = begun or of_round is not None
+    return False
 
 
 class Model(NamedTuple):

@@ -73,7 +73,7 @@ class Members:
             fresh: the training starts without ``--c``.
             fold: of the study, that the run is for (training); ``None``: the one whose digest it is, since a site of
                 version 0.1 does not name it.
-            can_go_back: the site's version of nnunet_fed knows that rounds may be undone.
+            can_go_back: the site's version of nnunet_fed knows that rounds of a training may be undone.
 
         Returns:
             The run's id.
@@ -108,7 +108,7 @@ class Members:
             described = {"purpose": purpose, "configuration": configuration, "trainer": trainer, "fold": fold}
             self._store.add_run(run, {**described, "attempt": self._attempt})
             run = self._generations.newest(run)
-            if not can_go_back and self._generations.number(run) > 0:
+            if purpose == "training" and not can_go_back and self._generations.number(run) > 0:
                 raise RefusedError(
                     f"Rounds of this training were undone, which the version of nnunet_fed at site '{site}' does not "
                     "know. Install the version that the coordinator has, and continue with --c."
@@ -159,7 +159,8 @@ class Members:
         with self._changed:
             runs = self._store.runs().items()
             described = {"purpose": "planning", "attempt": self._attempt}
-            return next((run for run, about_it in runs if described.items() <= about_it.items()), None)
+            first = next((run for run, about_it in runs if described.items() <= about_it.items()), None)
+            return None if first is None else self._generations.newest(first)
 
     def heard(self, run: str, site: str) -> None:
         """Note that a site speaks in a run: one that was absent is back.

@@ -17,6 +17,7 @@ from pathlib import Path
 from nnunet_fed.coordinator.admission import differs
 from nnunet_fed.coordinator.ballots import agrees, elected
 from nnunet_fed.coordinator.deadlines import Clock, Deadlines
+from nnunet_fed.coordinator.generations import GOES_ON_AFTER, WITHDRAWN_BY, plan_again
 from nnunet_fed.coordinator.log_fields import about
 from nnunet_fed.coordinator.scope_order import given_up
 from nnunet_fed.coordinator.store import Agreed, Ballot, Collective, Contribution, Store
@@ -255,6 +256,7 @@ class RoundCloser:
         """
         self._withdraw_removed()
         self._clear_attempts_but(attempt)
+        self.clear_withdrawn()
         for waiting in self._store.open_collectives():
             self._deadlines.left(waiting)  # from now on it waits again
         for run, key in dict.fromkeys(self._store.spooled().values()):
@@ -285,18 +287,31 @@ class RoundCloser:
         for run, described in self._store.runs().items():
             if described.get("attempt", attempt) == attempt:
                 continue
-            results = [c for c in self._store.collectives(run, "closed") if c.key != DICE]
-            with self._store.transaction():
-                for collective in [*results, *self._store.collectives(run, "open")]:
-                    if collective.status == "open":
-                        collective.status, collective.error = "failed", given_up(described["attempt"], attempt)
-                    else:
-                        collective.status = "pruned"
-                    self._store.put_collective(collective)
-                self._store.release_run(run)
-            for collective in results:
-                self._store.result_path(run, collective.key).unlink(missing_ok=True)
-            self._spool.forget_run(run)
+            self._clear(run, given_up(described["attempt"], attempt))
+
+    def clear_withdrawn(self) -> None:
+        """Of a planning that has begun anew the record stays."""
+        with self._changed:
+            for described in self._store.runs().values():
+                if WITHDRAWN_BY in described:
+                    self._clear(described[GOES_ON_AFTER], plan_again(described[WITHDRAWN_BY]))
+
+    def _clear(self, run: str, sentence: str) -> None:
+        """Delete what was given to a run and its results, since nothing goes on in it; the sentence says why."""
+        results = [c for c in self._store.collectives(run, "closed") if c.key != DICE]
+        for collective in results:  # first: who is killed here has them in the journal, and does it again
+            self._store.result_path(run, collective.key).unlink(missing_ok=True)
+        with self._store.transaction():
+            for collective in [*results, *self._store.collectives(run, "open")]:
+                if collective.status == "open":
+                    collective.status, collective.error = "failed", sentence
+                else:
+                    collective.status = "pruned"
+                self._store.put_collective(collective)
+            files = self._store.release_run(run)
+        for file in files:
+            file.unlink(missing_ok=True)
+        self._spool.forget_run(run)
 
     def _withdraw_removed(self) -> None:
         """What a site that is no longer in the study gave to open collectives is in no mean; what has closed stands."""
@@ -366,9 +381,10 @@ class RoundCloser:
             standing = self._store.standing(run)
             return [site for site in self._study.sites if standing.get(site) == "active"]
 
-    def is_closing(self, run: str, key: str) -> bool:
-        """Whether a collective is being reduced: who has contributed is settled, and nobody else can."""
-        return (run, key) in self._reducing
+    def is_closing(self, run: str, key: str | None = None) -> bool:
+        """Whether a collective (``None``: any of the run) is being reduced: who has contributed is settled, and nobody
+        else can."""
+        return any(run == other and key in (None, of_other) for other, of_other in self._reducing)
 
     def _fail(
         self, collective: Collective, given: list[str], missing: list[str], quorum: int, within_reach: bool

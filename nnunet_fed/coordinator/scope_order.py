@@ -71,7 +71,7 @@ class ScopeOrder:
 
     def _check_turn(self, offer: Offer, described: dict[str, Any], planning: bool) -> None:
         number = None if planning else round_of(offer.scope)
-        if number is not None and offer.scope == scope_of_round(number) and number < self._study.rounds:
+        if number is not None and offer.scope == scope_of_round(number) and number < self._study.all_rounds:
             if number > 0 and self._store.participants(offer.run, scope_of_round(number - 1)) is None:
                 self._check_out_of_order(offer, number)
             return
@@ -82,15 +82,16 @@ class ScopeOrder:
         if not is_its_turn:
             raise RefusedError(
                 f"'{offer.key}' of site '{offer.site}' cannot begin: a training has the scopes of its method's "
-                f"preparation, then round after round up to '{scope_of_round(self._study.rounds - 1)}', then those in "
-                f"which the sites validate. A planning has '{PLANNING}'. Do all sites run the same version of the "
+                f"preparation, then round after round up to '{scope_of_round(self._study.all_rounds - 1)}', then those "
+                f"in which the sites validate. A planning has '{PLANNING}'. Do all sites run the same version of the "
                 "trainer?"
             )
 
     def _is_turn_beside_rounds(self, run: str, scope: str, trainer: str) -> bool:
         method = self._study.method
         begun, over = (
-            self._store.participants(run, scope_of_round(number)) is not None for number in (0, self._study.rounds - 1)
+            self._store.participants(run, scope_of_round(number)) is not None
+            for number in (0, self._study.all_rounds - 1)
         )
         if trainer != method.own_trainer():  # one from outside the package: nobody has declared its scopes
             return (over or not begun) and len(self._further(run)) < FURTHER_SCOPES

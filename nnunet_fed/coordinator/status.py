@@ -92,6 +92,7 @@ def status_of(
         "failed": [
             {"run": c.run, "key": c.key, "error": c.error}
             for run in store.runs_of(attempt)
+            if run not in undone
             for c in store.collectives(run, "failed")
         ],
     }

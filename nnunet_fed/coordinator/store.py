@@ -496,11 +496,14 @@ class Store:
         self._journal.execute("DELETE FROM ballot WHERE run = ? AND key = ?", (run, key))
         return files
 
-    def release_run(self, run: str) -> None:
-        """Note that none of a run's payload files is needed any more."""
+    def release_run(self, run: str) -> list[Path]:
+        """Note that none of a run's payload files is needed any more, and return them."""
+        rows = self._journal.execute("SELECT file FROM contribution WHERE run = ? AND file IS NOT NULL", (run,))
+        files = [self.spool / file for (file,) in rows]
         self._journal.execute("UPDATE contribution SET file = NULL WHERE run = ? AND file IS NOT NULL", (run,))
         for table in ("ballot", "turned_down"):
             self._journal.execute(f"DELETE FROM {table} WHERE run = ?", (run,))
+        return files
 
     def result_path(self, run: str, key: str) -> Path:
         """Where the result of a collective stands."""

@@ -32,6 +32,8 @@ class Offer:
     size: int
     held: Held | None = None
     """The newest model that the site has; ``None``: none, or it does not say (version 0.1)."""
+    correct: bool = False
+    """If other bytes of the site stand, it withdraws what it has told (:mod:`nnunet_fed.coordinator.withdrawals`)."""
 
     @property
     def scope(self) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_fed.datasets.findings import Finding, Severity
-from nnunet_fed.study.labels import BACKGROUND, IGNORE
+from nnunet_fed.study.labels import BACKGROUND, IGNORE, in_numbers
 
 NAME = "dataset.json"
 
@@ -26,7 +26,7 @@ def read_description(path: Path) -> tuple[dict[str, Any] | None, list[Finding]]:
         return dict(pairs)
 
     try:
-        text = path.read_text(encoding="utf-8")
+        text = _decoded(path.read_bytes())
         if text.startswith("\ufeff"):  # nnU-Net's own reading fails with it
             raise ValueError("it begins with a byte order mark (BOM); save it as plain UTF-8")
         content = json.loads(text, object_pairs_hook=unique)
@@ -35,7 +35,7 @@ def read_description(path: Path) -> tuple[dict[str, Any] | None, list[Finding]]:
     except FileNotFoundError:
         remedy = "Write one, as nnU-Net's documentation of dataset.json says."
         return None, [_error("no dataset.json", f"{path} does not exist", "this file", remedy)]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         remedy = "Correct the file; a checker of JSON shows the place."
         found = f"{path} cannot be read: {getattr(error, 'strerror', None) or error}"
         return None, [_error("no dataset.json", found, "JSON as nnU-Net reads it", remedy)]
@@ -43,6 +43,15 @@ def read_description(path: Path) -> tuple[dict[str, Any] | None, list[Finding]]:
         return content, []
     found = f"{', '.join(map(repr, repeated))} stands there twice; the last one counts"
     return content, [_warning("repeated keys", found, "each key once", "Remove or rename one of the two.")]
+
+
+def _decoded(content: bytes) -> str:
+    """As UTF-8, or a :class:`ValueError` for whoever saved it otherwise."""
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        place = content[: error.start].count(b"\n") + 1
+        raise ValueError(f"it is not UTF-8 (line {place}); save it as plain UTF-8 in an editor") from None
 
 
 def check_description(content: Mapping[str, Any], endings: Collection[str], mapped: bool) -> list[Finding]:
@@ -70,7 +79,7 @@ def channel_names(content: Mapping[str, Any]) -> dict[str, str]:
 
 def known_values(content: Mapping[str, Any]) -> list[int]:
     """All values that ``labels`` allows in a label file, background, regions and ``ignore`` included; sorted."""
-    entries = content["labels"].values()
+    entries = in_numbers(content["labels"]).values()
     return sorted({0} | {int(value) for entry in entries for value in (entry if isinstance(entry, list) else [entry])})
 
 
@@ -88,14 +97,25 @@ def _channels(content: Mapping[str, Any]) -> Iterator[Finding]:
     if key not in content:
         return
     names, kind = content[key], "channel_names"
+    if key != "modality" and "modality" in content and _size(content["modality"]) != _size(names):
+        # nnU-Net plans by the one, and builds its network by the other
+        found = f"modality has {_size(content['modality'])} channels, and channel_names {_size(names)}"
+        yield _error(kind, found, "channel_names only", "Remove 'modality', which was nnU-Net's first version's.")
     wanted = 'the number of each channel, from "0" on, and its name'
     remedy = f'Write "{key}": {{"0": "T1", "1": "T2"}}, with the number of each file name\'s _0000 as the key.'
     if not isinstance(names, dict) or not names:
         yield _error(kind, f"{key} is {json.dumps(names)}", wanted, remedy)
     elif set(names) != {str(number) for number in range(len(names))}:
+        if all(name.isdecimal() for name in names) and len({int(name) for name in names}) == len(names):
+            ordered = {str(number): names[name] for number, name in enumerate(sorted(names, key=int))}
+            remedy = f'Write "{key}": {json.dumps(ordered)}, and give the files the same numbers, from _0000 on.'
         yield _error(kind, f"{key} has the keys {', '.join(map(json.dumps, names))}", wanted, remedy)
     elif not all(isinstance(name, str) for name in names.values()):
         yield _error(kind, f"{key} has the names {', '.join(map(json.dumps, names.values()))}", "texts", remedy)
+
+
+def _size(names: Any) -> int:
+    return len(names) if isinstance(names, dict | list) else 0
 
 
 def _labels(labels: Any, order: Any, mapped: bool) -> Iterator[Finding]:
@@ -108,12 +128,22 @@ def _labels(labels: Any, order: Any, mapped: bool) -> Iterator[Finding]:
         remedy = 'Swap them: "labels": {"background": 0, ...}.'
         yield _error(kind, "labels has the values as names", "names first, then values", remedy)
         return
+    written = labels
+    if not any(isinstance(value, list) for value in labels.values()):  # beside regions nnU-Net takes numbers only
+        labels = in_numbers(labels)
+        if IGNORE in labels and not mapped:
+            labels[IGNORE] = written[IGNORE]  # and for 'ignore' too
     odd = {name: value for name, value in labels.items() if not _is_value(value, region=True)}
     if odd:
         found = ", ".join(f"{name} = {json.dumps(value)}" for name, value in odd.items())
         remedy = "Write whole numbers without quotes; for a region a list of them, as in [1, 2]."
         yield _error(kind, found, "a number, or a list of numbers, for each name", remedy)
         return
+    taken = {name: value for name, value in written.items() if type(value) is not type(labels[name])}
+    if taken:
+        found = ", ".join(f"{name} = {json.dumps(value)}" for name, value in taken.items())
+        remedy = "Write whole numbers, without quotes."
+        yield _warning(kind, f"{found}, which nnU-Net takes for whole numbers", "whole numbers", remedy)
     yield from _background(labels)
     if not mapped:
         yield from _values(labels)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -78,6 +79,11 @@ def place_of(folder: Path, file: str | Path) -> str:
     return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(path)
 
 
+def is_there(file: str | Path) -> bool:
+    """Whether there is such a file; false also where a folder on the way may not be read."""
+    return os.path.isfile(file)  # noqa: PTH113 - Path.is_file raises then
+
+
 def _explicit(folder: Path, content: Mapping[str, Any], listing: Listing) -> None:
     table = content["dataset"]
     remedy = 'Write "dataset": {"CASE": {"images": ["imagesTr/CASE_0000.nii.gz"], "label": "labelsTr/CASE.nii.gz"}}.'
@@ -105,7 +111,7 @@ def _explicit(folder: Path, content: Mapping[str, Any], listing: Listing) -> Non
         for case, files in table.items() if case not in bad
     }  # fmt: skip
     for case, files in listing.cases.items():
-        missing = [file for file in (*files["images"], files["label"]) if not Path(file).is_file()]
+        missing = [file for file in (*files["images"], files["label"]) if not is_there(file)]
         listing.findings += [_missing(folder, case, file) for file in missing]
 
 
@@ -124,12 +130,58 @@ def _is_entry(files: Any) -> bool:
 def _by_name(folder: Path, ending: str, listing: Listing) -> None:
     images, labels = folder / IMAGES, folder / LABELS
     found = listing.findings
-    for path in (images, labels):
-        if not path.is_dir():
-            remedy = "Put the files there, or list them in the table 'dataset' of dataset.json."
-            found.append(_error("missing folder", f"there is no folder {path}", "nnU-Net's raw layout", remedy))
-    if not images.is_dir():
+    readable = {path for path in (images, labels) if _is_readable(path, found)}
+    if images not in readable:
         return
+    numbers = _channels_by_case(folder, images, ending, found)
+    known = {path.name for path in _with_ending(folder, labels, ending, found)} if labels in readable else set()
+    of_nobody = known - {f"{case}{ending}" for case in numbers}
+    alike = {_folded(name): name for name in sorted(of_nobody)}
+    for case in sorted(numbers):
+        there = sorted(numbers[case])
+        lacking = next((number for number in range(there[-1]) if number not in there), None)
+        label = labels / f"{case}{ending}"
+        listing.cases[case] = {
+            "images": [
+                str(images / f"{case}_{number:04d}{ending}")
+                for number in sorted({*there} if lacking is None else {*there, lacking})
+            ],
+            "label": str(label),
+        }
+        if lacking is not None:
+            found.append(_missing(folder, case, images / f"{case}_{lacking:04d}{ending}"))
+        if labels in readable and label.name not in known:
+            other = next(
+                (name for name in (f"{case}_0000{ending}", alike.get(_folded(label.name))) if name in known), None
+            )
+            found.append(_no_label(folder, case, label, other))
+            of_nobody.discard(other or "")
+    if not listing.cases and not any(finding.kind == "names" for finding in found):
+        told = f"{images} holds no training case *_0000{ending}"
+        remedy = "Put the images there, or correct file_ending in dataset.json."
+        found.append(_error("no cases", told, f"CASE_0000{ending}", remedy, "dataset.json"))
+    elif listing.cases:
+        remedy = "Add the images, or remove the label."
+        found += [
+            _warning("label without image", f"there is no image {name.removesuffix(ending)}_0000{ending}",
+                     "an image for each label", remedy, f"{LABELS}/{name}")
+            for name in sorted(of_nobody)
+        ]  # fmt: skip
+
+
+def _is_readable(path: Path, found: list[Finding]) -> bool:
+    if not path.is_dir():
+        remedy = "Put the files there, or list them in the table 'dataset' of dataset.json."
+        found.append(_error("missing folder", f"there is no folder {path}", "nnU-Net's raw layout", remedy))
+    elif not os.access(path, os.R_OK | os.X_OK):
+        remedy = f"Make it readable for whoever runs nnU-Net: chmod +rx '{path}'"
+        found.append(_error("missing folder", f"the folder {path} may not be read", "a readable folder", f"{remedy}."))
+    else:
+        return True
+    return False
+
+
+def _channels_by_case(folder: Path, images: Path, ending: str, found: list[Finding]) -> dict[str, list[int]]:
     pattern = re.compile(rf"(.+)_(\d{{4}}){re.escape(ending)}", re.DOTALL)
     numbers: dict[str, list[int]] = {}
     for path in _with_ending(folder, images, ending, found):
@@ -140,29 +192,12 @@ def _by_name(folder: Path, ending: str, listing: Listing) -> None:
             found.append(_error("names", name, f"CASE_0000{ending}", remedy, place_of(folder, path)))
         else:
             numbers.setdefault(match[1], []).append(int(match[2]))
-    known = {path.name for path in _with_ending(folder, labels, ending, found)} if labels.is_dir() else set()
-    for case in sorted(numbers):
-        there = sorted(numbers[case])
-        files = [str(images / f"{case}_{number:04d}{ending}") for number in there]
-        label = labels / f"{case}{ending}"
-        listing.cases[case] = {"images": files, "label": str(label)}
-        if there != list(range(len(there))):
-            lacking = next(number for number in range(there[-1]) if number not in there)
-            found.append(_missing(folder, case, images / f"{case}_{lacking:04d}{ending}"))
-        if labels.is_dir() and label.name not in known:
-            found.append(_no_label(folder, case, label, f"{case}_0000{ending}" in known))
-    if not listing.cases:
-        told = f"{images} holds no training case *_0000{ending}"
-        remedy = "Put the images there, or correct file_ending in dataset.json."
-        found.append(_error("no cases", told, f"CASE_0000{ending}", remedy, "dataset.json"))
-    elif labels.is_dir():
-        of_nobody = sorted(known - {f"{case}{ending}" for case in listing.cases})
-        remedy = "Add the images, or remove the label."
-        found += [
-            _warning("label without image", f"there is no image {name.removesuffix(ending)}_0000{ending}",
-                     "an image for each label", remedy, f"{LABELS}/{name}")
-            for name in of_nobody
-        ]  # fmt: skip
+    return numbers
+
+
+def _folded(name: str) -> str:
+    """The same for names that a reader takes for one: in capitals or not, ``ä`` as one character or as two."""
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def _with_ending(folder: Path, part: Path, ending: str, found: list[Finding]) -> Iterator[Path]:
@@ -170,19 +205,28 @@ def _with_ending(folder: Path, part: Path, ending: str, found: list[Finding]) ->
     others = []
     for path in sorted(part.iterdir()):
         place = place_of(folder, path)
-        if path.name.startswith("."):
+        if any(0xD800 <= ord(letter) < 0xE000 for letter in path.name):  # ITK ends the process
+            if path.name.endswith(ending):
+                shown = f"{part.name}/{os.fsencode(path.name)!r}"[:-1].replace("b'", "", 1)
+                told = "its name holds bytes that are no letters, such as those of a system with another encoding"
+                remedy = "Rename it, best with letters and digits only: ls -b shows the name, mv -i takes it."
+                found.append(_error("names", told, "a name in UTF-8", remedy, shown))
+        elif path.name.startswith("."):
             if path.name.endswith(ending):
                 remedy = f"Delete the hidden files: find '{part}' -name '.*{ending}' -type f -delete"
-                told = "a hidden file, such as some systems leave beside another; nnU-Net would take it for a case"
-                found.append(_error("hidden files", told, "images and labels only", remedy, place))
+                told = "a hidden file, such as some systems leave beside another"
+                if part.name == IMAGES:
+                    told += "; nnU-Net would take it for a case"
+                make = _error if part.name == IMAGES else _warning
+                found.append(make("hidden files", told, "images and labels only", remedy, place))
         elif path.name.endswith(ending):
-            if path.is_file():
+            if is_there(path):
                 yield path
             else:
                 what = "a link to a file that is not there" if path.is_symlink() else "a folder"
                 remedy = "Put the file there: nnU-Net would leave it out without a word."
                 found.append(_error("missing files", f"it is {what}", "a file", remedy, place))
-        elif path.is_file() and path.suffix not in (".json", ".txt", ".csv", ".md"):
+        elif is_there(path) and path.suffix not in (".json", ".txt", ".csv", ".md"):
             others.append(path.name)
     if others:
         shown = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
@@ -191,12 +235,14 @@ def _with_ending(folder: Path, part: Path, ending: str, found: list[Finding]) ->
         found.append(_warning("other endings", told, f"files that end with {ending}", remedy, place_of(folder, part)))
 
 
-def _no_label(folder: Path, case: str, label: Path, as_channel: bool) -> Finding:
-    if not as_channel:
+def _no_label(folder: Path, case: str, label: Path, other: str | None) -> Finding:
+    if other is None:
         return _missing(folder, case, label)
-    other = f"{LABELS}/{case}_0000{''.join(label.name.split(case, 1)[1:])}"
-    remedy = "Rename it: labels have no number of a channel."
-    return _error("names", f"the label is called {other}", place_of(folder, label), remedy, other, case)
+    told, remedy = f"the label is called {LABELS}/{other}", "Rename it: labels have no number of a channel."
+    if _folded(other) == _folded(label.name):
+        told += ", which differs in capitals or in the way in which an accent is stored"
+        remedy = "Rename it, letter by letter as its image is called."
+    return _error("names", told, place_of(folder, label), remedy, f"{LABELS}/{other}", case)
 
 
 def _names(cases: Sequence[str]) -> Iterator[Finding]:

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from nnunet_fed.agreement.quantiles import Floats, Integers, quantiles
 from nnunet_fed.exchange.communicator import Collectives
 from nnunet_fed.exchange.keys import key_of
-from nnunet_fed.study.labels import IGNORE
+from nnunet_fed.study.labels import IGNORE, in_numbers
 
 SMALL_LESIONS = "small_lesions"
 """Key, beside the study in the plans and in results, of the largest volume of a small lesion by class."""
@@ -72,7 +72,7 @@ def foreground_classes(labels: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     Args:
         labels: of ``dataset.json``: a number or a list of numbers for each name.
     """
-    values = {name: tuple(value) if isinstance(value, list) else (value,) for name, value in labels.items()}
+    values = {name: tuple(value) if isinstance(value, list) else (value,) for name, value in in_numbers(labels).items()}
     return {name: of_class for name, of_class in values.items() if name != IGNORE and any(of_class)}
 
 

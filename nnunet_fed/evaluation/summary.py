@@ -12,9 +12,11 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from nnunet_fed.evaluation.foreground import foreground_dice
 from nnunet_fed.evaluation.lesions import METRICS, SMALL_LESIONS, combined
 from nnunet_fed.exchange.cross_site_matrix import matrix
 from nnunet_fed.study.federation import Federation
+from nnunet_fed.study.labels import in_numbers
 
 Numbers = Mapping[str, Any]
 MODELS = {"final": "", "global": "global", "federated": "federated", "super": "super"}
@@ -35,7 +37,7 @@ def site_summary(results: Path, labels: Numbers, fold: int | str) -> dict[str, A
     lesions = _read(results / "validation" / "lesions.json")
     names = names_of(labels)
     dice = {
-        model: _finite(_read(results / folder / "validation" / "summary.json")["foreground_mean"]["Dice"])
+        model: foreground_dice(_read(results / folder / "validation" / "summary.json"))
         for model, folder in MODELS.items()
         if (results / folder / "validation" / "summary.json").is_file()
     }
@@ -63,7 +65,7 @@ def site_summary(results: Path, labels: Numbers, fold: int | str) -> dict[str, A
 
 def names_of(labels: Numbers) -> dict[str, str]:
     """By nnU-Net's name of a label in its results: that of ``dataset.json``."""
-    return {str(tuple(value) if isinstance(value, list) else value): name for name, value in labels.items()}
+    return {str(tuple(value) if isinstance(value, list) else value): name for name, value in in_numbers(labels).items()}
 
 
 def summarise(study: Federation, sites: Mapping[str, Numbers], seconds: float) -> dict[str, Any]:
@@ -75,7 +77,7 @@ def summarise(study: Federation, sites: Mapping[str, Numbers], seconds: float) -
     of_all = combined([site for site in counted if site["lesions"]])
     return {
         "method": study.method.name,
-        "rounds": study.rounds,
+        "rounds": study.all_rounds,
         "seed": study.seed,
         **({"folds": list(study.folds)} if study.folds else {}),
         "seconds": round(seconds, 1),
@@ -96,7 +98,12 @@ def result_table(summary: Numbers) -> Table:
     folds = [f"folds {', '.join(map(str, summary['folds']))}"] if "folds" in summary else []
     title = ", ".join([summary["method"], *folds, f"{summary['rounds']} rounds", f"seed {summary['seed']}"])
     title += f", {summary['seconds']:.0f} s"
-    notes = "\n".join(f"* {name}: {ALL_NOTE}" for name, site in sites.items() if site["fold"] == "all")
+    notes = "\n".join(
+        [
+            *(f"* {name}: {ALL_NOTE}" for name, site in sites.items() if site["fold"] == "all"),
+            *(f"{name}: {note}" for name, site in sites.items() if (note := _undefined(site))),
+        ]
+    )
     table = Table(
         title=Text(title), caption=Text(notes), caption_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
     )
@@ -157,6 +164,16 @@ def lesion_table(summary: Numbers) -> Table | None:
             )
         table.add_section()
     return table
+
+
+def _undefined(site: Numbers) -> str:
+    """What there is no Dice of, as a sentence; empty if there is all."""
+    if site["dice_per_class"] is None:  # it was not validated
+        return ""
+    if site["dice"]["final"] is None:
+        return "no foreground in its validation cases, and none predicted: it has no Dice, and is not in the mean"
+    missing = [name for name, dice in site["dice_per_class"].items() if dice is None]
+    return f"nowhere in its validation: {', '.join(missing)}; its Dice is of the other classes" if missing else ""
 
 
 def _models(sites: Iterable[Numbers]) -> list[str]:

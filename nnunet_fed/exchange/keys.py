@@ -86,3 +86,5 @@ def last_round(key: str) -> int:
 
 PLANS = key_of(PLANNING, "plans")
 """Key under which the sites tell each other the digests of their plans."""
+PUBLISHED = key_of(PLANNING, "published")
+"""Key under which the sites leave what they have planned, once the plans of all are equal: with it they are agreed."""

@@ -15,6 +15,7 @@ import numpy as np
 
 from nnunet_fed.datasets.findings import Finding, Severity, counted
 from nnunet_fed.inspection.reading import FOURTH, MOST_VALUES, OVERWRITE, VECTOR, FileFacts, sidecar_of
+from nnunet_fed.inspection.unfit import GREY, INDICES
 
 SPACING_TOLERANCE = 1e-3
 """Relative: headers have float32 and texts of a few digits."""
@@ -54,25 +55,28 @@ def findings_of(case: Case, channels: int | None, known: Collection[int] | None,
             found = f"{counted(facts.read_as_zero, 'voxel')} NaN or infinite, where nnU-Net reads 0"
             remedy = "Replace them by numbers that make sense for these images, unless 0 does."
             yield _warning("NaN or infinite", case.name, place, found, "finite numbers", remedy)
+        if facts.odd_spacing:
+            found = f"its header says voxel size {_by(facts.odd_spacing)} (slices first), and nnU-Net takes "
+            remedy = "Export the file anew, or write the right voxel size into its header, unless that is right."
+            found += f"{_by(facts.spacing)}"
+            yield _warning("spacing", case.name, place, found, "numbers above 0", remedy)
     images = [(place, facts) for place, facts in case.images if not facts.problem and not facts.layout]
     if channels is not None and len(images) == len(case.images):
         yield from _planes(case.name, images, channels)
     for place, facts in images:
         yield from _intensities(case.name, place, facts)
     for place, facts in images[1:]:
-        yield from _geometry(case.name, place, facts, *images[0])
+        # nnU-Net's readers refuse channels whose voxel sizes differ by more than this
+        yield from _geometry(case.name, place, facts, *images[0], tolerance=1e-5)
     if case.label and not case.label[1].problem and not case.label[1].layout:
         place, facts = case.label
         if facts.planes != 1:
-            found, remedy = f"{facts.planes} planes (colours)", _GREY
-            yield _error("planes of a label", case.name, place, found, "1 plane, with the values of the labels", remedy)
+            found, wanted = f"{facts.planes} planes (colours)", "1 plane, with the values of the labels"
+            yield _error("planes of a label", case.name, place, found, wanted, INDICES)
             return
         yield from _label_values(case.name, place, facts, known, mapped)
         if images:
             yield from _geometry(case.name, place, facts, *images[0])
-
-
-_GREY = "Save it with one grey value a pixel (mode 'L', without colours, palette or transparency)."
 
 
 def of_all_cases(cases: Sequence[Case]) -> Iterator[Finding]:
@@ -95,11 +99,28 @@ def of_all_cases(cases: Sequence[Case]) -> Iterator[Finding]:
                 found = f"a file of {fewer} dimensions among {kinds[usual]} of {usual}"
                 yield _error("dimensions", case.name, place, found, f"{usual} dimensions in all cases", remedy)
     elif 3 in kinds and is_flat([facts for *_, facts in firsts]) is False:
+        yield from _flat_elsewhere([facts for *_, facts in firsts])
         remedy = "If it is a slice cut out by mistake, replace or remove the case; as a volume it counts as it is."
         for case, place, facts in firsts:
             if facts.shape[0] == 1:
                 found = f"one slice (shape {_by(facts.shape)})"
                 yield _warning("one slice", case.name, place, found, "volumes, as the other cases are", remedy)
+
+
+def _flat_elsewhere(images: Sequence[FileFacts]) -> Iterator[Finding]:
+    """Slices whose only layer is not the first axis, which nnU-Net takes for volumes."""
+    for axis, name in ((1, "y"), (2, "x")):
+        flat = [facts for facts in images if facts.shape[axis] == 1]
+        if len(flat) > len(images) / 2:
+            found = (
+                f"{len(flat)} of {len(images)} images are one voxel thick along {name}, such as {_by(flat[0].shape)}"
+            )
+            remedy = (
+                "If they are slices, save images and labels as files of 2 dimensions, or with this axis as z, which "
+            )
+            remedy += "is the first of SimpleITK's arrays and the last of nibabel's. As volumes they count as they are."
+            wanted = "slices along z: for others nnU-Net plans in three dimensions"
+            yield Finding(Severity.warning, "one slice", found, wanted, remedy)
 
 
 def is_flat(images: Sequence[FileFacts]) -> bool:
@@ -109,13 +130,14 @@ def is_flat(images: Sequence[FileFacts]) -> bool:
 
 
 def _unreadable(case: str, place: str, facts: FileFacts) -> Iterator[Finding]:
-    if facts.problem:
+    if facts.unfit:
+        kind, found, wanted, remedy = facts.unfit
+        yield _error(kind, case, place, found, wanted, remedy)
+    elif facts.problem:
         remedy = "Replace the file by a whole one, or remove the case."
         if facts.other_reader:
-            remedy = (
-                f'Write "{OVERWRITE}": "{facts.other_reader}" into dataset.json: that class of nnU-Net reads it; '
-                "or save the file anew with orthogonal axes."
-            )
+            remedy = f'Write "{OVERWRITE}": "{facts.other_reader}" into dataset.json: that class of nnU-Net reads it'
+            remedy += "; or save the file anew with orthogonal axes." if "orthonormal" in facts.problem else "."
         kind = "another reader" if facts.other_reader else "unreadable files"
         yield _error(kind, case, place, f"it cannot be read: {facts.problem}", "a whole file", remedy)
     elif facts.layout == FOURTH:
@@ -125,6 +147,8 @@ def _unreadable(case: str, place: str, facts: FileFacts) -> Iterator[Finding]:
             "Split it along the fourth dimension into one file a channel, CASE_0000, CASE_0001, ..., and name each "
             "in channel_names; a time series or the like is no input of nnU-Net: keep one volume of it."
         )
+        if facts.planes == 1:
+            remedy = "Save it with its first 3 dimensions only, in Python: array[..., 0]."
         yield _error("fourth dimension", case, place, found, wanted, remedy)
     elif facts.layout == VECTOR:
         found = f"{facts.planes} planes: each voxel has {facts.planes} values (colours or a vector)"
@@ -148,7 +172,7 @@ def _planes(case: str, images: Sequence[Read], channels: int) -> Iterator[Findin
         if rest or facts.planes != share:
             told = f"{facts.planes} planes{' (colours and transparency)' if facts.planes == 4 else ' (colours)'}"
             told = "1 plane (grey)" if facts.planes == 1 else told
-            remedy = _GREY if share == 1 else "Save it as the other images are, with red, green and blue only."
+            remedy = GREY if share == 1 else "Save it as the other images are, with red, green and blue only."
             if share == 1 and len(images) == 1:
                 remedy += (
                     " If colours matter, name three channels at all sites: "
@@ -195,16 +219,18 @@ def _label_values(
         yield _error("rounding noise", case, place, found, wanted, remedy)
 
 
-def _geometry(case: str, place: str, facts: FileFacts, other: str, image: FileFacts) -> Iterator[Finding]:
+def _geometry(
+    case: str, place: str, facts: FileFacts, other: str, image: FileFacts, tolerance: float = SPACING_TOLERANCE
+) -> Iterator[Finding]:
     """Compare a file with the case's first image."""
     remedy = "Resample or export it anew in the image's grid, or remove the case."
     if facts.shape != image.shape:
         found, wanted = f"shape {_by(facts.shape)}", f"shape {_by(image.shape)}, as {other}"
         yield _error("shape", case, place, found, wanted, remedy)
         return
-    if facts.spacing and image.spacing and not _close(facts.spacing, image.spacing, SPACING_TOLERANCE):
-        found = f"spacing {_by(facts.spacing)} mm (slices first)"
-        wanted = f"spacing {_by(image.spacing)} mm, as {other}"
+    if facts.spacing and image.spacing and not _close(image.spacing, facts.spacing, tolerance):
+        found = f"spacing {_by(facts.spacing, 8)} mm (slices first)"
+        wanted = f"spacing {_by(image.spacing, 8)} mm, as {other}"
         yield _error("spacing", case, place, found, wanted, remedy)
         return
     remedy = (
@@ -248,8 +274,8 @@ def _digits(value: float) -> str:
     return f"{value:.8g}"
 
 
-def _by(values: Sequence[float]) -> str:
-    return " x ".join(f"{value:.6g}" for value in values)
+def _by(values: Sequence[float], digits: int = 6) -> str:
+    return " x ".join(f"{value:.{digits}g}" for value in values)
 
 
 def _row(values: Sequence[float]) -> str:

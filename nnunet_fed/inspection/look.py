@@ -10,18 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 
 from nnunet_fed.datasets.description import NAME, channel_names, check_description, known_values, read_description
 from nnunet_fed.datasets.findings import Finding, Report, Severity
 from nnunet_fed.datasets.folds import check_folds
-from nnunet_fed.datasets.listing import list_cases, place_of
+from nnunet_fed.datasets.listing import is_there, list_cases, place_of
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.files import write_json
 from nnunet_fed.inspection.comparing import Case, findings_of, is_flat, of_all_cases, spacing_findings
 from nnunet_fed.inspection.reading import (
     OVERWRITE,
     FileFacts,
+    better_reader,
     choose_reader,
     endings,
     reader_class,
@@ -30,7 +32,7 @@ from nnunet_fed.inspection.reading import (
 from nnunet_fed.inspection.workers import Job, Readers
 from nnunet_fed.study.labels import LabelMap
 
-FORMAT = 1
+FORMAT = 2
 """Of what is kept; to be raised by whoever changes what the facts mean."""
 
 
@@ -92,14 +94,18 @@ def look_at(
     known = None if "labels" not in content or bad & {"labels", "ignore"} else known_values(content)
     listing = list_cases(folder, content)
     findings += [*listing.findings, *check_folds(folder, listing.cases)]
-    there = {case: [file for file in files["images"] if Path(file).is_file()] for case, files in listing.cases.items()}
+    there = {case: [file for file in files["images"] if is_there(file)] for case, files in listing.cases.items()}
     reader = choose_reader(content, [images[0] for images in there.values() if images])
     jobs = [
         *((file, False) for images in there.values() for file in images),
-        *((files["label"], True) for files in listing.cases.values() if Path(files["label"]).is_file()),
+        *((files["label"], True) for files in listing.cases.values() if is_there(files["label"])),
     ]
     states = {job: _state(job[0], reader, job[1]) for job in jobs}
     facts = _facts(states, reader, name, _kept(kept, folder, reader), readers)
+    if better := better_reader([facts[images[0], False] for images in there.values() if images]):
+        # the first image chooses the reader, and is the one that is not as the others are
+        reader, states = better, {job: _state(job[0], better, job[1]) for job in jobs}
+        facts = _facts(states, reader, name, {}, readers)
     cases = []
     for case, files in listing.cases.items():
         images = [(place_of(folder, file), facts[file, False]) for file in there[case]]
@@ -126,7 +132,7 @@ def _facts(
     if new:
         # a console of its own: sites that are threads of one process would share the global one
         with Progress(console=Console(stderr=True)) as progress:
-            bar = progress.add_task(f"Looking at {name}", total=len(new))
+            bar = progress.add_task(f"Looking at {escape(name)}", total=len(new))
             known |= readers.read_all(new, reader, lambda: progress.advance(bar))
     return {job: known[job] for job in states}
 
@@ -142,6 +148,7 @@ def _kept(path: Path | None, folder: Path, reader: str) -> dict[Job, tuple[Any, 
         return {
             (str(folder / entry["file"]), entry["label"]): (entry["state"], FileFacts.restore(entry["facts"]))
             for entry in content["files"]
+            if "problem" not in entry["facts"]  # of which permissions, or a full memory, may have been the cause
         }
     except (OSError, ValueError, KeyError, TypeError):
         return {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -14,19 +15,28 @@ import nibabel
 import numpy as np
 import numpy.typing as npt
 import SimpleITK as sitk  # noqa: N813
+from nnunetv2.imageio.natural_image_reader_writer import NaturalImage2DIO
 from nnunetv2.imageio.nibabel_reader_writer import NibabelIO, NibabelIOWithReorient
 from nnunetv2.imageio.reader_writer_registry import LIST_OF_IO_CLASSES, recursive_find_reader_writer_by_name
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 
-from nnunet_fed.inspection.formats import Whole, check_sidecar, check_whole, tiff_colours, tiff_complaints
+from nnunet_fed.inspection.formats import Whole, check_sidecar, check_whole, tiff_complaints, tiff_layout
+from nnunet_fed.inspection.unfit import (
+    UnfitError,
+    require_lengths,
+    require_picture,
+    require_plain,
+    require_real,
+    require_volume,
+)
 
 OVERWRITE = "overwrite_image_reader_writer"
 """Key of dataset.json with the name of a reader."""
 FOURTH, VECTOR = "fourth", "vector"
 """Layouts that nnU-Net's reader cannot take: channels along a fourth axis of the file, or several values in a voxel."""
-MOST_VALUES = 40
-"""So many different values of a label file are kept."""
+MOST_VALUES = 1000
+"""So many different values of a label file are kept; more than any data set has labels."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +45,8 @@ class FileFacts:
 
     problem: str = ""
     """Why it cannot be read, or that it is not whole; then nothing else is known."""
+    unfit: tuple[str, ...] = ()
+    """Of a file that cannot be used for another reason than damage: kind of the finding, found, wanted, remedy."""
     other_reader: str = ""
     """A class of nnU-Net's that reads it, where the data set's own does not."""
     layout: str = ""
@@ -47,6 +59,8 @@ class FileFacts:
     """Along the three axes of the array, slices first."""
     spacing: tuple[float, ...] = ()
     """In mm along these axes; none: the file does not tell."""
+    odd_spacing: tuple[float, ...] = ()
+    """What the file says of it, where some of that is no number above 0 and the reader takes another for it."""
     origin: tuple[float, ...] = ()
     direction: tuple[float, ...] = ()
     """Direction cosines, row by row; none: the format has none."""
@@ -102,6 +116,13 @@ def choose_reader(content: Mapping[str, Any], images: Sequence[str]) -> str:
     return candidates[0]
 
 
+def better_reader(images: Sequence[FileFacts]) -> str:
+    """Name of another class that reads most images, which the chosen one does not; none if it reads half of them."""
+    others = Counter(facts.other_reader for facts in images if facts.unfit and facts.other_reader)
+    (name, number), *_ = others.most_common(1) or [("", 0)]
+    return name if number > len(images) / 2 else ""
+
+
 @cache
 def reader_class(name: str) -> Any:
     """nnU-Net's class of this name; ``None``: there is none."""
@@ -133,6 +154,14 @@ def read_facts(path: Path, reader: str, is_label: bool) -> FileFacts:
     try:
         whole = check_whole(path)
         facts, array = _read(path, reader, is_label, whole)
+    except UnfitError as error:
+        # a .tif may be a picture or a volume; which of them a data set has is seen of all files
+        other = _other_reader(path, reader) if path.suffix.lower() == ".tif" else ""
+        return FileFacts(problem=str(error), unfit=error.finding, other_reader=other)
+    except PermissionError as error:
+        remedy = "Make it readable for whoever runs nnU-Net (chmod +r), with all folders on the way."
+        unfit = "unreadable files", f"it cannot be opened: {_words(error, path)}", "a file that may be read", remedy
+        return FileFacts(problem=unfit[1], unfit=unfit)
     except Exception as error:  # the readers raise whatever their libraries do
         return FileFacts(problem=_words(error, path), other_reader=_other_reader(path, reader))
     if facts.layout or array is None:
@@ -148,20 +177,34 @@ def _read(path: Path, reader: str, is_label: bool, whole: Whole) -> tuple[FileFa
         shape = header.shape
         if len(shape) > 3:
             return FileFacts(layout=FOURTH, dimensions=len(shape), planes=shape[3], shape=shape[2::-1]), None
+        require_volume(shape, f'write "{OVERWRITE}": "{SimpleITKIO.__name__}" into dataset.json, which reads them')
+        require_real(header.get_data_dtype())
     spacing_known = True
     sidecar = sidecar_of(path, reader, is_label)
     if sidecar is not None:
-        shape = tiff_colours(path)
-        if shape is not None:
+        shape, coloured = tiff_layout(path)
+        if coloured:
             return FileFacts(layout=VECTOR, dimensions=len(shape) - 1, planes=shape[-1], shape=shape[:-1]), None
+        if len(shape) > 3:
+            return FileFacts(layout=FOURTH, dimensions=len(shape), planes=shape[0], shape=shape[1:]), None
+        may_be_pictures = path.suffix.lower() == ".tif"
+        require_volume(shape, "" if may_be_pictures else 'name them .tif, with "file_ending": ".tif" in dataset.json')
         spacing_known = check_sidecar(sidecar)
+    if reader == NaturalImage2DIO.__name__:
+        require_plain(path, is_label)
+        if path.suffix.lower() == ".tif":
+            require_picture(*tiff_layout(path))
     tool = reader_class(reader)()
     with tiff_complaints():
         array, properties = tool.read_seg(str(path)) if is_label else tool.read_images((str(path),))
     origin, direction = _orientation(properties)
     spacing = tuple(map(float, properties["spacing"])) if spacing_known else ()
+    require_lengths(spacing)
     dimensions = 2 if sidecar is None and not origin else 3  # what is left are pictures
-    return FileFacts("", "", "", dimensions, len(array), array.shape[1:], spacing, origin, direction), array
+    return FileFacts(
+        dimensions=dimensions, planes=len(array), shape=array.shape[1:], spacing=spacing, odd_spacing=whole.odd_spacing,
+        origin=origin, direction=direction,
+    ), array  # fmt: skip
 
 
 def _by_itk(path: Path, whole: Whole) -> tuple[FileFacts, npt.NDArray[Any] | None]:
@@ -173,13 +216,19 @@ def _by_itk(path: Path, whole: Whole) -> tuple[FileFacts, npt.NDArray[Any] | Non
     place = {"origin": image.GetOrigin(), "direction": image.GetDirection()}
     if path.suffix == ".gipl" and whole.size < prod(shape) * planes * image.GetSizeOfPixelComponent():
         raise ValueError("it is cut off: there are fewer bytes than voxels")
-    if dimensions == 4:
-        return FileFacts("", "", FOURTH, 4, shape[0], shape[1:], spacing[1:]), None
+    if dimensions > 3:
+        return FileFacts(layout=FOURTH, dimensions=dimensions, planes=shape[-4], shape=shape[-3:]), None
+    if "complex" in image.GetPixelIDTypeAsString():
+        require_real(np.dtype(complex))
     if planes > 1:
-        return FileFacts("", "", VECTOR, dimensions, planes, shape, spacing), None
+        return FileFacts(layout=VECTOR, dimensions=dimensions, planes=planes, shape=shape, spacing=spacing), None
+    require_lengths(spacing)
     if dimensions == 2:
         shape, spacing = (1, *shape), (999 * max(spacing), *spacing)
-    facts = FileFacts("", "", "", dimensions, 1, shape, spacing, read_as_zero=whole.not_finite, **place)
+    facts = FileFacts(
+        dimensions=dimensions, planes=1, shape=shape, spacing=spacing, odd_spacing=whole.odd_spacing,
+        read_as_zero=whole.not_finite, **place,
+    )  # fmt: skip
     return facts, sitk.GetArrayFromImage(image)
 
 
@@ -200,7 +249,8 @@ def _orientation(properties: Mapping[str, Any]) -> tuple[tuple[float, ...], tupl
 
 def _values(array: npt.NDArray[Any], is_label: bool) -> dict[str, Any]:
     floating = array.dtype.kind == "f"
-    finite = np.isfinite(array) if floating else None
+    with np.errstate(over="ignore"):  # nnU-Net works with float32, in which large numbers are infinite
+        finite = np.isfinite(array.astype(np.float32, copy=False)) if floating else None
     bad = 0 if finite is None else int(array.size - np.count_nonzero(finite))
     good = array if not bad else array[finite]
     facts: dict[str, Any] = {"not_finite": bad}
@@ -239,6 +289,8 @@ def _words(error: Exception, path: Path) -> str:
     """What an error says, in one line and without places in somebody's source code."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     text = text.rpartition("ERROR: ")[2].replace(str(path), path.name)
+    if "File cannot be read" in text:  # ITK's, of MetaImage
+        return "it is cut off or damaged: it has not the voxels of which its header speaks"
     text = re.sub(r"\w+\(0x[0-9a-f]+\): ", "", text)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return " ".join(lines)[:300] or type(error).__name__

@@ -108,6 +108,7 @@ class SuperModelPredictor(nnUNetPredictor):
         source: Path,
         out: Path,
         *,
+        previous_stage: Path | None = None,
         save_probabilities: bool = False,
         continue_prediction: bool = False,
         processes_preprocessing: int = 3,
@@ -118,6 +119,7 @@ class SuperModelPredictor(nnUNetPredictor):
         Args:
             source: images, named as in nnU-Net's raw data sets.
             out: where the segmentations go.
+            previous_stage: what a cascade's first stage has predicted of the same images; for its second stage only.
             save_probabilities: write these too.
             continue_prediction: leave cases alone that are predicted already.
             processes_preprocessing: for this; if both numbers are 0, all is done in this process.
@@ -127,7 +129,8 @@ class SuperModelPredictor(nnUNetPredictor):
             Number of cases in ``routing.json`` by choice and reason.
 
         Raises:
-            ConfigurationError: no images, incomplete ones, or a prediction to continue that was another.
+            ConfigurationError: no images, incomplete ones, no prediction of the previous stage, or a prediction to
+                continue that was another.
         """
         processes = (processes_preprocessing, processes_export)
         if min(processes) < 0 or (0 in processes and any(processes)):
@@ -136,14 +139,16 @@ class SuperModelPredictor(nnUNetPredictor):
                 "without processes."
             )
         cases = self._cases(source)
+        before = self._previous_stage(previous_stage, cases)
         out.mkdir(parents=True, exist_ok=True)
         self._log = RoutingLog(out / ROUTING, self.router.settings, continue_prediction)
         if any(processes):
             self.predict_from_files(
-                cases, str(out), save_probabilities, not continue_prediction, processes_preprocessing, processes_export
-            )
+                cases, str(out), save_probabilities, not continue_prediction, processes_preprocessing,
+                processes_export, before,
+            )  # fmt: skip
         else:
-            self.predict_from_files_sequential(cases, str(out), save_probabilities, not continue_prediction)
+            self.predict_from_files_sequential(cases, str(out), save_probabilities, not continue_prediction, before)
         return self._log.counts()
 
     # ------------------------------------------------------------------------------------------------ nnU-Net's hooks
@@ -247,6 +252,25 @@ class SuperModelPredictor(nnUNetPredictor):
                     f"{Path(files[0]).name}."
                 )
         return cases
+
+    def _previous_stage(self, folder: Path | None, cases: list[list[str]]) -> str | None:
+        """The folder, for nnU-Net, once it has a segmentation of each case."""
+        first, option = self.configuration_manager.previous_stage_name, "-prev_stage_predictions"
+        if first is None:
+            if folder is not None:
+                raise ConfigurationError(f"{option}: this model has no previous stage; leave the option out.")
+            return None
+        if folder is None:
+            raise ConfigurationError(
+                f"This model goes on from predictions of {first}: predict the same images with that model first, and "
+                f"name the folder with {option}."
+            )
+        ending = self.dataset_json["file_ending"]
+        names = [Path(files[0]).name.removesuffix(ending)[: -len("_0000")] + ending for files in cases]
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise ConfigurationError(f"{option} {folder}: {missing[0]} is missing; predict it with {first} first.")
+        return str(folder)
 
     def _planes(self, files: list[str]) -> int:
         try:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nnunet_fed.agreement.fingerprint_files import OWN, common_file, own_file
 from nnunet_fed.coordinator.history import record_of
 from nnunet_fed.coordinator.store import Store
 from nnunet_fed.errors import ConfigurationError
@@ -180,7 +181,7 @@ def _comparison(folder: Path) -> Comparison:
 
 def _site(place: Path) -> SiteFiles:
     folds = sorted((place / "nnUNet_results").glob("*/*/fold_*"), key=lambda path: path.stat().st_mtime)
-    prepared = sorted((place / "nnUNet_preprocessed").glob("*/dataset_fingerprint.json"))
+    prepared = sorted((place / "nnUNet_preprocessed").glob(f"*/{OWN}"))
     files: dict[str, Any] = {}
     if folds:
         fold = folds[-1]
@@ -201,8 +202,8 @@ def _site(place: Path) -> SiteFiles:
         folder = prepared[-1].parent  # with a label map, the data set that is trained
         plans = sorted(folder.glob("*Plans.json"))
         files |= {
-            "fingerprint": _read(prepared[-1]),
-            "local_fingerprint": _read(folder / "dataset_fingerprint_local.json"),
+            "fingerprint": _read(common_file(folder)),
+            "local_fingerprint": _read(own_file(folder)),
             "plans": _read(plans[-1]) if plans else {},
             "labels": _read(folder / "dataset.json").get("labels", {}),
         }

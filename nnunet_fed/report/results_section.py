@@ -87,14 +87,24 @@ def dice_section(run: Run) -> Section:
                 files = run.sites.get(name)
                 stored = {} if files is None else files.validation.get("final" if model == "personal" else model, {})
                 rows.append((name, MODEL_NAMES.get(model, model), value, *bootstrap_interval(case_dice(stored))))
-    if not rows:
+    sites = summary.get("sites", {})
+    without = [name for name, site in sites.items() if site["val_cases"] and site["dice"]["final"] is None]
+    if not rows and not without:
         return section
-    section.blocks.append(intervals("Dice", rows, "Mean Dice of each site's validation cases. " + _INTERVALS))
+    if rows:
+        section.blocks.append(intervals("Dice", rows, "Mean Dice of each site's validation cases. " + _INTERVALS))
     table = [[name, model, number(value), interval(low, high)] for name, model, value, low, high in rows]
+    table += [[name, MODEL_NAMES["final"], NOTHING, NOTHING] for name in without]
     for model, value in summary.get("mean_dice", {}).items():
         if model in models_of(summary):
             table.append(["mean over sites", MODEL_NAMES.get(model, model), number(value), NOTHING])
-    section.blocks.append(Table("Dice by site and model", ("Site", "Model", "Dice", "Interval"), table, texts=2))
+    note = ""
+    if without:
+        note = (
+            f"{', '.join(without)}: no foreground in the validation cases, and none predicted; such a site has no Dice "
+            "and is not in the mean."
+        )
+    section.blocks.append(Table("Dice by site and model", ("Site", "Model", "Dice", "Interval"), table, note, 2))
     section.blocks.extend(_by_class(summary))
     section.blocks.extend(_by_size(summary))
     return section

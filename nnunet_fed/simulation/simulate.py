@@ -21,8 +21,10 @@ from typing import Any, Literal
 
 from rich.console import Console
 
+from nnunet_fed.agreement.stages import stages_of
 from nnunet_fed.coordinator.watch import watch
 from nnunet_fed.datasets.findings import FILE
+from nnunet_fed.datasets.folds import has_folds
 from nnunet_fed.errors import ConfigurationError, FederationError, UnreachableError
 from nnunet_fed.evaluation.across_folds import summary_across_folds
 from nnunet_fed.evaluation.summary import lesion_table, result_table, site_summary, summarise
@@ -52,8 +54,6 @@ PLANNING = "Planning"
 """What a site does first."""
 MAPPED_DATASET = 2
 """nnU-Net's number of the data set with the federation's labels, where a site has a map."""
-FOLDS = 5
-"""Of nnU-Net's cross-validation, which needs as many cases."""
 STARTUP_SECONDS = 60.0
 NNUNET_FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 AUGMENTATION_VARIABLE = "nnUNet_n_proc_DA"
@@ -98,6 +98,7 @@ def simulate(simulation: Simulation, console: Console) -> dict[str, Any]:
     started = time.monotonic()
     study = simulation.study
     require_trainer(study)
+    _check_stages(simulation)
     if simulation.planned is not None:
         check_same_planning(simulation.planned, study, simulation.sites, simulation.labels)
     if study.plans_name is None:
@@ -272,10 +273,19 @@ def _check_sites(simulation: Simulation) -> None:
             )
 
 
+def _check_stages(simulation: Simulation) -> None:
+    *first, last = stages_of(simulation.study.configuration)
+    if first and simulation.until != "plan" and simulation.study.fold != "all":
+        raise ConfigurationError(
+            f"{last} trains on what {first[-1]} predicts for every case, and fold {simulation.study.fold} of "
+            f"{first[-1]} predicts its validation cases only: simulate {last} with --fold all."
+        )
+
+
 def _places(simulation: Simulation) -> list[Place]:
     places = []
     for name, source in sorted(simulation.sites.items()):
-        split = count_cases(name, source) >= FOLDS or (source / "splits_final.json").is_file()
+        split = has_folds(count_cases(name, source), source)
         folder = simulation.out.resolve() / SITES / name
         folds, label_map = simulation.study.trained_folds, _label_maps(simulation).get(name)
         too_few = not split and len(folds) > 1
@@ -298,13 +308,16 @@ def _steps(simulation: Simulation, study: Federation, place: Place) -> list[Step
     if simulation.planned is None:
         steps.append(Step(PLANNING, planning_command(study), planning, folder / PLANNING_LOG))
     if simulation.until != "plan":
-        training = {AUGMENTATION_VARIABLE: "0", **common, "nnUNet_fed_skip_validation": ""}
-        if simulation.until == "train":
-            training["nnUNet_fed_skip_validation"] = "1"
         dataset = DATASET if place.label_map is None else place.label_map.dataset
-        for fold in place.folds:
-            name, log = ("Training", "train.log") if len(place.folds) == 1 else (f"Fold {fold}", f"train_{fold}.log")
-            command = training_command(study, fold, simulation.device, dataset)
+        *first, last = stages_of(study.configuration)
+        for stage, fold in ((stage, fold) for stage in (*first, last) for fold in place.folds):
+            skips = simulation.until == "train" and stage == last  # what a stage predicts is what the next one needs
+            training = {AUGMENTATION_VARIABLE: "0", **common, "nnUNet_fed_skip_validation": "1" if skips else ""}
+            of_stage = study.model_copy(update={"configuration": stage})
+            command = training_command(of_stage, fold, simulation.device, dataset)
+            of = [f"fold {fold}"] if len(place.folds) > 1 else []
+            name = " ".join(["Training", *of, *([stage] if stage != last else [])])
+            log = "_".join(["train", *([stage] if stage != last else []), *([str(fold)] if of else [])]) + ".log"
             steps.append(Step(name, command, training, folder / log))
     return steps
 

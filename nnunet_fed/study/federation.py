@@ -56,7 +56,7 @@ class Federation(Table):
 
     OPERATIONAL = frozenset({
         "name", "sites", "plans_name", "configuration", "fold", "folds", "min_cases", "min_sites", "deadline_minutes",
-        "planning_deadline_minutes", "keep_rounds", "keep_every", "max_update_norm", "cross_site",
+        "planning_deadline_minutes", "keep_rounds", "keep_every", "max_update_norm", "cross_site", "more_rounds",
     })  # fmt: skip
 
     name: str = Field(min_length=1, max_length=100)
@@ -66,7 +66,7 @@ class Federation(Table):
     planner: str = "nnUNetPlannerFed"
     geometry: Literal["private", "lists"] = "private"
     """What the sites tell each other of spacings and shapes: sums from which medians are found, or every case's
-    (sorted, without names). The plans are the same; ``lists`` leaves nnU-Net's complete fingerprint file."""
+    (sorted, without names). The plans are the same; ``lists`` leaves a fingerprint of every case at all sites."""
     overwrite_target_spacing: tuple[Spacing, Spacing, Spacing] | None = None
     """Voxel size in mm of 3d_fullres along the array's axes; ``None``: the planner's choice."""
     gpu_memory_target_in_gb: float | None = Field(default=None, gt=0)
@@ -87,6 +87,8 @@ class Federation(Table):
     """*Operational.* Folds that the sites train, each in a run of its own, in turn or at once; ``None``: :attr:`fold`
     alone, which else is the one that a site of version 0.1 trains."""
     rounds: int = Field(ge=1)
+    more_rounds: Annotated[int, Field(ge=0), Neutral(0, since=3)] = 0
+    """*Operational.* Further rounds, which a training that is over goes on with from its last state; it only grows."""
     local_epochs: int = Field(default=1, ge=1)
     iterations_per_epoch: int = Field(default=250, ge=1)
     val_iterations_per_epoch: int = Field(default=50, ge=1)
@@ -95,6 +97,9 @@ class Federation(Table):
     momentum_on_round: Literal["keep", "reset"] = "keep"
     weighting: Literal["cases", "uniform"] = "cases"
     """Weight of a site in a mean: its number of training cases, or 1."""
+    best: Annotated[Literal["site", "federation"], Neutral("site", since=3)] = "site"
+    """Whose choice ``checkpoint_best.pth`` is: each site's own by nnU-Net's rule, or the round with the highest
+    weighted mean of the sites' pseudo Dice, the same at all sites."""
     wire_dtype: WireDtype = "float32"
     """Dtype in which models travel (:mod:`nnunet_fed.exchange.precision`): ``float32`` loses nothing, the others halve
     the bytes."""
@@ -155,8 +160,15 @@ class Federation(Table):
             raise ValueError(f"min_sites is {self.min_sites}, but the study has only {len(self.sites)} sites")
         self.method.check_sites(self.sites)
         self.method.check_epochs(self.epochs)
+        if self.best == "federation":
+            self.method.check_best()
         if self.cross_site:
             self.method.check_cross_site()
+            if self.more_rounds and not self.method.EXCHANGES:
+                raise ValueError(
+                    "more_rounds does not go with cross_site = true for a method whose sites train alone: their models "
+                    "have been evaluated at each other once. Set cross_site = false"
+                )
         return self
 
     @property
@@ -170,9 +182,14 @@ class Federation(Table):
         return self.folds or (self.fold,)
 
     @property
+    def all_rounds(self) -> int:
+        """Rounds of the whole training."""
+        return self.rounds + self.more_rounds
+
+    @property
     def epochs(self) -> int:
-        """nnU-Net epochs of the whole training."""
-        return self.rounds * self.local_epochs
+        """nnU-Net epochs of the whole training, without fine-tuning."""
+        return self.all_rounds * self.local_epochs
 
     @property
     def digest(self) -> str:

@@ -15,6 +15,22 @@ Sources = Mapping[str, tuple[int | str, ...]]
 """By the federation's label, the names or values of the site's labels that become it; none: the site has none."""
 
 
+def in_numbers(labels: Mapping[str, Any]) -> dict[str, Any]:
+    """Labels of a ``dataset.json`` with whole numbers, where nnU-Net takes ``"1"`` and ``1.0`` for 1 as well.
+
+    Lists of numbers, and what is no whole number, stay as they are.
+    """
+    return {name: _in_number(value) for name, value in labels.items()}
+
+
+def _in_number(value: Any) -> Any:
+    if isinstance(value, float):
+        return int(value) if value.is_integer() else value
+    if isinstance(value, str) and value.strip().isdecimal():
+        return int(value)
+    return value
+
+
 @dataclass(frozen=True)
 class LabelMap:
     """Which of a site's labels become which of the federation's. Source: ours."""
@@ -40,6 +56,7 @@ class LabelMap:
         Raises:
             ConfigurationError: region-based labels, or a map that names an unknown label, one label twice, or none.
         """
+        own = in_numbers(own)
         if any(isinstance(value, list) for value in own.values()):
             raise ConfigurationError(
                 f"{where} has region-based labels (lists of values), which 'labels' in site.toml cannot map. Give each "

@@ -81,6 +81,14 @@ class MethodTable(Table):
     def check_epochs(self, epochs: int) -> None:
         """See that the method suits the study's number of epochs; raises :class:`ValueError`."""
 
+    def check_best(self) -> None:
+        """See that a round can be the best one of the federation; raises :class:`ValueError`."""
+        if not self.EXCHANGES:
+            raise ValueError(
+                f"best = 'federation' needs rounds after which the sites have one model, or compare theirs, through "
+                f"the coordinator; {self.TITLE} has none, and each site keeps its own best. Take 'best' out"
+            )
+
     def check_cross_site(self) -> None:
         """See that a site's model can be evaluated at the others; raises :class:`ValueError`."""
         if self.own_channels:

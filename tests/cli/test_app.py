@@ -171,6 +171,7 @@ def use_dataset(monkeypatch: pytest.MonkeyPatch, folder: Path, number: int) -> P
         ("plan_and_preprocess", "-d", "1"),
         ("plan_and_preprocess", "-d", "1", "--join"),
         ("plan_and_preprocess", "-d", "1", "--dry-run"),
+        ("plan_and_preprocess", "-d", "1", "--correct"),
         ("status", "--json"),
     ],
 )
@@ -241,6 +242,12 @@ def test_a_data_set_is_planned_once_at_a_time(
     assert "no dataset.json" in command("plan_and_preprocess", "-d", "1")[2], "the next one is let in"
 
 
+@pytest.mark.parametrize("other", ["--join", "--dry-run"])
+def test_only_who_tells_something_can_withdraw_it(command: Command, other: str) -> None:
+    told = f"--correct goes without {other}, which tells nothing that could be withdrawn."
+    assert command.fails("plan_and_preprocess", "-d", "1", "--correct", other) == told
+
+
 def test_planning_takes_several_configurations(
     command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, serve: Callable[..., Served]
 ) -> None:
@@ -250,7 +257,7 @@ def test_planning_takes_several_configurations(
     asked: list[Any] = []
 
     def plan(
-        seat: Any, study: Federation, dataset: int, configurations: list[str], processes: int, _: Any, labels: Any
+        seat: Any, study: Federation, dataset: int, configurations: list[str], processes: int, *_: Any, **more: Any
     ) -> None:
         asked.append((study, dataset, configurations, processes))
         raise DisagreementError("That is enough.")

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from commands import Command
 from faulty_data import arrays, describe, make, write_itk
+from tiny import tiny_cascade
 from workers import look_in_threads
+
+from nnunet_fed.cli import check_command
 
 
 @pytest.fixture
@@ -56,3 +60,30 @@ def test_split_looks_first(command: Command, data: Path, tmp_path: Path) -> None
     write_itk(arrays(1)[1], data / "labelsTr" / "c1.nii.gz")
     assert command("split", str(data), str(tmp_path / "sites"), "--sites", "2")[0] == 0
     assert (tmp_path / "sites" / "site_1" / "dataset.json").is_file()
+
+
+def test_other_data_sets_of_the_same_number(command: Command, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "nnUNet_results" / "Dataset001_Old").mkdir()
+    (tmp_path / "nnUNet_preprocessed" / data.name).mkdir()
+    status, out, _ = command("check", "-d", "1", "--data", "-device", "cpu")
+    assert status == 1
+    told = "Dataset001_Own (in nnUNet_raw and nnUNet_preprocessed), Dataset001_Old (in nnUNet_results). nnU-Net counts"
+    assert told in " ".join(out.split())
+
+
+def test_a_cascade_trains_on_what_is_preprocessed_for_full_resolution(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked_at: list[Path | None] = []
+
+    def preprocessed_bytes(raw: Path | None, done: Path | None) -> float:
+        looked_at.append(done)
+        return 0.0
+
+    monkeypatch.setattr(check_command.checks, "preprocessed_bytes", preprocessed_bytes)
+    monkeypatch.setattr(check_command._Check, "_preprocessed", lambda check: tmp_path)
+    with ExitStack() as stack:
+        check = check_command._Check(stack, 1, None, "3d_cascade_fullres", None, "cpu", 1, False)
+        check.plans = tiny_cascade()
+        check._check_disk()
+    assert looked_at == [tmp_path / "tiny"]

@@ -198,6 +198,7 @@ def test_a_folder_with_something_else_in_it_is_left_alone(given: Comparison) -> 
         ({"methods": ("fedoap",), "study": {**STUDY, "rounds": 2}}, "fedoap fine-tunes for 2 epochs"),
         ({"study": {**STUDY, "fold": "all"}}, "--fold all keeps no case"),
         ({"study": {**STUDY, "folds": [0, "all"]}}, "--fold all keeps no case"),
+        ({"study": {**STUDY, "configuration": "3d_cascade_fullres"}}, "second of two trainings.*--config 3d_lowres"),
     ],
 )
 def test_a_wrong_setting_ends_before_anything_starts(

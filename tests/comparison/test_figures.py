@@ -89,6 +89,26 @@ def test_no_share_of_a_gap_that_the_data_do_not_show() -> None:
     assert content(local, local=[summary()])["methods"]["local"]["gap_closed"] is None
 
 
+def test_a_site_without_foreground_is_told_and_counts_nowhere() -> None:
+    """No case of it has a value: it is neither the worst nor the best, and the others' figures are what they were."""
+    both = [*method_rows("local", {"a": 0.0, "b": 0.0}), *method_rows("fedavg", {"a": 0.1, "b": 0.2})]
+    empty = [row(method, "c", "c0", None) for method in ("local", "fedavg")]
+    given = {"local": [summary()], "fedavg": [summary()]}
+    without, found = content(both, **given), content([*both, *empty], **given)
+    for method in given:
+        assert found["methods"][method]["overall"] == without["methods"][method]["overall"]
+        assert found["methods"][method]["worst_site"] == without["methods"][method]["worst_site"]
+        assert found["methods"][method]["dice"]["c"] == {
+            "mean": None, "low": None, "high": None, "sd_seeds": None, "cases": 0,
+        }  # fmt: skip
+    dice = next(iter(tables(found)))
+    assert dice.head[3] == "c (0)"
+    assert [of_method[3] for of_method in dice.rows] == ["-", "-"]
+    assert "nan" not in markdown(found)
+    nowhere = content(empty, **given)
+    assert [table.rows[0][-1] for table in tables(nowhere)] == ["-", "2", "-", "-"]
+
+
 def test_costs_are_means_over_seeds_and_controls_have_no_traffic(three: dict[str, Any]) -> None:
     assert three["methods"]["fedavg"]["bytes"] == 50
     assert three["methods"]["fedavg"]["seconds"] == 3.0

@@ -1,9 +1,10 @@
-"""Planning by real processes: a site that is killed and comes back, and one that joins later."""
+"""Planning by real processes: a site that is killed and comes back, one that joins later, and one that corrects."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -146,3 +147,50 @@ def test_a_site_joins_when_the_others_have_planned(planned_by_two: PlanningFeder
     assert not [entry for entry in running.sent("site_c") if entry["what"] in ("offer", "upload")]
     texts = [event["text"] for event in running.status()["events"] if event["site"] == "site_c"]
     assert texts[-1] == "joined after planning, with 5 cases: the plans are those of site_a, site_b"
+
+
+def test_a_site_corrects_what_it_told_and_all_processes_are_killed(
+    phantom: Path, tmp_path: Path, planned_by_two: PlanningFederation
+) -> None:
+    """Site b lacks a case at first. The others go on by themselves, and plan as if it had told that right at once."""
+    mistaken = tmp_path / "mistaken"
+    shutil.copytree(phantom / "site_b", mistaken)
+    description = json.loads((mistaken / "dataset.json").read_text())
+    case = next((mistaken / "labelsTr").iterdir()).name.removesuffix(description["file_ending"])
+    for file in (*mistaken.glob(f"imagesTr/{case}_*"), *mistaken.glob(f"labelsTr/{case}.*")):
+        file.unlink()
+    fewer = {**description, "numTraining": description["numTraining"] - 1}
+    (mistaken / "dataset.json").write_text(json.dumps(fewer))
+    running = PlanningFederation(tmp_path / "planning", {"site_a": phantom / "site_a", "site_b": mistaken})
+    try:
+        coordinator = running.serve("site_a", "site_b")
+        a, b = running.plan("site_a"), running.plan("site_b", **{EXTRACTION_TAKES: PATIENCE})
+        until(lambda: phase(running, "site_b") == "extracting", "b extracts")
+        until(lambda: "waiting for site_b (extracting) in 'planning/" in running.log("site_a").read_text(), "a waits")
+        running.kill(coordinator)
+        running.kill(b)
+        link = running.folder / "site_b" / "raw" / "Dataset001_Demo"
+        link.unlink()
+        link.symlink_to(phantom / "site_b")
+
+        coordinator = running.serve("site_a", "site_b")
+        b = running.plan("site_b")
+        assert b.wait(PATIENCE) == 2
+        assert "with --correct, and all sites plan anew" in running.log("site_b").read_text()
+        b = running.plan("site_b", "--correct", **{EXTRACTION_TAKES: PATIENCE})
+        until(lambda: bool(running.status()["undone"]), "b withdraws")
+        running.kill(coordinator)
+        running.kill(b)
+        coordinator = running.serve("site_a", "site_b")
+        b = running.plan("site_b", "--correct")
+        running.finish("site_b", b)
+        assert "Site 'site_b' has withdrawn what it told while planning" in running.finish("site_a", a)
+        record = running.status()
+    finally:
+        running.stop()
+    assert sum("withdrew" in event["text"] for event in record["events"]) == 1, "the same again withdraws nothing"
+    assert record["failed"] == record["open"] == []
+    as_ever = planned_by_two.read("site_a", f"{PLANS}.json")["federation"]
+    for site in ("site_a", "site_b"):
+        assert running.read(site, f"{PLANS}.json")["federation"]["plans_digest"] == as_ever["plans_digest"]
+        assert running.read(site, "dataset_fingerprint.json") == planned_by_two.read(site, "dataset_fingerprint.json")

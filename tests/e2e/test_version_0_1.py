@@ -139,6 +139,80 @@ def test_both_versions_in_one_study(phantom: Path, tmp_path: Path, old_coordinat
     assert all(c["sites"].keys() == set(SITES) and c["status"] != "open" for c in models)
 
 
+CORRECTING = """
+import sys
+from pathlib import Path
+from nnunet_fed.errors import FederationError
+_, address, site, value, *corrects = sys.argv
+settings = {"name": site, "coordinator": address, "insecure": True}
+try:
+    from nnunet_fed.federation import Site
+    from nnunet_fed.transport.client import GrpcCommunicator
+except ImportError:
+    from nnunet_fed.study.site import Site
+    from nnunet_fed.transport.site.client import GrpcCommunicator
+seat = GrpcCommunicator(Site.model_validate(settings), **({"corrects": True} if corrects else {}))
+seat.join("planning")
+try:
+    print(seat.gather("planning/dataset", value))
+except FederationError as error:
+    print(type(error).__name__, error)
+"""
+"""What a site tells while planning, by the communicator of its version."""
+
+
+@pytest.mark.parametrize("old_coordinator", [True, False], ids=["old_coordinator", "new_coordinator"])
+def test_a_site_corrects_what_it_told_among_both_versions(tmp_path: Path, old_coordinator: bool) -> None:
+    """The first site has version 0.1: it is told to plan again, since it cannot do so by itself."""
+    installed, script = tmp_path / "installed", tmp_path / "tell.py"
+    old, new = old_python_environment(installed, environment()), environment()
+    script.write_text(CORRECTING)
+    (tmp_path / "federation.toml").write_text(STUDY)
+    with coordinator(tmp_path / "federation.toml", tmp_path / "state", old if old_coordinator else new) as (
+        at,
+        watcher,
+    ):
+
+        def start(site: str, *words: str) -> tuple[subprocess.Popen[bytes], Path]:
+            log = tmp_path / f"{site}-{'-'.join(words)}.log"
+            with log.open("wb") as file:
+                process = subprocess.Popen(
+                    [sys.executable, script, at, site, *words], env=old if site == "site_a" else new, cwd=tmp_path,
+                    stdout=file, stderr=subprocess.STDOUT,
+                )  # fmt: skip
+            return process, log
+
+        def missing() -> list[str]:
+            return next((c["missing"] for c in watcher.status()["open"]), [])
+
+        def told(process: subprocess.Popen[bytes], log: Path) -> str:
+            process.wait(PATIENCE)
+            return log.read_text()
+
+        wrong = start("site_b", "wrong")
+        until(lambda: missing() == ["site_a"], "b has told")
+        wrong[0].kill()
+        wrong[0].wait()
+        if old_coordinator:
+            text = told(*start("site_b", "right", "--correct"))
+            assert "open a new attempt (nnunet_fed new-attempt STATE)" in text
+            assert "does not know --correct" in text
+            return
+        assert "with --correct" in told(*start("site_b", "right"))
+        a = start("site_a", "right")
+        assert "'site_b': 'wrong'" in told(*a)
+        b = start("site_b", "right", "--correct")
+        assert "WithdrawnError Site 'site_b' has withdrawn" in told(*b)
+        a, b = (
+            start(
+                "site_a",
+                "right",
+            ),
+            start("site_b", "right", "--correct"),
+        )
+        assert told(*a) == told(*b) == "{'site_a': 'right', 'site_b': 'right'}\n"
+
+
 def _at(site: str, phantom: Path, folder: Path, address: str) -> dict[str, str]:
     here = folder / site
     paths: dict[str, Any] = {f"nnUNet_{what}": here / what for what in ("raw", "preprocessed", "results")}

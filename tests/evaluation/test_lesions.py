@@ -204,3 +204,8 @@ def test_pooled_means_are_those_over_all_lesions(sites: list[list[dict[str, Case
     for metric, by_class in together.items():
         if metric != "lesions":
             assert pooled[metric] == pytest.approx(by_class)
+
+
+def test_labels_as_texts_and_fractions_are_those_numbers() -> None:
+    written = {"background": "0", "organ": "1", "lesion": 2.0, "ignore": 3}
+    assert foreground_classes(written) == {"organ": (1,), "lesion": (2,)}

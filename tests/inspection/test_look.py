@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import re
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813
 import tifffile
-from faulty_data import DATASET_JSON, FAULTS, FILES, NAMES, VOXELS, Fault, arrays, describe, make, write_itk
+from faulty_data import DATASET_JSON, FAULTS, FILES, NAMES, SHAPE, VOXELS, Fault, arrays, describe, make, write_itk
 from rich.console import Console
 from skimage import io
 
@@ -135,6 +136,18 @@ def test_regions_with_ignore_last(tmp_path: Path) -> None:
     assert findings(folder) == ()
 
 
+@pytest.mark.parametrize("labels", [{"background": "0", "organ": "1"}, {"background": 0.0, "organ": 1.0}])
+def test_labels_that_nnunet_takes_for_whole_numbers(tmp_path: Path, labels: dict[str, Any]) -> None:
+    folder = make(tmp_path / "data")
+    describe(folder, labels=labels)
+    assert kinds(folder) == [("warning", "labels")]
+    assert kinds(folder, label_map=LabelMap(501, {"lesion": ("organ",)})) == [("warning", "labels")]
+    describe(folder, labels={**labels, "ignore": "2"})
+    assert kinds(folder) == [("error", "labels")]
+    describe(folder, labels={**labels, "all": [1, 2], "core": 2}, regions_class_order=[1, 2])
+    assert ("error", "labels") in kinds(folder)
+
+
 def test_channels_in_any_order_of_the_keys(tmp_path: Path) -> None:
     folder = make(tmp_path / "data")
     for case in range(3):
@@ -197,6 +210,122 @@ def test_a_compressed_tiff_that_is_cut_off(tmp_path: Path) -> None:
     tifffile.imwrite(path, arrays(1)[0], compression="zlib", photometric="minisblack")
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 6 // 10])
     assert kinds(folder) == [("error", "unreadable files")]
+
+
+@pytest.mark.parametrize("odd", [0, 2])
+def test_a_picture_among_tiff_volumes_is_told_whatever_the_order(tmp_path: Path, odd: int) -> None:
+    folder = make(tmp_path / "data", ".tif")
+    for array, file in zip(arrays(odd, SHAPE[1:]), (f"imagesTr/c{odd}_0000", f"labelsTr/c{odd}"), strict=True):
+        tifffile.imwrite(folder / f"{file}.tif", array)
+    found = findings(folder)
+    assert {(finding.kind, finding.case) for finding in found} == {("dimensions", f"c{odd}")}
+
+
+def test_a_volume_among_pictures_is_told_whatever_the_order(tmp_path: Path) -> None:
+    folder = make(tmp_path / "data", ".png")
+    for path in list(folder.rglob("*.png")):
+        tifffile.imwrite(path.with_suffix(".tif"), io.imread(path))
+        path.unlink()
+    describe(folder, file_ending=".tif")
+    assert findings(folder) == ()
+    tifffile.imwrite(folder / "imagesTr/c0_0000.tif", arrays(0)[0], photometric="minisblack")
+    assert [(finding.kind, finding.case) for finding in findings(folder)] == [("dimensions", "c0")]
+
+
+def test_more_labels_than_forty_are_compared(tmp_path: Path) -> None:
+    folder = make(tmp_path / "data")
+    describe(folder, labels={"background": 0, **{f"part {value}": value for value in range(1, 60)}})
+    label = np.arange(336, dtype=np.uint8).reshape(6, 8, 7) % 60
+    write_itk(label, folder / "labelsTr/c1.nii.gz")
+    assert findings(folder) == ()
+    label[0, 0, 0] = 99
+    write_itk(label, folder / "labelsTr/c1.nii.gz")
+    assert [finding.found for finding in findings(folder)] == ["voxels of value 99"]
+
+
+def test_what_follows_a_packed_file_is_passed_over_as_itk_does(tmp_path: Path) -> None:
+    folder = make(tmp_path / "data")
+    path = folder / "imagesTr/c1_0000.nii.gz"
+    whole = path.read_bytes()
+    path.write_bytes(whole + b"something")
+    assert findings(folder) == ()
+    path.write_bytes(gzip.compress(gzip.decompress(whole)[:500]) + gzip.compress(gzip.decompress(whole)[500:]))
+    assert findings(folder) == ()
+    path.write_bytes(whole[:-4])
+    assert kinds(folder) == [("error", "unreadable files")]
+
+
+def test_a_text_is_no_image(tmp_path: Path) -> None:
+    folder = make(tmp_path / "data")
+    (folder / "imagesTr/c1_0000.nii.gz").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\n")
+    assert "pointer of Git LFS" in findings(folder)[0].found
+
+
+def test_a_missing_channel_is_told_once(tmp_path: Path) -> None:
+    folder = make(tmp_path / "data")
+    for case in range(3):
+        shutil.copy(folder / f"imagesTr/c{case}_0000.nii.gz", folder / f"imagesTr/c{case}_0001.nii.gz")
+    describe(folder, channel_names={"0": "T1", "1": "T2"})
+    (folder / "imagesTr/c1_0000.nii.gz").unlink()
+    assert [finding.place for finding in findings(folder)] == ["case c1, imagesTr/c1_0000.nii.gz"]
+
+
+def test_an_accent_that_is_stored_in_another_way(tmp_path: Path) -> None:
+    folder = make(tmp_path / "data")
+    (folder / "imagesTr/c1_0000.nii.gz").rename(folder / "imagesTr/p\xe4t_0000.nii.gz")
+    (folder / "labelsTr/c1.nii.gz").rename(folder / "labelsTr/pa\u0308t.nii.gz")
+    [finding] = findings(folder)
+    assert (finding.kind, "an accent" in finding.found) == ("names", True)
+
+
+@pytest.mark.parametrize("name", ["a b", "a.1", "p\xe4tient", "c_0000_x", "c1_0000", "c", "c[1]", "c*", "[bold]c"])
+def test_names_that_nnunet_takes(tmp_path: Path, name: str) -> None:
+    folder = make(tmp_path / "data")
+    (folder / "imagesTr/c1_0000.nii.gz").rename(folder / f"imagesTr/{name}_0000.nii.gz")
+    (folder / "labelsTr/c1.nii.gz").rename(folder / f"labelsTr/{name}.nii.gz")
+    assert findings(folder) == ()
+
+
+def test_the_numbers_of_the_channels_are_told_as_they_should_be(tmp_path: Path) -> None:
+    folder = make(tmp_path / "data")
+    describe(folder, channel_names={"0000": "T1", "0002": "T2"})
+    assert '{"0": "T1", "1": "T2"}' in findings(folder)[0].remedy
+
+
+@pytest.mark.parametrize("text", ["[" * 100000, "{'labels': 1}", '{"labels": 1,}', "[]", "\ufeff{}", ""])
+def test_whatever_stands_in_dataset_json(tmp_path: Path, text: str) -> None:
+    folder = make(tmp_path / "data")
+    (folder / "dataset.json").write_text(text, encoding="utf-8")
+    assert kinds(folder) == [("error", "no dataset.json")]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 100000, "{'a'}", "null", '{"train": []}', '[{"train": [["c0"]], "val": ["c1"]}]',
+     '[{"train": "c0", "val": "c1"}]', "[1]"],
+)  # fmt: skip
+def test_whatever_stands_in_the_folds(tmp_path: Path, text: str) -> None:
+    folder = make(tmp_path / "data")
+    (folder / "splits_final.json").write_text(text)
+    assert kinds(folder) == [("error", "folds")]
+
+
+@pytest.mark.parametrize(
+    ("place", "kind"),
+    [("dataset.json", "no dataset.json"), ("imagesTr", "missing folder"), ("labelsTr", "missing folder"),
+     ("imagesTr/c1_0000.nii.gz", "unreadable files")],
+)  # fmt: skip
+def test_what_may_not_be_read(tmp_path: Path, place: str, kind: str) -> None:
+    folder = make(tmp_path / "data")
+    (folder / place).chmod(0)
+    if os.access(folder / place, os.R_OK):
+        pytest.skip("whoever may read everything finds nothing")
+    try:
+        [finding] = findings(folder)
+    finally:
+        (folder / place).chmod(0o755)
+    assert finding.kind == kind
+    assert "denied" in finding.found or "may not be read" in finding.found
 
 
 def test_an_unpacked_nifti_that_is_cut_off(tmp_path: Path) -> None:
@@ -266,7 +395,7 @@ def test_the_page_shows_what_is_said(tmp_path: Path) -> None:
 
 def picture(folder: Path) -> str:
     make(folder, cases=4)
-    for fault in (VOXELS[4], DATASET_JSON[6]):
+    for fault in (VOXELS[7], DATASET_JSON[10]):
         fault.spoil(folder)
     write_itk(arrays(2)[1], folder / "labelsTr/c2.nii.gz", (1.0, 1.0, 3.0))
     write_itk(arrays(3)[1], folder / "labelsTr/c3.nii.gz", direction=(1, 0, 0, 0, -1, 0, 0, 0, 1))

@@ -82,7 +82,7 @@ def plan(datasets: dict[str, int], maps: dict[str, LabelMap] | None = None) -> d
 
 
 def fingerprint(raw: Path, name: str) -> dict[str, Any]:
-    file = raw.with_name("nnUNet_preprocessed") / name / "dataset_fingerprint_local.json"
+    file = raw.with_name("nnUNet_preprocessed") / name / "dataset_fingerprint.json"
     content: dict[str, Any] = json.loads(file.read_text())
     return content
 
@@ -98,6 +98,16 @@ def test_sites_with_other_file_endings_and_a_single_case_plan_together(raw: Path
     assert len({result.plans_digest for result in results.values()}) == 1
     assert {site: result.local_cases for site, result in results.items()} == {"a": 1, "b": 2, "c": 3}
     assert {result.total_cases for result in results.values()} == {6}
+
+
+def test_labels_that_nnunet_takes_for_whole_numbers_are_such_for_the_sites(raw: Path) -> None:
+    written = [{"background": 0, "organ": 1, "lesion": 2}, {"background": "0", "lesion": "2", "organ": 1.0}]
+    for number, labels in enumerate(written, start=11):
+        path = write(raw, number, cases=2) / "dataset.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "labels": labels}))
+    results = plan({"a": 11, "b": 12})
+    assert results["a"].plans_digest == results["b"].plans_digest
+    assert fingerprint(raw, "Dataset011_Test") == fingerprint(raw, "Dataset012_Test")
 
 
 def test_a_site_maps_its_labels(raw: Path) -> None:
@@ -145,13 +155,18 @@ def not_a_number(file: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "ending", "spoil", "message"),
     [
-        ("imagesTr/c1_0000", ".nii.gz", truncate, r"case c1, imagesTr/c1_0000.nii.gz: it cannot be read: Compr"),
+        (
+            "imagesTr/c1_0000",
+            ".nii.gz",
+            truncate,
+            r"case c1, imagesTr/c1_0000.nii.gz: it cannot be read: it is cut off",
+        ),
         ("imagesTr/c1_0000", ".nii.gz", flip_bits, r"case c1, imagesTr/c1_0000.nii.gz: it cannot be read: "),
         ("imagesTr/c1_0000", ".nii.gz", no_image, r"case c1, imagesTr/c1_0000.nii.gz: it cannot be read: "),
         ("imagesTr/c1_0000", ".nrrd", truncate, r"case c1, imagesTr/c1_0000.nrrd: it cannot be read: "),
         ("imagesTr/c1_0000", ".mha", truncate, r"case c1, imagesTr/c1_0000.mha: it cannot be read: "),
         ("imagesTr/c0_0000", ".nii.gz", truncate, r"case c0, imagesTr/c0_0000.nii.gz: it cannot be read: "),
-        ("labelsTr/c1", ".nii.gz", truncate, r"case c1, labelsTr/c1.nii.gz: it cannot be read: Compr"),
+        ("labelsTr/c1", ".nii.gz", truncate, r"case c1, labelsTr/c1.nii.gz: it cannot be read: it is cut off"),
         ("labelsTr/c1", ".nii.gz", no_image, r"case c1, labelsTr/c1.nii.gz: it cannot be read: "),
         ("imagesTr/c1_0000", ".mha", not_a_number, r"c1_0000.mha: 64 voxels NaN or infinite; .*\n  -> Replace"),
         ("imagesTr/c1_0000", ".nrrd", not_a_number, r"c1_0000.nrrd: 64 voxels NaN or infinite"),

@@ -84,10 +84,16 @@ def modified(folder: Path) -> list[int]:
         ({"lesion": (2, 4)}, {**OWN, "ignore": 4}, ["background", "lesion"], [0, 0, 1, 0, 1]),
         ({"lesion": (2,), "background": ("ignore",)}, {**OWN, "ignore": 4}, ["background", "lesion"], [0, 0, 1, 0, 0]),
         ({"lesion": ("tumour", 2)}, OWN, ["background", "lesion"], [0, 0, 1, 0]),
+        (
+            {"lesion": ("tumour", 3)},
+            {"background": "0", "liver": "1", "tumour": "2", "cyst": 3.0},
+            ["background", "lesion"],
+            [0, 0, 1, 1],
+        ),
     ],
 )
 def test_numbers_of_a_map(
-    sources: dict[str, tuple[int | str, ...]], own: dict[str, int], labels: list[str], values: list[int]
+    sources: dict[str, tuple[int | str, ...]], own: dict[str, Any], labels: list[str], values: list[int]
 ) -> None:
     resolved = LabelMap(501, sources).resolve(own, "dataset.json")
     assert resolved.labels == {label: number for number, label in enumerate(labels)}

@@ -30,16 +30,18 @@ from serving import Served, make_study, together
 from workers import workers_as_threads
 
 from nnunet_fed.agreement.fingerprint import INTENSITIES, LocalFingerprint
+from nnunet_fed.agreement.fingerprint_files import COMMON
 from nnunet_fed.agreement.plan_digest import comparable, plans_digest
 from nnunet_fed.errors import DisagreementError, FederationError
 from nnunet_fed.exchange.communicator import LocalFederation
+from nnunet_fed.exchange.keys import PUBLISHED
 from nnunet_fed.methods.fedoap import shared_names, stem_name
 from nnunet_fed.methods.tensors import shared_tensors
 from nnunet_fed.planners import joining, planning
 from nnunet_fed.planners.dataset import find_dataset, reader_of
 from nnunet_fed.planners.joining import join_and_preprocess
 from nnunet_fed.planners.nnUNetPlannerFed import nnUNetPlannerFed
-from nnunet_fed.planners.planning import PUBLISHED, plan_and_preprocess
+from nnunet_fed.planners.planning import plan_and_preprocess
 from nnunet_fed.trainers.nnUNetTrainerFedOAP import nnUNetTrainerFedOAP
 
 OWN = {"name": "fedoap", "private_stem": True}
@@ -92,7 +94,7 @@ def test_what_depends_on_the_channels_is_what_nnunet_finds_at_the_site_alone(pla
                 low, median, high
             )  # fmt: skip
             assert properties["mean"] == pytest.approx(np.mean(values, dtype=np.float64))
-        assert read(number, "dataset_fingerprint.json")[INTENSITIES] == plans[INTENSITIES]
+        assert read(number, COMMON)[INTENSITIES] == plans[INTENSITIES]
     schemes = [plans["configurations"]["3d_fullres"]["normalization_schemes"] for plans in planned]
     assert schemes == [["CTNormalization"], ["ZScoreNormalization"], ["CTNormalization", "ZScoreNormalization"]]
 

@@ -41,6 +41,7 @@ from nnunet_fed.prediction.predictor import ROUTING, SuperModelPredictor
 
 SITES = ("a", "b", "c")
 PATCH = (16, 16, 16)
+CASCADE = "3d_cascade_fullres"
 SELECTOR = SelectorConfiguration(channels=1, classes=3, patch_size=PATCH, patches=2)
 
 
@@ -72,7 +73,8 @@ def plans() -> dict[str, Any]:
                 "data_identifier": "tiny", "preprocessor_name": "DefaultPreprocessor", "batch_size": 2,
                 "patch_size": list(PATCH), "spacing": [1.0, 1.0, 1.0], "normalization_schemes": ["NoNormalization"],
                 "use_mask_for_norm": [False], "batch_dice": False, "architecture": architecture, **resample,
-            }
+            },
+            CASCADE: {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"},
         },
     }  # fmt: skip
 
@@ -82,11 +84,11 @@ DATASET = {
 }  # fmt: skip
 
 
-def network(seed: int) -> torch.nn.Module:
+def network(seed: int, channels: int = 1) -> torch.nn.Module:
     torch.manual_seed(seed)
     manager = PlansManager(plans())
     built: torch.nn.Module = nnUNetTrainer.build_network_architecture(
-        manager, manager.get_configuration("3d_fullres"), 1, 2, enable_deep_supervision=False
+        manager, manager.get_configuration("3d_fullres"), channels, 2, enable_deep_supervision=False
     )
     for parameter in built.parameters():  # biases too, so that no two models agree anywhere
         torch.nn.init.normal_(parameter, std=0.5)
@@ -117,18 +119,20 @@ def write_model(
     seed: int = 0,
     shared: tuple[str, ...] = ("b", "c"),
     selector: Selector | None = None,
+    stage: str = "3d_fullres",
     **facts: Any,
 ) -> Path:
     """A model folder as site a has it after a FedSM training."""
+    channels = 2 if stage == CASCADE else 1
     within = folder / f"fold_{fold}"
     within.mkdir(parents=True)
     (folder / "plans.json").write_text(json.dumps(plans()))
     (folder / "dataset.json").write_text(json.dumps(DATASET))
-    weights = {name: network(10 * seed + number).state_dict() for number, name in enumerate((GLOBAL, *SITES))}
+    weights = {name: network(10 * seed + number, channels).state_dict() for number, name in enumerate((GLOBAL, *SITES))}
     final = {
         "network_weights": weights["a"],
         "optimizer_state": {"step": np.float64(1)},  # a training checkpoint holds more than tensors
-        "init_args": {"plans": plans(), "configuration": "3d_fullres", "fold": fold, "device": torch.device("cpu")},
+        "init_args": {"plans": plans(), "configuration": stage, "fold": fold, "device": torch.device("cpu")},
         "trainer_name": "nnUNetTrainer",
         "inference_allowed_mirroring_axes": (0, 1),
     }
@@ -478,6 +482,33 @@ def test_processes_predict_what_one_process_predicts(model: Path, tmp_path: Path
     )
     assert status == 0, errors
     assert routing(out) == ROUTES
+
+
+def test_the_second_stage_of_a_cascade_goes_on_from_what_the_first_has_predicted(
+    model: Path, tmp_path: Path, command: Any
+) -> None:
+    second = write_model(tmp_path / "second", stage=CASCADE)
+    images, before = write_images(tmp_path / "in", x=1, z=-1), tmp_path / "before"
+    assert command("-i", images, "-o", before, "-m", model)[0] == 0
+    arguments = ("-i", images, "-o", tmp_path / "out", "-m", second)
+    status, _, errors = command(*arguments)
+    assert status == 2
+    assert "goes on from predictions of 3d_lowres: predict the same images with that model first" in errors
+    status, _, errors = command(*arguments, "-prev_stage_predictions", images)
+    assert f"-prev_stage_predictions {images}: x.nii.gz is missing; predict it with 3d_lowres first." in errors
+    status, _, errors = command("-i", images, "-o", tmp_path / "o", "-m", model, "-prev_stage_predictions", before)
+    assert "this model has no previous stage; leave the option out" in errors
+    status, _, errors = command(*arguments, "-prev_stage_predictions", before)
+    assert status == 0, errors
+    assert routing(tmp_path / "out") == {case: ROUTES[case] for case in "xz"}, "the selector sees the images alone"
+    stock = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
+    stock.initialize_from_trained_model_folder(str(second), (0,), personal_checkpoint("b"))
+    (tmp_path / "stock").mkdir()
+    stock.predict_from_files_sequential(
+        [[str(images / "x_0000.nii.gz")]], str(tmp_path / "stock"), folder_with_segs_from_prev_stage=str(before)
+    )
+    ours, theirs = (tmp_path / name / "x.nii.gz" for name in ("out", "stock"))
+    assert ours.read_bytes() == theirs.read_bytes()
 
 
 def test_header_features_come_from_the_raw_images(tmp_path: Path, command: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -78,6 +79,34 @@ def test_dice_with_intervals(simulated: dict[str, Section]) -> None:
     low, high = bootstrap_interval({str(v): {"1": v} for v in DICE["site_a"]})
     assert rows[1][3] == f"{low:.3f} to {high:.3f}"
     assert table(dice, "By lesion size")[1][3:] == ["2 / 3", "0.333", "0.555", "0.500", "1.000", "1"]
+
+
+def test_a_site_without_foreground_is_told(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    summary = json.loads((run / "summary.json").read_text())
+    nothing = {"dice": {"final": None, "global": None}, "dice_per_class": {"lesion": None}}
+    summary["sites"]["site_b"].update(nothing)
+    summary["mean_dice"] = {"final": 0.81}
+    write(run / "summary.json", summary)
+    validation = fold_of(run, "site_b") / "validation" / "summary.json"
+    cases = json.loads(validation.read_text())["metric_per_case"]
+    for case in cases:
+        case["metrics"]["1"]["Dice"] = float("nan")
+    write(validation, {"metric_per_case": cases, "mean": {"1": {"Dice": float("nan")}}})
+    log = next(fold_of(run, "site_b").glob("training_log_*.txt"))
+    log.write_text(re.sub(r"Pseudo dice \[.*\]", "Pseudo dice [np.float32(nan)]", log.read_text()))
+    found = sections(run)
+    rows = table(found["dice"], "Dice by site")
+    dash = "\N{EN DASH}"
+    assert [[row[0], row[2]] for row in rows[1:]] == [
+        ["site_a", "0.810"], ["site_b", dash], ["mean over sites", "0.810"],
+    ]  # fmt: skip
+    (block,) = [b for b in found["dice"].blocks if isinstance(b, Table) and b.caption.startswith("Dice by site")]
+    assert "site_b: no foreground" in block.note
+    assert table(found["training"], "Pseudo Dice")[0] == ["Round", "site_a"]
+    write_report(run, tmp_path / "report.html")
+    text = re.sub(r"base64,[^\"]*", "", (tmp_path / "report.html").read_text())
+    assert not re.search(r"\bnan\b", text)
 
 
 def test_bootstrap_is_of_the_mean_over_cases_then_classes() -> None:

@@ -265,6 +265,30 @@ def test_environment_of_planning_and_training(tmp_path: Path, monkeypatch: pytes
     assert not training["nnUNet_fed_skip_validation"]
 
 
+def test_a_cascade_is_two_trainings_in_turn(tmp_path: Path) -> None:
+    def steps(until: Any) -> list[Any]:
+        cascade = {"configuration": "3d_cascade_fullres", "fold": "all", "plans_name": "P"}
+        given = simulation(tmp_path / until, {"a": 5}, until, **cascade)
+        (place,) = simulate._places(given)
+        return simulate._steps(given, given.study, place)
+
+    assert [step.name for step in steps("plan")] == ["Planning"]
+    for until, last_skips in (("train", "1"), ("validate", "")):
+        planning, first, second = steps(until)
+        assert planning.command[planning.command.index("-c") + 1] == "3d_cascade_fullres"
+        assert [step.command[2:4] for step in (first, second)] == [["3d_lowres", "all"], ["3d_cascade_fullres", "all"]]
+        assert [step.log.name for step in (first, second)] == ["train_3d_lowres.log", "train.log"]
+        skips = [step.environment["nnUNet_fed_skip_validation"] for step in (first, second)]
+        assert skips == ["", last_skips], "the first stage's validation is what the second needs"
+
+
+def test_a_cascade_needs_predictions_of_all_cases(tmp_path: Path) -> None:
+    given = simulation(tmp_path, {"a": 5}, configuration="3d_cascade_fullres")
+    with pytest.raises(ConfigurationError, match=r"fold 0 of 3d_lowres predicts its validation cases only.*--fold all"):
+        simulate.simulate(given, quiet())
+    assert not given.out.exists()
+
+
 # ------------------------------------------------------------------------------------------- summary
 
 
@@ -290,6 +314,25 @@ def test_summary_leaves_a_site_without_validation_cases_out_of_the_mean(tmp_path
     for part in ("c *", "* c: trained and validated on all its cases; not in the mean", "0.6000", "2.5 MB", "whole"):
         assert part in shown
     assert "global model" not in shown
+
+
+def test_a_site_without_foreground_or_without_a_class_is_told(tmp_path: Path) -> None:
+    """A class that is nowhere at a site, of nnU-Net's mean makes NaN; it is no reason to leave out the others."""
+    nan = float("nan")
+    some = site_summary(results(tmp_path / "some", 0.5), {"organ": [1, 2], "lesion": 2}, 0)
+    path = results(tmp_path / "one", nan) / "validation" / "summary.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "mean": {"1": {"Dice": 0.25}, "2": {"Dice": nan}}}))
+    one = site_summary(tmp_path / "one", {"organ": 1, "lesion": 2}, 0)
+    none = site_summary(results(tmp_path / "none", nan), {"organ": [1, 2], "lesion": 2}, 0)
+    assert (some["dice"]["final"], one["dice"]["final"], none["dice"]["final"]) == (0.5, 0.25, None)
+    study = make_study(("none", "one", "some"))
+    summary = summarise(study, {"none": none, "one": one, "some": some}, 1.0)
+    assert summary["mean_dice"]["final"] == 0.375
+    shown = " ".join(text_of(result_table(summary)).split())
+    assert "none: no foreground in its validation cases, and none predicted: it has no Dice" in shown
+    assert "one: nowhere in its validation: lesion; its Dice is of the other classes" in shown
+    assert "nan" not in shown
 
 
 def test_what_was_not_done_is_null(tmp_path: Path) -> None:

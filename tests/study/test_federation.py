@@ -42,6 +42,7 @@ OTHER_VALUES: dict[str, tuple[Any, bool]] = {
     "momentum": (0.9, True),
     "momentum_on_round": ("reset", True),
     "weighting": ("uniform", True),
+    "best": ("federation", True),
     "wire_dtype": ("bfloat16", True),
     "seed": (1, True),
     "min_sites": (1, False),
@@ -51,6 +52,7 @@ OTHER_VALUES: dict[str, tuple[Any, bool]] = {
     "keep_every": (10, False),
     "max_update_norm": (10.0, False),
     "cross_site": (True, False),
+    "more_rounds": (2, False),
 }
 CANDIDATES: tuple[Any, ...] = (
     True, False, "best", 0, 1, 2, 3, 0.5, 0.25, 0.1, 0.9, 150.0, ("lesion",), {"lesion": 3.0}, "nnUNetTrainerOther",
@@ -351,3 +353,11 @@ def test_templates_belong_together() -> None:
     study = Federation.model_validate(toml.from_toml(template("federation.toml")))
     site = Site.model_validate(toml.from_toml(template("site.toml")))
     assert site.name in study.sites
+
+
+@pytest.mark.parametrize("method", ["gcml", "local"])
+def test_a_method_without_common_rounds_has_no_best_one(method: str) -> None:
+    with pytest.raises(
+        ValidationError, match=r"best = 'federation' needs rounds .* keeps its own best\. Take 'best' out"
+    ):
+        make_study(rounds=50, method={"name": method}, best="federation")

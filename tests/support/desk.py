@@ -16,6 +16,7 @@ from nnunet_fed.coordinator.store import Collective, Store
 from nnunet_fed.coordinator.verdict import Offer, Verdict
 from nnunet_fed.exchange.communicator import Held, Verb
 from nnunet_fed.exchange.payload import Tensors, decode, encode, measure
+from nnunet_fed.study.federation import canonical_json
 
 
 class Clock:
@@ -43,6 +44,8 @@ class Desk:
         self.folder, self.clock, self.run = folder, clock, ""
         self.held: dict[str, Held] = {}
         """What each site tells of the model that it holds."""
+        self.correcting: set[str] = set()
+        """Sites that withdraw what they told, if they tell something else now."""
         self._settings: dict[str, Any] = {}
         self.open(**study)
 
@@ -77,6 +80,12 @@ class Desk:
         assert verdict is not None
         return verdict
 
+    def tell_value(self, site: str, key: str, value: Any) -> Verdict:
+        """Contribute to a gather."""
+        verdict = self.upload(site, key, canonical_json(value), verb="gather")
+        assert verdict is not None
+        return verdict
+
     def upload(
         self, site: str, key: str, payload: bytes, weight: float = 1.0, verb: Verb = "mean",
         arrives: bytes | None = None, position: int = 0,
@@ -86,7 +95,9 @@ class Desk:
         return self.coordinator.take(offer, position, [payload if arrives is None else arrives])
 
     def offer_of(self, site: str, key: str, payload: bytes, weight: float = 1.0, verb: Verb = "mean") -> Offer:
-        return Offer(self.run, key, site, verb, weight, *measure([payload]), self.held.get(site))
+        return Offer(
+            self.run, key, site, verb, weight, *measure([payload]), self.held.get(site), site in self.correcting
+        )
 
     def collective(self, key: str) -> Collective:
         """As it is now: what is due is closed."""

@@ -109,11 +109,19 @@ class InProcess:
         folder: of everything that is written.
         monkeypatch: sets nnU-Net's variables, and puts the threads in the place of the network.
         cases: of each site.
+        folds: that a site trains in the place of fold 0.
     """
 
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, cases: dict[str, int] | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        cases: dict[str, int] | None = None,
+        folds: dict[str, int | str] | None = None,
+    ):
         self._folder, self._patch = folder, monkeypatch
         self.cases = CASES if cases is None else cases
+        self._folds = folds or {}
         self._here = threading.local()
         self._runs = 0
         self.rooms = Rooms(list(self.cases))
@@ -153,7 +161,7 @@ class InProcess:
         """One site's trainer, in the current run."""
         self._patch.setenv("nnUNet_preprocessed", str(self._folder / site / "preprocessed"))
         self._patch.setenv("nnUNet_results", str(self._folder / site / f"results_{self._runs}"))
-        return trainer(tiny_plans(study), "2d", 0, DESCRIPTION, CPU)
+        return trainer(tiny_plans(study), "2d", self._folds.get(site, 0), DESCRIPTION, CPU)
 
     def run(self, trainers: dict[str, Any], validate: bool = False) -> None:
         """Train at all sites; raises the first error that does not only follow from another site's."""

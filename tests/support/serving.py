@@ -60,9 +60,10 @@ class Served:
         outgoing: Outgoing = lambda entry: None,
         files: Path | None = None,
         tls: dict[str, Any] | None = None,
+        corrects: bool = False,
         **join: Any,
     ) -> GrpcCommunicator:
-        communicator = GrpcCommunicator(self.settings(site, files, **(tls or {})), outgoing=outgoing)
+        communicator = GrpcCommunicator(self.settings(site, files, **(tls or {})), outgoing, corrects)
         self._stack.callback(communicator.close)
         digest = {"digest": self.study.digest_of_fold(self.study.fold), "configuration": "3d_fullres", "trainer": "T"}
         communicator.join(purpose, **({**digest, **join} if purpose == "training" else join))

@@ -42,6 +42,7 @@ def tiny_plans(study: Federation | None = None) -> dict[str, Any]:
     return {
         "dataset_name": DATASET, "plans_name": "nnUNetFedPlans", "image_reader_writer": "SimpleITKIO",
         "transpose_forward": [0, 1, 2], "transpose_backward": [0, 1, 2], "continue_training": False,
+        "original_median_spacing_after_transp": [1.0, 1.0, 1.0], "original_median_shape_after_transp": [3, 20, 20],
         "foreground_intensity_properties_per_channel": {"0": {}}, **carried,
         "configurations": {
             "2d": {
@@ -51,6 +52,15 @@ def tiny_plans(study: Federation | None = None) -> dict[str, Any]:
             }
         },
     }  # fmt: skip
+
+
+def tiny_cascade(study: Federation | None = None) -> dict[str, Any]:
+    """The same with the two stages of a cascade, by nnU-Net's names; both have the slices as they are."""
+    plans = tiny_plans(study)
+    configurations = plans["configurations"]
+    configurations["3d_lowres"] = {**configurations["2d"], "next_stage": "3d_cascade_fullres"}
+    configurations["3d_cascade_fullres"] = {"inherits_from": "2d", "previous_stage": "3d_lowres"}
+    return plans
 
 
 def write_preprocessed(folder: Path, cases: int = 5) -> None:

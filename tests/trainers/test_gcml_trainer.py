@@ -9,6 +9,7 @@ import itertools
 import json
 import weakref
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,12 +17,13 @@ import numpy as np
 import pytest
 import torch
 from batchgeneratorsv2.transforms.noise import gaussian_blur
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.training.logging.nnunet_logger import LocalLogger
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from pydantic import ValidationError
-from serving import make_study
-from tiny import DESCRIPTION, tiny_plans, write_preprocessed
+from serving import Served, make_study
+from tiny import DATASET, DESCRIPTION, tiny_cascade, tiny_plans, write_preprocessed
 
 from nnunet_fed import leases
 from nnunet_fed.exchange.payload import Array, encode, measure
@@ -31,6 +33,7 @@ from nnunet_fed.methods.gcml import Plan, divergence
 from nnunet_fed.methods.tensors import digest_of_tensors, load_arrays, shared_tensors, to_arrays
 from nnunet_fed.study.federation import Federation
 from nnunet_fed.study.site import SITE_FILE_VARIABLE
+from nnunet_fed.trainers.gossip import mutual_phase
 from nnunet_fed.trainers.gossip.gossip_session import Standing
 from nnunet_fed.trainers.gossip.mutual_learning import PLAN_VARIABLE
 from nnunet_fed.trainers.gossip.patch_dice import foreground_dice
@@ -195,11 +198,11 @@ def differences(one: Any, other: Any) -> list[str]:
     ]
 
 
-def foreign(seed: int = 7) -> Weights:
+def foreign(seed: int = 7, channels: int = 1) -> Weights:
     """Weights of another network of the same kind."""
     torch.manual_seed(seed)
     manager = PlansManager(tiny_plans())
-    network = nnUNetTrainer.build_network_architecture(manager, manager.get_configuration("2d"), 1, 3)
+    network = nnUNetTrainer.build_network_architecture(manager, manager.get_configuration("2d"), channels, 3)
     return {name: array.copy() for name, array in to_arrays(shared_tensors(network)).items()}
 
 
@@ -311,14 +314,14 @@ def test_14_a_copy_with_the_same_momentum_changes_nothing(
         load_arrays(shared_tensors(trainer._peer_model.network), to_arrays(shared_tensors(trainer.network)))
         trainer._peer_model.optimizer.load_state_dict(copy.deepcopy(trainer.optimizer.state_dict()))
 
-    end = nnUNetTrainerGCML._end_phase
+    end = nnUNetTrainerGCML._keep_one
 
     def compare(trainer: Any, peer_model: Any) -> None:
         ended.append((weights(trainer), to_arrays(shared_tensors(peer_model.network))))
         end(trainer, peer_model)
 
     monkeypatch.setattr(nnUNetTrainerGCML, "_begin_phase", begin_with_own)
-    monkeypatch.setattr(nnUNetTrainerGCML, "_end_phase", compare)
+    monkeypatch.setattr(nnUNetTrainerGCML, "_keep_one", compare)
     brings(postman, foreign())
     trainer = train(study(mutual_epochs=2, ramp_steps=0))
     assert equal(*ended[0])
@@ -405,17 +408,22 @@ def test_17_an_overflow_in_one_model_skips_its_step_and_not_the_others(
 
 def test_18_nothing_of_a_peer_outlives_its_phase(postman: Postman, monkeypatch: pytest.MonkeyPatch) -> None:
     networks: list[Any] = []
-    end = nnUNetTrainerGCML._end_phase
+    end = nnUNetTrainerGCML._keep_one
 
     def note(trainer: Any, peer_model: Any) -> None:
         networks.append(weakref.ref(peer_model.network))
         end(trainer, peer_model)
 
-    monkeypatch.setattr(nnUNetTrainerGCML, "_end_phase", note)
+    def is_free(device: torch.device) -> None:
+        gc.collect()
+        freed.append([network() for network in networks] == [None])
+
+    freed: list[bool] = []
+    monkeypatch.setattr(nnUNetTrainerGCML, "_keep_one", note)
+    monkeypatch.setattr(mutual_phase, "empty_cache", is_free)
     brings(postman, foreign())
     trainer = train(study())
-    gc.collect()
-    assert [network() for network in networks] == [None]
+    assert freed == [True], "what is still held is no free memory of the device"
     assert trainer._peer_model is None
     assert trainer.method_state()["incoming"] is None
     assert postman.mailbox is not None
@@ -463,7 +471,7 @@ def test_an_incoming_model_that_diverges_teaches_nothing() -> None:
 def test_merged_is_the_mean_of_both_and_the_momentum_starts_anew(
     postman: Postman, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    end = nnUNetTrainerGCML._end_phase
+    end = nnUNetTrainerGCML._keep_one
     seen: list[Weights] = []
 
     def look(trainer: Any, peer_model: Any) -> None:
@@ -476,7 +484,7 @@ def test_merged_is_the_mean_of_both_and_the_momentum_starts_anew(
         assert len(trainer.optimizer.state) == 0
         seen.append(own)
 
-    monkeypatch.setattr(nnUNetTrainerGCML, "_end_phase", look)
+    monkeypatch.setattr(nnUNetTrainerGCML, "_keep_one", look)
     brings(postman, foreign())
     trainer = train(study(keep="merge", merge_weight=0.75))
     assert len(seen) == 1
@@ -500,7 +508,7 @@ def test_19_best_takes_the_highest_score_on_the_frozen_patches(
 def test_best_goes_back_to_the_model_before_a_phase(postman: Postman, monkeypatch: pytest.MonkeyPatch) -> None:
     scores = {"local": 0.1, "before": 0.9, "incoming": 0.2, "merged": 0.3}
     monkeypatch.setattr("nnunet_fed.trainers.gossip.mutual_phase.foreground_dice", lambda *arguments: scores)
-    begin, end = nnUNetTrainerGCML._begin_phase, nnUNetTrainerGCML._end_phase
+    begin, end = nnUNetTrainerGCML._begin_phase, nnUNetTrainerGCML._keep_one
     before: list[Weights] = []
 
     def note(trainer: Any, *letter: Any) -> None:
@@ -513,7 +521,7 @@ def test_best_goes_back_to_the_model_before_a_phase(postman: Postman, monkeypatc
         assert equal(weights(trainer), before[-1])
 
     monkeypatch.setattr(nnUNetTrainerGCML, "_begin_phase", note)
-    monkeypatch.setattr(nnUNetTrainerGCML, "_end_phase", look)
+    monkeypatch.setattr(nnUNetTrainerGCML, "_keep_one", look)
     brings(postman, foreign())
     trainer = train(study(keep="best"))
     assert len(before) == 1
@@ -722,3 +730,47 @@ def test_folds_are_trained_one_after_the_other(postman: Postman, monkeypatch: py
         trainer._standing = Standing(Version("a", {}, 0), "")
         runs.add(trainer._open_session()._state.run)
     assert len(runs) == 2, "no model of a fold comes into another one"
+
+
+def test_more_rounds_after_the_end(postman: Postman, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The coordinator, which is needed for nothing else, is asked once; the site's own standing goes on."""
+    ended = train(study())
+    with ExitStack() as stack:
+        served = Served(study().model_copy(update={"more_rounds": 2}), tmp_path / "state", stack)
+        (tmp_path / "site.toml").write_text(site_file("a").replace("127.0.0.1:1", served.server.address))
+        plans = {**tiny_plans(study()), "continue_training": True}
+        trainer = nnUNetTrainerGCML(plans, "2d", 0, DESCRIPTION, CPU)
+        trainer.load_checkpoint(str(Path(ended.output_folder) / "checkpoint_final.pth"))
+        begun: list[Any] = []
+        start = trainer.on_epoch_start
+        trainer.on_epoch_start = lambda: (begun.append((weights(trainer), trainer._standing.version)), start())
+        trainer.run_training()
+        trainer.perform_actual_validation()
+    assert equal(begun[0][0], weights(ended))
+    assert begun[0][1] == ended._standing.version
+    assert trainer.current_epoch == EPOCHS + 2
+    assert [letter.version.epoch for letter, _ in postman.posted][-2:] == [EPOCHS + 1, EPOCHS + 2]
+    assert (Path(trainer.output_folder) / f"after_{EPOCHS}_rounds" / "checkpoint_final.pth").is_file()
+
+
+# --------------------------------------------------------------------------------------------------------- the cascade
+
+
+def test_in_the_second_stage_of_a_cascade_both_models_see_what_the_first_has_predicted(
+    postman: Postman, tmp_path: Path
+) -> None:
+    wanted = study(rounds=2, mutual_epochs=1)
+    trainer = nnUNetTrainerGCML(tiny_cascade(wanted), "3d_cascade_fullres", 0, DESCRIPTION, CPU)
+    with pytest.raises(SystemExit, match="First train fold all of 3d_lowres"):  # most cases are in no fold
+        trainer.run_training()
+    assert postman.mailbox is None, "nobody has heard of it"
+    first_stage = tmp_path / "results" / DATASET / "nnUNetTrainerGCML__nnUNetFedPlans__3d_lowres"
+    predicted = first_stage / "predicted_next_stage" / "3d_cascade_fullres"
+    predicted.mkdir(parents=True)
+    for case in range(5):
+        nnUNetDatasetBlosc2.save_seg(np.ones((3, 20, 20), np.uint8), str(predicted / f"case_{case}"))
+    brings(postman, foreign(channels=3))
+    trainer = nnUNetTrainerGCML(tiny_cascade(wanted), "3d_cascade_fullres", 0, DESCRIPTION, CPU)
+    trainer.run_training()
+    trainer.perform_actual_validation()
+    assert [phase["from"] for phase in record(trainer)["mutual_phases"]] == ["b"]

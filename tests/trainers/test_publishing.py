@@ -17,7 +17,7 @@ from nnunet_fed.exchange.payload import Tensors
 from nnunet_fed.trainers.nnUNetTrainerFedAdam import nnUNetTrainerFedAdam
 from nnunet_fed.trainers.nnUNetTrainerFedSM import nnUNetTrainerFedSM
 from nnunet_fed.trainers.parts.publishing import from_next_source, publish, publish_computed, require_equal
-from nnunet_fed.trainers.parts.study_trainer import DEBUG_VARIABLE
+from nnunet_fed.trainers.parts.sentences import DEBUG_VARIABLE
 
 
 def state(value: float) -> dict[str, Array]:

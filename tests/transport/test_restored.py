@@ -111,7 +111,7 @@ def test_a_training_that_runs_learns_that_rounds_were_undone(serve: Serve, tmp_p
     ):
         with pytest.raises(RefusedError, match="went back to the model of round-0001"):
             ask()
-    assert sites[0].undone_runs().keys() == {sites[0].run}
+    assert sites[0].status_at_once()["undone"].keys() == {sites[0].run}
     sites[0].note("this can be told nevertheless")
 
 

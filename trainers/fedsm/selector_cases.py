@@ -13,12 +13,10 @@ from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 from nnunet_fed.errors import FederationError
 from nnunet_fed.methods.selector import SelectorCase, SelectorConfiguration, draw_patches, header_features
+from nnunet_fed.trainers.fedsm.drawn_patches import DrawnPatches
 
 if TYPE_CHECKING:
     from nnunet_fed.trainers.nnUNetTrainerFedSM import nnUNetTrainerFedSM
-
-KEPT_BYTES = 2**31
-"""Patches are kept in memory up to here; those of further cases are drawn again for each pass."""
 
 
 def configuration_of(trainer: nnUNetTrainerFedSM) -> SelectorConfiguration:
@@ -49,8 +47,8 @@ class SelectorCases:
             folder_with_segs_from_previous_stage=trainer.folder_with_segs_from_previous_stage,
         )  # fmt: skip
         self._header = _header_reader(trainer) if configuration.header_features else lambda case: None
-        self._kept: dict[str, SelectorCase] = {}
-        self._bytes = 0
+        self._drawn = DrawnPatches(Path(trainer.preprocessed_dataset_folder), configuration)
+        self._headers: dict[str, torch.Tensor | None] = {}
 
     def __iter__(self) -> Iterator[SelectorCase]:
         for name in self.names:
@@ -63,19 +61,16 @@ class SelectorCases:
 
     def __getitem__(self, name: str) -> SelectorCase:
         """One case; raises :class:`FederationError` that names it if no patch fits."""
-        if name in self._kept:
-            return self._kept[name]
+        if name not in self._headers:
+            self._headers[name] = self._header(name)
+        return SelectorCase(self._drawn.of(name, lambda: self._draw(name)), self._headers[name])
+
+    def _draw(self, name: str) -> torch.Tensor:
         data, *_ = self._dataset.load_case(name)
         try:
-            patches = draw_patches(torch.from_numpy(data[:]), self._configuration)
+            return draw_patches(torch.from_numpy(data[:]), self._configuration)
         except FederationError as error:
             raise FederationError(f"Case {name}: {error}") from None
-        case = SelectorCase(patches, self._header(name))
-        size = patches.numel() * patches.element_size()
-        if self._bytes + size <= KEPT_BYTES:
-            self._kept[name] = case
-            self._bytes += size
-        return case
 
 
 def _header_reader(trainer: nnUNetTrainer) -> Callable[[str], torch.Tensor]:

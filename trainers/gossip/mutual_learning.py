@@ -13,13 +13,14 @@ from nnunet_fed.methods.gcml import Contrast, MutualLoss, Outputs, Plan, executi
 from nnunet_fed.study.method_table import MethodTable
 from nnunet_fed.study.methods.gcml_options import GCML
 from nnunet_fed.trainers.gossip.peer_model import Computed, PeerModel, with_non_finite_replaced
-from nnunet_fed.trainers.parts.study_trainer import StudyTrainer
+from nnunet_fed.trainers.parts.more_rounds import MoreRoundsTrainer
+from nnunet_fed.trainers.parts.ranks import of_all_ranks
 
 PLAN_VARIABLE = "nnUNet_fed_mutual_plan"
 """``simultaneous`` or ``two_pass``: how mutual steps run, whatever memory is free."""
 
 
-class MutualTrainer(StudyTrainer):
+class MutualTrainer(MoreRoundsTrainer):
     """Trains as nnU-Net does, and while there is an incoming model trains that one, too. Source: GCML's notes, 5.3."""
 
     Options: ClassVar[type[MethodTable]] = GCML
@@ -60,10 +61,12 @@ class MutualTrainer(StudyTrainer):
                 raise ConfigurationError(f"{PLAN_VARIABLE} is {chosen!r}: use one of {', '.join(get_args(Plan))}.")
             plan: Plan = chosen
             return plan
-        if self._step_bytes is None:  # no plain epoch was measured, or there is nothing to measure with
-            return "two_pass"
-        free, _ = torch.cuda.mem_get_info(self.device)
-        return execution_plan(free, self._step_bytes)
+        here: Plan = "two_pass"
+        if self._step_bytes is not None:  # a plain epoch was measured
+            free, _ = torch.cuda.mem_get_info(self.device)
+            here = execution_plan(free, self._step_bytes)
+        # the ranks compute one step together, though each has a device and memory of its own
+        return "simultaneous" if all(plan == "simultaneous" for plan in of_all_ranks(here)) else "two_pass"
 
     def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
         """nnU-Net's step; in a mutual phase one of each model, with what the other said before either of them."""

@@ -12,7 +12,7 @@ import torch
 from nnunetv2.utilities.helpers import empty_cache
 
 from nnunet_fed.errors import FederationError
-from nnunet_fed.exchange.payload import Tensors, check_finite, open_payload
+from nnunet_fed.exchange.payload import Array, Tensors, check_finite, open_payload
 from nnunet_fed.exchange.precision import widen
 from nnunet_fed.gossip.mailbox import Letter
 from nnunet_fed.gossip.schedule import Candidate, kept, merged, uniform
@@ -21,7 +21,7 @@ from nnunet_fed.trainers.gossip.gossip_session import GossipSession, Standing
 from nnunet_fed.trainers.gossip.mutual_learning import MutualTrainer
 from nnunet_fed.trainers.gossip.patch_dice import foreground_dice
 from nnunet_fed.trainers.gossip.peer_model import PeerModel
-from nnunet_fed.trainers.parts.ranks import from_rank_zero
+from nnunet_fed.trainers.parts.ranks import from_rank_zero, of_all_ranks
 
 T = TypeVar("T")
 
@@ -51,8 +51,7 @@ class PhaseTrainer(MutualTrainer):
 
     def _begin_phase(self, letter: Letter, payload: Path) -> None:
         try:
-            arrays = widen(open_payload(payload))
-            check_finite(arrays)
+            arrays = _received(payload)
             before = {name: array.copy() for name, array in self.shared_arrays().items()}
             self._peer_model = PeerModel.beside(
                 self, version=letter.version, initial=letter.initial, size=letter.size, plan=self._plan_of_choice(),
@@ -70,8 +69,14 @@ class PhaseTrainer(MutualTrainer):
                 f"({self._peer_model.plan})"
             )
 
-    def _end_phase(self, peer_model: PeerModel) -> None:
+    def _end_phase(self) -> None:
         """Decide which model stays, and forget the peer's."""
+        if self._peer_model is not None:
+            self._keep_one(self._peer_model)
+        self._peer_model = None  # the last reference, or its memory would not be free yet
+        empty_cache(self.device)
+
+    def _keep_one(self, peer_model: PeerModel) -> None:
         options, standing, site = self.options, self._standing, peer_model.version.site
         own, theirs = self.shared_arrays(), to_arrays(shared_tensors(self.bare(peer_model.network)))
         models: dict[Candidate, Tensors] = {"incoming": theirs}
@@ -99,16 +104,30 @@ class PhaseTrainer(MutualTrainer):
         }  # fmt: skip
         standing.phases.append(phase)
         self._happened(f"keeps the {choice} model after the phase with {site}'s")
-        self._peer_model = None
-        empty_cache(self.device)
 
     def _scores(self, models: dict[Candidate, Tensors]) -> dict[Candidate, float]:
-        def on_rank_zero(here: GossipSession) -> dict[Candidate, float]:
-            own = self.bare(self.network)
-            networks: dict[Candidate, torch.nn.Module] = {"local": own}
-            for name, arrays in models.items():
-                networks[name] = copy.deepcopy(own)
-                load_arrays(shared_tensors(networks[name]), arrays)
-            return foreground_dice(self, networks, int(2**32 * uniform(self.study.seed, "patches", here.site)))
+        own = self.bare(self.network)
+        networks: dict[Candidate, torch.nn.Module] = {"local": own}
+        for name, arrays in models.items():
+            networks[name] = copy.deepcopy(own)
+            load_arrays(shared_tensors(networks[name]), arrays)
+        seed = int(2**32 * uniform(self.study.seed, "patches", self._standing.version.site))
+        return foreground_dice(self, networks, seed)
 
-        return self._from_rank_zero(on_rank_zero)
+
+def _received(payload: Path) -> dict[str, Array]:
+    """The tensors of a model that has come, as float32; called on every rank, and all have them or none.
+
+    Raises:
+        FederationError: what has come cannot be used.
+    """
+    arrays, trouble = {}, ""
+    try:
+        arrays = widen(open_payload(payload))
+        check_finite(arrays)
+    except FederationError as error:
+        trouble = str(error)
+    troubles = list(filter(None, of_all_ranks(trouble)))
+    if troubles:
+        raise FederationError(troubles[0])
+    return arrays

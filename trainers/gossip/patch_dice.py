@@ -11,6 +11,7 @@ import torch
 
 from nnunet_fed.gossip.schedule import Candidate
 from nnunet_fed.trainers.parts.checkpoint import drawn_from
+from nnunet_fed.trainers.parts.ranks import of_all_ranks
 from nnunet_fed.trainers.parts.study_trainer import StudyTrainer
 
 
@@ -20,12 +21,13 @@ def foreground_dice(
     """Mean foreground Dice of each model, by nnU-Net's own validation step.
 
     The patches are drawn in this process, a batch for all models at a time, and are the same in every call. nnU-Net's
-    own draws go on as if nothing had been drawn here.
+    own draws go on as if nothing had been drawn here. Every rank of a distributed training calls this, draws patches of
+    its own, and has the Dice over the patches of all: nnU-Net's step waits for the other ranks.
 
     Args:
         trainer: whose validation cases they are of, ``val_iterations_per_epoch`` batches.
         models: left in evaluation mode.
-        seed: of the patches.
+        seed: of the patches; each rank draws from another.
 
     Returns:
         As nnU-Net's pseudo Dice: over all voxels of all patches, then the mean of the classes or regions that the
@@ -35,7 +37,7 @@ def foreground_dice(
     loader: Any = getattr(augmenter, "generator", None) or augmenter.data_loader
     counts: dict[Candidate, list[Any]] = {name: [] for name in models}
     try:
-        with drawn_from(seed), torch.no_grad():
+        with drawn_from((seed + trainer.local_rank) % 2**32), torch.no_grad():
             for _ in range(trainer.num_val_iterations_per_epoch):
                 batch = next(loader)
                 for name, model in models.items():
@@ -45,7 +47,8 @@ def foreground_dice(
                     counts[name].append([found[kind] for kind in ("tp_hard", "fp_hard", "fn_hard")])
     finally:
         trainer.network = network
-    return {name: _mean_dice(np.sum(found, axis=0, dtype=np.float64)) for name, found in counts.items()}
+    summed = of_all_ranks({name: np.sum(found, axis=0, dtype=np.float64) for name, found in counts.items()})
+    return {name: _mean_dice(sum(of_rank[name] for of_rank in summed)) for name in models}
 
 
 def _mean_dice(counts: Any) -> float:

@@ -46,10 +46,11 @@ class Branch:
         finally:
             trainer.network = own
         if trainer.is_ddp:
-            network = torch.nn.parallel.DistributedDataParallel(network, device_ids=[trainer.local_rank])
+            devices = [trainer.local_rank] if trainer.device.type == "cuda" else None
+            network = torch.nn.parallel.DistributedDataParallel(network, device_ids=devices)
         grad_scaler = None
         if trainer.grad_scaler is not None:
-            grad_scaler = torch.amp.GradScaler("cuda")
+            grad_scaler = torch.amp.GradScaler(trainer.device.type)
             grad_scaler.load_state_dict(trainer.grad_scaler.state_dict())
         return cls(network, optimizer, lr_scheduler, grad_scaler, **facts)
 

@@ -136,8 +136,4 @@ class CatchingUpTrainer(ConnectedTrainer):
         self.current_epoch = epoch
 
     def _save_latest(self) -> None:
-        self.current_epoch -= 1  # nnU-Net writes the number of the next epoch
-        try:
-            self.save_checkpoint(str(Path(self.output_folder) / LATEST_CHECKPOINT))
-        finally:
-            self.current_epoch += 1
+        self.save_at_epoch_start(LATEST_CHECKPOINT)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nnunet_fed.files import replacing
+from nnunet_fed.files import no_room, replacing
 
 FEDERATION = "federation"
 """Key of a checkpoint under which our state stands; stock nnU-Net ignores it."""
@@ -52,15 +53,37 @@ def drawn_from(seed: int) -> Iterator[None]:
         restore_random_states(before)
 
 
-def amend(stock: Path, filename: Path, additions: Mapping[str, Any]) -> None:
-    """Add entries to the checkpoint ``stock`` and move it to ``filename``, which never is half a file.
+@contextmanager
+def written_with(additions: Mapping[str, Any], filename: Path) -> Iterator[Path]:
+    """Let the checkpoint that nnU-Net writes within have further entries, and replace ``filename`` once it is whole.
 
-    The tensors are memory-mapped, not read: the cost is one more write of the file.
+    nnU-Net hands its dictionary to ``torch.save`` at once, so the entries join it there: a second write of the file,
+    with everything in it, would cost as much as the first.
+
+    Args:
+        additions: entries of the checkpoint, which take the place of nnU-Net's own of the same name.
+        filename: the checkpoint; there may be none yet.
+
+    Yields:
+        The file to hand to nnU-Net.
     """
-    checkpoint = torch.load(stock, map_location="cpu", weights_only=False, mmap=True)
-    with replacing(filename) as amended, amended.open("wb") as file:
-        torch.save({**checkpoint, **additions}, file)
-    stock.unlink()
+    save, thread = torch.save, threading.get_ident()
+
+    def save_with_additions(content: Any, *arguments: Any, **options: Any) -> None:
+        if threading.get_ident() == thread:
+            content = {**content, **additions}
+        save(content, *arguments, **options)
+
+    with replacing(filename) as part:
+        torch.save = save_with_additions  # type: ignore[assignment]
+        try:
+            yield part
+        except RuntimeError as error:
+            if "inline_container" in str(error):  # PyTorch's writer does not say why it could not write
+                raise no_room(filename) from error
+            raise
+        finally:
+            torch.save = save
 
 
 def network_weights(filename: Path) -> dict[str, torch.Tensor]:

@@ -9,14 +9,15 @@ from typing import Any
 from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
 
 from nnunet_fed.exchange.communicator import Held
+from nnunet_fed.exchange.keys import MODEL, last_round
 from nnunet_fed.study.federation import Federation
-from nnunet_fed.trainers.parts.coordinator_session import CoordinatorSession, Membership, is_undone
+from nnunet_fed.trainers.parts.coordinator_session import CoordinatorSession, Membership
+from nnunet_fed.trainers.parts.more_rounds import MoreRoundsTrainer
 from nnunet_fed.trainers.parts.ranks import RankZeroCommunicator, from_rank_zero, patient_group
-from nnunet_fed.trainers.parts.study_trainer import StudyTrainer
 from nnunet_fed.trainers.parts.training_record import RECORD, TrainingRecord
 
 
-class ConnectedTrainer(StudyTrainer):
+class ConnectedTrainer(MoreRoundsTrainer):
     """Joins the run before it trains, and has the verbs on every rank; rank 0 talks to the coordinator."""
 
     communicator: RankZeroCommunicator
@@ -40,11 +41,6 @@ class ConnectedTrainer(StudyTrainer):
         """Whether this process trains with the others; after ``--val``, and ``--c`` after the end, it does not."""
         return "communicator" in vars(self)
 
-    @property
-    def _continues(self) -> bool:
-        """Whether the command said ``--c``."""
-        return bool(self.logger.resume)
-
     def get_dataloaders(self) -> Any:
         """nnU-Net's loaders, then the federation: who has used gRPC must not fork, and nnU-Net forks its workers here.
 
@@ -54,6 +50,7 @@ class ConnectedTrainer(StudyTrainer):
         if self.current_epoch < self.study.epochs or self._was_undone():
             try:
                 self._join()
+                self._catch_up_with_rounds()
             except BaseException:
                 for loader in loaders:
                     if isinstance(loader, NonDetMultiThreadedAugmenter):
@@ -66,7 +63,16 @@ class ConnectedTrainer(StudyTrainer):
         resumed = self._resumed
         if not self._continues or resumed is None or resumed.get("run") is None:
             return False
-        return from_rank_zero(lambda: is_undone(self.own_site, resumed["run"]))
+        return resumed["run"] in self.course().undone
+
+    def _catch_up_with_rounds(self) -> None:
+        """Have as many rounds as the others, where these have gone on with more than this site began with."""
+        if self.operational.more_rounds > self.study.more_rounds:
+            key = from_rank_zero(
+                lambda: None if self._session is None else self._session.communicator.newest(MODEL), self._group
+            )
+            if key is not None and last_round(key) >= self.study.all_rounds:
+                self._go_on(self.operational.more_rounds, None if self._resumed is None else self._loaded)
 
     def _join(self) -> None:
         """Join the run, on rank 0, and let every rank know as what."""
@@ -119,8 +125,8 @@ class ConnectedTrainer(StudyTrainer):
 
     def _report(self, phase: str, wait: bool = False) -> None:
         if self._session is not None:
-            number = min(self.current_epoch // self.study.local_epochs + 1, self.study.rounds)
-            progress = {"phase": phase, "round": number, "rounds": self.study.rounds, "epoch": self.current_epoch}
+            number = min(self.current_epoch // self.study.local_epochs + 1, self.study.all_rounds)
+            progress = {"phase": phase, "round": number, "rounds": self.study.all_rounds, "epoch": self.current_epoch}
             self._session.report({**progress, **self._figures}, wait)
 
     def _leave(self) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.exchange.communicator import Held
@@ -32,21 +32,29 @@ class Membership:
     """Of the model that the site held (:mod:`nnunet_fed.coordinator.reconciliation`); empty: it held none."""
 
 
-def is_undone(site: Callable[[], Site], run: str) -> bool:
-    """Whether rounds of a run were undone since; no, if the coordinator does not answer, or is not known any more.
+class Course(NamedTuple):
+    """What became of a training that is over at a site."""
+
+    undone: frozenset[str]
+    """Ids of the runs of which rounds were undone."""
+    more_rounds: int
+
+
+def course_of(site: Callable[[], Site]) -> Course:
+    """What the coordinator says; nothing new, if it does not answer, or is not known any more.
 
     Args:
         site: gives this site's settings.
-        run: its id.
     """
     try:
         communicator = GrpcCommunicator(site())
     except ConfigurationError:  # a training that has ended needs no site.toml
-        return False
+        return Course(frozenset(), 0)
     try:
-        return run in communicator.undone_runs()
+        status = communicator.status_at_once()
     finally:
         communicator.close()
+    return Course(frozenset(status.get("undone", {})), status.get("study", {}).get("more_rounds", 0))
 
 
 class CoordinatorSession:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,9 @@ from nnunet_fed.exchange import keys
 from nnunet_fed.exchange.payload import Tensors
 from nnunet_fed.files import replacing
 from nnunet_fed.prediction.checkpoint_files import FINAL_CHECKPOINT, GLOBAL_CHECKPOINT
-from nnunet_fed.trainers.parts.catching_up import CatchingUpTrainer
 from nnunet_fed.trainers.parts.cross_site_evaluation import evaluate_across_sites, is_complete
-from nnunet_fed.trainers.parts.study_trainer import sentences_for_users
+from nnunet_fed.trainers.parts.federation_best import FederationBestTrainer
+from nnunet_fed.trainers.parts.sentences import sentences_for_users
 from nnunet_fed.trainers.parts.training_record import logged_by
 
 
@@ -22,7 +22,7 @@ class _TrainingOver(Exception):  # noqa: N818
     """The last round is over, though nnU-Net's loop has epochs left, because this site skipped some."""
 
 
-class FederatedTrainer(CatchingUpTrainer):
+class FederatedTrainer(FederationBestTrainer):
     """nnU-Net's trainer with an exchange at the end of every round.
 
     A method overrides :meth:`exchange` and the few hooks that it needs. One round is ``local_epochs`` epochs of
@@ -75,7 +75,8 @@ class FederatedTrainer(CatchingUpTrainer):
                 except _TrainingOver:
                     self.on_train_end()
             except BaseException:
-                self._report("failed", wait=True)  # not why: an error's text may name files and cases
+                with suppress(OSError):  # a full disk, to which what is sent could not be written
+                    self._report("failed", wait=True)  # not why: an error's text may name files and cases
                 self._leave_folder()
                 raise
 
@@ -95,6 +96,9 @@ class FederatedTrainer(CatchingUpTrainer):
             self._continue()
         else:
             self._start_anew(reason)
+        if self.study.cross_site and (reason is not None or self._rounds_before is not None):
+            self.note_facts(cross_site={})  # it was of other models
+        self._begin_more_rounds()
         self._restore_random_states()
 
     def on_epoch_start(self) -> None:
@@ -151,7 +155,8 @@ class FederatedTrainer(CatchingUpTrainer):
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """The validation, watched by those who watch."""
         try:
-            self._validate_with_others(save_probabilities)
+            with sentences_for_users():
+                self._validate_with_others(save_probabilities)
         finally:
             self._leave_folder()
 
@@ -160,7 +165,7 @@ class FederatedTrainer(CatchingUpTrainer):
             self._report("validating")
         super().perform_actual_validation(save_probabilities)
         if self._evaluates_across_sites and not self.skips_validation:
-            with sentences_for_users(), logged_by(self.print_to_log_file):
+            with logged_by(self.print_to_log_file):
                 self._evaluate_across_sites(save_probabilities)
         self._report("done", wait=True)
         if self.validates_together:

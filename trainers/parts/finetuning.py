@@ -6,6 +6,7 @@ nothing is frozen and nothing is sent; the best epoch by the site's own validati
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 from typing import Any, ClassVar
@@ -100,16 +101,19 @@ class FineTuningTrainer(FederatedTrainer):
         for optimizer in self.optimizers:
             optimizer.state.clear()
         if self.grad_scaler is not None:
-            self.grad_scaler = torch.amp.GradScaler("cuda")
+            self.grad_scaler = torch.amp.GradScaler(self.device.type)
         self._best_ema = None
         self.print_to_log_file(f"Fine-tuning for {self.options.finetune_epochs} epochs, without the other sites")
 
     def on_epoch_end(self) -> None:
-        """Keep a fine-tuned model that is better than the ones before on this site's validation cases."""
+        """Keep a fine-tuned model that is better than the ones before on this site's validation cases.
+
+        An epoch without a pseudo Dice is never better; if none has one, the last epoch is what is deployed.
+        """
         if self.is_finetuning:
             # not nnU-Net's moving average, which is too slow for a few epochs
             dice = float(self.logger.get_value("mean_fg_dice", step=-1))
-            if self._best_finetuned is None or dice > self._best_finetuned:
+            if not math.isnan(dice) and (self._best_finetuned is None or dice > self._best_finetuned):
                 self._best_finetuned = dice
                 self.save_for_prediction(str(Path(self.output_folder) / BEST_CHECKPOINT))
                 self.print_to_log_file(f"Best fine-tuned epoch so far: pseudo Dice {dice:.4f}")
@@ -145,9 +149,15 @@ class FineTuningTrainer(FederatedTrainer):
     def load_method_state(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`method_state`."""
         super().load_method_state(state)
-        self._best_finetuned = state.get("best_finetuned")  # FedGS came to fine-tune after 0.1
+        best = state.get("best_finetuned")  # FedGS came to fine-tune after 0.1, and 0.1 may have kept a NaN
+        self._best_finetuned = None if best is None or math.isnan(best) else best
         if self.is_finetuning:
             self.save_every = 1
+
+    @property
+    def rounds_checkpoint(self) -> Path:
+        """With fine-tuning it is that of the federated model."""
+        return self._federated_checkpoint if self.options.finetune_epochs else super().rounds_checkpoint
 
     @property
     def _federated_checkpoint(self) -> Path:

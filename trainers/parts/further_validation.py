@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,8 @@ from typing import Any
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
+from nnunet_fed.evaluation.foreground import foreground_dice
+from nnunet_fed.trainers.parts.cascade import without_next_stages
 from nnunet_fed.trainers.parts.lesion_report import evaluate_lesions
 from nnunet_fed.trainers.parts.study_trainer import StudyTrainer
 
@@ -40,16 +41,16 @@ def validate_below(trainer: StudyTrainer, name: str, save_probabilities: bool) -
 
 
 def mean_dice(folder: Path) -> float | None:
-    """nnU-Net's mean foreground Dice in ``validation`` of a folder; ``None`` where there is nothing to compare."""
-    dice = float(json.loads((folder / "validation" / "summary.json").read_text())["foreground_mean"]["Dice"])
-    return dice if math.isfinite(dice) else None
+    """The mean foreground Dice in ``validation`` of a folder; ``None`` where there is nothing to compare."""
+    return foreground_dice(json.loads((folder / "validation" / "summary.json").read_text(encoding="utf-8")))
 
 
 def predict_cases(trainer: StudyTrainer, cases: Sequence[str], save_probabilities: bool) -> None:
-    """nnU-Net's validation of some of the cases."""
+    """nnU-Net's validation of some of the cases, with a network that a cascade's next stage does not go on from."""
     trainer.__dict__["do_split"] = lambda: ([], list(cases))
     try:
-        nnUNetTrainer.perform_actual_validation(trainer, save_probabilities)
+        with without_next_stages(trainer):
+            nnUNetTrainer.perform_actual_validation(trainer, save_probabilities)
     finally:
         del trainer.__dict__["do_split"]
 

@@ -73,6 +73,15 @@ def from_rank_zero(function: Callable[[], T], group: Any = None) -> T:
     return value
 
 
+def of_all_ranks(value: T) -> list[T]:
+    """What each rank gives, in their order; every rank calls this, with a value that travels by pickle."""
+    if not is_distributed():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 @contextmanager
 def _busy(group: Any) -> Iterator[None]:
     """Meanwhile tell the other ranks, which wait on a patient group, that there is no answer yet."""

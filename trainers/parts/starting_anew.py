@@ -6,7 +6,7 @@ model is the federation's newest. Its log stays, up to the epoch from which it g
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +18,13 @@ from nnunet_fed.prediction.checkpoint_files import LATEST_CHECKPOINT
 
 if TYPE_CHECKING:
     from nnunet_fed.trainers.parts.catching_up import CatchingUpTrainer
+    from nnunet_fed.trainers.parts.study_trainer import StudyTrainer
 
 UNDONE = "undone"
 """Folder, beside the checkpoints, for those of rounds that were undone."""
 
 
-def begin_anew(trainer: CatchingUpTrainer) -> None:
+def begin_anew(trainer: StudyTrainer) -> None:
     """Give a trainer the network, the optimizer and the method's state that it has before the first epoch."""
     trainer.configure_study()
     trainer._best_ema = None
@@ -50,9 +51,15 @@ def _is_finite(value: Any) -> bool:
     return not isinstance(value, list | tuple) or all(map(_is_finite, value))
 
 
-def set_aside(folder: Path) -> None:
-    """Move all checkpoints but ``checkpoint_latest.pth`` away: nnU-Net would go on from them, or predict with them."""
+def set_aside(folder: Path, into: str = UNDONE, kept: Collection[str] = (LATEST_CHECKPOINT,)) -> None:
+    """Move checkpoints away: nnU-Net would go on from them, or predict with them.
+
+    Args:
+        folder: of the fold.
+        into: name of the folder in it to which they go.
+        kept: names of those that stay.
+    """
     for path in folder.glob("checkpoint_*.pth"):
-        if path.name != LATEST_CHECKPOINT:
-            (folder / UNDONE).mkdir(exist_ok=True)
-            move(path, folder / UNDONE / path.name)
+        if path.name not in kept:
+            (folder / into).mkdir(exist_ok=True)
+            move(path, folder / into / path.name)

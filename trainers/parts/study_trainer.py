@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
 
 import torch
@@ -16,10 +17,11 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from pydantic import ValidationError
 from torch._dynamo import OptimizedModule
 
+from nnunet_fed.agreement.fingerprint_files import OWN, put_own_in_place, without_cases
 from nnunet_fed.datasets.folds import SPLITS
 from nnunet_fed.errors import ConfigurationError, FederationError
 from nnunet_fed.exchange.payload import Array
-from nnunet_fed.files import PARTIAL
+from nnunet_fed.files import write_json
 from nnunet_fed.leases import in_turn, take
 from nnunet_fed.methods.fedavg import site_weight
 from nnunet_fed.methods.tensors import load_arrays, shared_tensors, to_arrays
@@ -30,28 +32,19 @@ from nnunet_fed.study.site import Site
 from nnunet_fed.study.toml import explain
 from nnunet_fed.study.trained_fold import trained_fold
 from nnunet_fed.trainers.parts import checkpoint
+from nnunet_fed.trainers.parts.cascade import predicting_next_stages, require_previous_stage
 from nnunet_fed.trainers.parts.lesion_report import evaluate_lesions
+from nnunet_fed.trainers.parts.own_cases import require_fold, require_preprocessed
 from nnunet_fed.trainers.parts.ranks import from_rank_zero
+from nnunet_fed.trainers.parts.sentences import sentences_for_users
 from nnunet_fed.trainers.parts.site_tracker import SiteTracker
 from nnunet_fed.trainers.parts.training_record import logged_by
 
-DEBUG_VARIABLE = "nnUNet_fed_debug"
 THREADS_VARIABLE = "nnUNet_fed_threads"
 """Number of torch's threads; stock nnU-Net takes every core for each process on the CPU."""
 SKIP_VALIDATION_VARIABLE = "nnUNet_fed_skip_validation"
 LEASE = "training.lock"
 """In the folder of the fold: which process trains, or validates, there (:mod:`nnunet_fed.leases`)."""
-
-
-@contextmanager
-def sentences_for_users() -> Iterator[None]:
-    """End the process with the error's sentence instead of a traceback, unless ``nnUNet_fed_debug`` is set."""
-    try:
-        yield
-    except FederationError as error:
-        if os.environ.get(DEBUG_VARIABLE):
-            raise
-        raise SystemExit(f"Error: {error}") from None
 
 
 def _all_in(transform: Any) -> Iterator[Any]:
@@ -80,6 +73,10 @@ class StudyTrainer(nnUNetTrainer):
     optimizer: Any
     lr_scheduler: Any
     grad_scaler: Any
+    preprocessed_dataset_folder_base: str
+    _cleanup: ExitStack
+    """What ends once nnU-Net has copied the fingerprint."""
+    _best_ema: float | None
 
     def __init__(
         self,
@@ -92,7 +89,8 @@ class StudyTrainer(nnUNetTrainer):
         with sentences_for_users():
             self.study = study_in(plans)
             self.options = self.options_of(self.study)
-        super().__init__(plans, configuration, fold, dataset_json, device)
+        with sentences_for_users():
+            super().__init__(plans, configuration, fold, dataset_json, device)
         if self.device.type == "cpu" and os.environ.get(THREADS_VARIABLE):
             torch.set_num_threads(int(os.environ[THREADS_VARIABLE]))
         self.tracker: SiteTracker | None = None
@@ -150,7 +148,7 @@ class StudyTrainer(nnUNetTrainer):
         return trained_fold(self.fold, self.study, self.own_site()).study
 
     @property
-    def _trains_on_all_cases(self) -> bool:
+    def trains_on_all_cases(self) -> bool:
         """Whether this site trains on all its cases in a fold with a number, as it did when it began."""
         if self._resumed is not None:
             return bool(self._resumed.get("all_cases"))
@@ -170,7 +168,7 @@ class StudyTrainer(nnUNetTrainer):
         return {
             "random": checkpoint.random_states(),
             "method": self.method_state(),
-            "all_cases": self._trains_on_all_cases,
+            "all_cases": self.trains_on_all_cases,
         }
 
     def load_training_state(self, state: dict[str, Any]) -> None:
@@ -256,7 +254,9 @@ class StudyTrainer(nnUNetTrainer):
         super().on_epoch_start()
 
     def initialize(self) -> None:
-        """Build the network from the study's seed."""
+        """Build the network from the study's seed, once it is sure that there are preprocessed cases."""
+        with sentences_for_users():
+            require_preprocessed(self)
         checkpoint.seed_everything(self.initial_seed + self.local_rank)
         super().initialize()
 
@@ -282,6 +282,9 @@ class StudyTrainer(nnUNetTrainer):
 
     def on_train_start(self) -> None:
         """nnU-Net's start, then TensorBoard if site.toml asks for it: its thread must not be there at a fork."""
+        if self.local_rank == 0:
+            with suppress(OSError):  # the folder may be another user's
+                put_own_in_place(Path(self.preprocessed_dataset_folder_base))
         super().on_train_start()
         going_on = self.current_epoch < self.num_epochs  # a finished training needs no site.toml
         if self.local_rank == 0 and going_on and self.own_site().tensorboard:
@@ -293,7 +296,7 @@ class StudyTrainer(nnUNetTrainer):
 
         nnU-Net makes the split if there is none. Two folds may start at once, and one would find half a file.
         """
-        if self._trains_on_all_cases:
+        if self.trains_on_all_cases:
             self.print_to_log_file(f"This site trains on all its cases in fold {self.fold}, as site.toml says.")
             fold, self.fold = self.fold, "all"
             try:
@@ -305,11 +308,32 @@ class StudyTrainer(nnUNetTrainer):
         with nullcontext() if splits.is_file() and not being_made.exists() else in_turn(being_made):
             return super().do_split()
 
+    def print_plans(self) -> None:
+        """nnU-Net's. What it does next is to copy the fingerprint of this site's cases into the results.
+
+        These may leave the site, so it is shown a fingerprint of no single case, until it plots the architecture.
+        """
+        super().print_plans()
+        self._cleanup = ExitStack()
+        self._cleanup.callback(setattr, self, "preprocessed_dataset_folder_base", self.preprocessed_dataset_folder_base)
+        self.preprocessed_dataset_folder_base = self._cleanup.enter_context(TemporaryDirectory())
+        write_json(Path(self.preprocessed_dataset_folder_base) / OWN, without_cases(self.plans_manager.plans), indent=4)
+
+    def plot_network_architecture(self) -> None:
+        """nnU-Net's, once the fingerprint is copied."""
+        self._cleanup.close()
+        super().plot_network_architecture()
+
+    def get_dataloaders(self) -> Any:
+        """nnU-Net's, once it is sure that there are the fold's cases; raises :class:`ConfigurationError` if not."""
+        require_fold(self)
+        return super().get_dataloaders()
+
     def get_tr_and_val_datasets(self) -> Any:
         """nnU-Net's data sets; notes the number of training cases.
 
         Raises:
-            ConfigurationError: there is no training or no validation case.
+            ConfigurationError: there is no training or no validation case, or the previous stage has not predicted one.
         """
         training, validation = super().get_tr_and_val_datasets()
         for kind, cases in (("training", training), ("validation", validation)):
@@ -318,6 +342,7 @@ class StudyTrainer(nnUNetTrainer):
                     f"Fold {self.fold} has no {kind} case. Correct splits_final.json in "
                     f"{self.preprocessed_dataset_folder_base}, or train fold 'all', which validates on all cases."
                 )
+        require_previous_stage(self, [*training.identifiers, *validation.identifiers])
         self._training_cases = len(training.identifiers)
         return training, validation
 
@@ -337,9 +362,9 @@ class StudyTrainer(nnUNetTrainer):
         if self.local_rank != 0 or self.disable_checkpointing:
             super().save_checkpoint(filename)
             return
-        stock = Path(f"{filename}.nnunet{PARTIAL}")
-        super().save_checkpoint(str(stock))
-        checkpoint.amend(stock, Path(filename), {**(additions or {}), "trainer_name": self.PREDICTED_AS})
+        entries = {**(additions or {}), "trainer_name": self.PREDICTED_AS}
+        with checkpoint.written_with(entries, Path(filename)) as part:
+            super().save_checkpoint(str(part))
 
     def load_checkpoint(self, filename_or_checkpoint: Any) -> None:
         """nnU-Net's checkpoint and our state."""
@@ -374,5 +399,7 @@ class StudyTrainer(nnUNetTrainer):
 
     def validate(self, save_probabilities: bool) -> None:
         """nnU-Net's validation of :attr:`network`, then the same by lesion size."""
-        super().perform_actual_validation(save_probabilities)
+        require_previous_stage(self, self.do_split()[1] if self.is_cascaded else [])
+        with predicting_next_stages(self):
+            super().perform_actual_validation(save_probabilities)
         evaluate_lesions(self)

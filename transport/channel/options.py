@@ -1,4 +1,4 @@
-"""What server and client agree on: protocol version, channel options, and where plain text is allowed."""
+"""What server and client agree on: protocol version, channel options, metadata, and where plain text is allowed."""
 
 from __future__ import annotations
 
@@ -27,6 +27,9 @@ HANDSHAKE_SECONDS, IDLE_SECONDS = 10, 600
 owner makes another with its next call. So nobody can collect them."""
 SMALLEST_MESSAGE = 1 << 16
 """Bytes: smaller ones cost more time than they spare memory."""
+WITHDRAWN_BY = "nnunet-fed-withdrawn-by"
+"""Name in the metadata of a refusal after which the others plan anew by themselves: of the site that has withdrawn what
+it told (:class:`nnunet_fed.errors.WithdrawnError`)."""
 
 
 def _options(**settings: int) -> tuple[tuple[str, int], ...]:

@@ -12,10 +12,11 @@ from typing import Any, NoReturn
 
 import grpc
 
-from nnunet_fed.errors import FederationError, NoRoomError, NotYetError
+from nnunet_fed.errors import FederationError, NoRoomError, NotYetError, WithdrawnError
 from nnunet_fed.exchange.uploads import InterruptedUploadError
 from nnunet_fed.logs import printable
 from nnunet_fed.study.address import readable
+from nnunet_fed.transport.channel.options import WITHDRAWN_BY
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +81,8 @@ class Refusals:
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: Any) -> None:
+        if isinstance(error, WithdrawnError):  # a refusal to version 0.1, which does not read what goes with it
+            self._context.set_trailing_metadata(((WITHDRAWN_BY, error.site),))
         if isinstance(error, NoRoomError | NotYetError):
             refuse(self._context, str(error), grpc.StatusCode.RESOURCE_EXHAUSTED)
         elif isinstance(error, FederationError):

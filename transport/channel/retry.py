@@ -12,9 +12,10 @@ from typing import TypeVar
 
 import grpc
 
-from nnunet_fed.errors import RefusedError, UnknownCollectiveError, UnreachableError
+from nnunet_fed.errors import RefusedError, UnknownCollectiveError, UnreachableError, WithdrawnError
 from nnunet_fed.logs import printable
 from nnunet_fed.study.address import readable
+from nnunet_fed.transport.channel.options import WITHDRAWN_BY
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +64,7 @@ def call_with_retries(
 
     Raises:
         RefusedError: the coordinator refuses; its text says why.
+        WithdrawnError: it does, since a planning begins anew.
         UnknownCollectiveError: nobody has contributed to what is asked for.
         UnreachableError: no answer within the patience, or none to be expected.
     """
@@ -80,6 +82,9 @@ def call_with_retries(
             if code == grpc.StatusCode.NOT_FOUND:
                 raise UnknownCollectiveError(details) from None
             if code in REFUSALS:
+                beside = dict(error.trailing_metadata() or ()) if isinstance(error, grpc.RpcError) else {}
+                if WITHDRAWN_BY in beside:
+                    raise WithdrawnError(details, str(beside[WITHDRAWN_BY])) from None
                 raise RefusedError(details) from None
             reasons.append(diagnose() if code == grpc.StatusCode.UNAVAILABLE else None)
             full = code == grpc.StatusCode.RESOURCE_EXHAUSTED

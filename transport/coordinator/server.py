@@ -181,6 +181,7 @@ class _Service(CoordinatorServicer):  # type: ignore[misc]
                     with self._coordinator.result_file(collective).open("rb") as file:
                         result = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
                 except FileNotFoundError:  # deleted since
+                    self._coordinator.wait(request.run, request.key, 0)  # a planning that begins anew says so
                     header.status = "pruned"
                 if request.digest == collective.digest and request.position <= len(result):
                     header.position = request.position
@@ -258,7 +259,15 @@ def _offer_of(request: pb.OfferRequest, context: grpc.ServicerContext) -> Offer:
         refuse(context, f"There is no verb {request.verb!r}.")
     verb = cast(Verb, request.verb)
     return Offer(
-        request.run, request.key, request.site, verb, request.weight, request.digest, request.size, _held_of(request)
+        request.run,
+        request.key,
+        request.site,
+        verb,
+        request.weight,
+        request.digest,
+        request.size,
+        _held_of(request),
+        request.correct,
     )
 
 

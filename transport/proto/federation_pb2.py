@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+nnunet_fed/transport/proto/federation.proto\x12\rnnunet_fed.v1\"\x07\n\x05\x45mpty\"#\n\x04Held\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\"\xcf\x01\n\x0bJoinRequest\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0c\n\x04site\x18\x02 \x01(\t\x12\x0f\n\x07purpose\x18\x03 \x01(\t\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t\x12\x15\n\rconfiguration\x18\x05 \x01(\t\x12\x0f\n\x07trainer\x18\x06 \x01(\t\x12\r\n\x05\x66resh\x18\x07 \x01(\x08\x12\x17\n\x0fnewest_protocol\x18\x08 \x01(\r\x12\x0c\n\x04\x66old\x18\t \x01(\t\x12!\n\x04held\x18\n \x01(\x0b\x32\x13.nnunet_fed.v1.Held\"p\n\tJoinReply\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\r\n\x05study\x18\x03 \x01(\t\x12\x10\n\x08protocol\x18\x04 \x01(\r\x12\x12\n\ngeneration\x18\x05 \x01(\r\x12\x10\n\x08standing\x18\x06 \x01(\t\"\xa7\x01\n\x0cOfferRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0b\n\x03key\x18\x02 \x01(\t\x12\x0c\n\x04site\x18\x03 \x01(\t\x12\x0c\n\x04verb\x18\x04 \x01(\t\x12\x0e\n\x06weight\x18\x05 \x01(\x01\x12\x0e\n\x06\x64igest\x18\x06 \x01(\t\x12\x0c\n\x04size\x18\x07 \x01(\x04\x12\x10\n\x08position\x18\x08 \x01(\x04\x12!\n\x04held\x18\t \x01(\x0b\x32\x13.nnunet_fed.v1.Held\"/\n\nOfferReply\x12\x0f\n\x07verdict\x18\x01 \x01(\t\x12\x10\n\x08position\x18\x02 \x01(\x04\"S\n\x0bUploadChunk\x12,\n\x05offer\x18\x01 \x01(\x0b\x32\x1b.nnunet_fed.v1.OfferRequestH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"o\n\rResultRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0b\n\x03key\x18\x02 \x01(\t\x12\x0c\n\x04site\x18\x03 \x01(\t\x12\x14\n\x0cwait_seconds\x18\x04 \x01(\x01\x12\x0e\n\x06\x64igest\x18\x05 \x01(\t\x12\x10\n\x08position\x18\x06 \x01(\x04\"\xfc\x01\n\x0cResultHeader\x12\x0e\n\x06status\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x0c\n\x04size\x18\x03 \x01(\x04\x12\r\n\x05\x65rror\x18\x04 \x01(\t\x12\x0f\n\x07missing\x18\x05 \x03(\t\x12\x11\n\tcloses_at\x18\x06 \x01(\x01\x12\x39\n\x07weights\x18\x07 \x03(\x0b\x32(.nnunet_fed.v1.ResultHeader.WeightsEntry\x12\x10\n\x08position\x18\x08 \x01(\x04\x12\x0e\n\x06wanted\x18\t \x01(\x08\x1a.\n\x0cWeightsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"T\n\x0bResultChunk\x12-\n\x06header\x18\x01 \x01(\x0b\x32\x1b.nnunet_fed.v1.ResultHeaderH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"*\n\rNewestRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\"\x1a\n\x0bNewestReply\x12\x0b\n\x03key\x18\x01 \x01(\t\"J\n\rReportRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0c\n\x04site\x18\x02 \x01(\t\x12\x10\n\x08progress\x18\x03 \x01(\t\x12\x0c\n\x04note\x18\x04 \x01(\t\"J\n\x0cLeaveRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0c\n\x04site\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0f\n\x07returns\x18\x04 \x01(\x08\"F\n\rStatusRequest\x12\x0e\n\x06record\x18\x01 \x01(\x08\x12\x17\n\x0fnewest_protocol\x18\x02 \x01(\r\x12\x0c\n\x04page\x18\x03 \x01(\t\"+\n\x0bStatusReply\x12\x0e\n\x06status\x18\x01 \x01(\t\x12\x0c\n\x04next\x18\x02 \x01(\t\"`\n\x08PeerInfo\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0c\n\x04site\x18\x02 \x01(\t\x12\x0b\n\x03run\x18\x03 \x01(\t\x12\x16\n\x0etraining_cases\x18\x04 \x01(\x04\x12\x0f\n\x07leaving\x18\x05 \x01(\x08\"\x8d\x02\n\x05Model\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0c\n\x04site\x18\x02 \x01(\t\x12\x0b\n\x03run\x18\x03 \x01(\t\x12\x30\n\x06vector\x18\x04 \x03(\x0b\x32 .nnunet_fed.v1.Model.VectorEntry\x12\r\n\x05\x65poch\x18\x05 \x01(\x04\x12\x16\n\x0etraining_cases\x18\x06 \x01(\x04\x12\x0f\n\x07initial\x18\x07 \x01(\t\x12\x0e\n\x06schema\x18\x08 \x01(\t\x12\x0e\n\x06\x64igest\x18\t \x01(\t\x12\x0c\n\x04size\x18\n \x01(\x04\x12\x10\n\x08position\x18\x0b \x01(\x04\x1a-\n\x0bVectorEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\">\n\tPeerReply\x12\x0f\n\x07verdict\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x10\n\x08position\x18\x03 \x01(\x04\"v\n\nModelChunk\x12%\n\x05model\x18\x01 \x01(\x0b\x32\x14.nnunet_fed.v1.ModelH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x12)\n\x05reply\x18\x03 \x01(\x0b\x32\x18.nnunet_fed.v1.PeerReplyH\x00\x42\x06\n\x04part\"}\n\x0bPullRequest\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0c\n\x04site\x18\x02 \x01(\t\x12\x0b\n\x03run\x18\x03 \x01(\t\x12\x0e\n\x06schema\x18\x04 \x01(\t\x12\x0f\n\x07\x63ounter\x18\x05 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x06 \x01(\t\x12\x10\n\x08position\x18\x07 \x01(\x04\x32\x97\x04\n\x0b\x43oordinator\x12<\n\x04Join\x12\x1a.nnunet_fed.v1.JoinRequest\x1a\x18.nnunet_fed.v1.JoinReply\x12?\n\x05Offer\x12\x1b.nnunet_fed.v1.OfferRequest\x1a\x19.nnunet_fed.v1.OfferReply\x12\x41\n\x06Upload\x12\x1a.nnunet_fed.v1.UploadChunk\x1a\x19.nnunet_fed.v1.OfferReply(\x01\x12\x44\n\x06Result\x12\x1c.nnunet_fed.v1.ResultRequest\x1a\x1a.nnunet_fed.v1.ResultChunk0\x01\x12\x42\n\x06Newest\x12\x1c.nnunet_fed.v1.NewestRequest\x1a\x1a.nnunet_fed.v1.NewestReply\x12<\n\x06Report\x12\x1c.nnunet_fed.v1.ReportRequest\x1a\x14.nnunet_fed.v1.Empty\x12:\n\x05Leave\x12\x1b.nnunet_fed.v1.LeaveRequest\x1a\x14.nnunet_fed.v1.Empty\x12\x42\n\x06Status\x12\x1c.nnunet_fed.v1.StatusRequest\x1a\x1a.nnunet_fed.v1.StatusReply2\xf9\x01\n\x04Peer\x12\x38\n\x04Info\x12\x17.nnunet_fed.v1.PeerInfo\x1a\x17.nnunet_fed.v1.PeerInfo\x12\x37\n\x05Offer\x12\x14.nnunet_fed.v1.Model\x1a\x18.nnunet_fed.v1.PeerReply\x12=\n\x04Push\x12\x19.nnunet_fed.v1.ModelChunk\x1a\x18.nnunet_fed.v1.PeerReply(\x01\x12?\n\x04Pull\x12\x1a.nnunet_fed.v1.PullRequest\x1a\x19.nnunet_fed.v1.ModelChunk0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+nnunet_fed/transport/proto/federation.proto\x12\rnnunet_fed.v1\"\x07\n\x05\x45mpty\"#\n\x04Held\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\"\xcf\x01\n\x0bJoinRequest\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0c\n\x04site\x18\x02 \x01(\t\x12\x0f\n\x07purpose\x18\x03 \x01(\t\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t\x12\x15\n\rconfiguration\x18\x05 \x01(\t\x12\x0f\n\x07trainer\x18\x06 \x01(\t\x12\r\n\x05\x66resh\x18\x07 \x01(\x08\x12\x17\n\x0fnewest_protocol\x18\x08 \x01(\r\x12\x0c\n\x04\x66old\x18\t \x01(\t\x12!\n\x04held\x18\n \x01(\x0b\x32\x13.nnunet_fed.v1.Held\"p\n\tJoinReply\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\r\n\x05study\x18\x03 \x01(\t\x12\x10\n\x08protocol\x18\x04 \x01(\r\x12\x12\n\ngeneration\x18\x05 \x01(\r\x12\x10\n\x08standing\x18\x06 \x01(\t\"\xb8\x01\n\x0cOfferRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0b\n\x03key\x18\x02 \x01(\t\x12\x0c\n\x04site\x18\x03 \x01(\t\x12\x0c\n\x04verb\x18\x04 \x01(\t\x12\x0e\n\x06weight\x18\x05 \x01(\x01\x12\x0e\n\x06\x64igest\x18\x06 \x01(\t\x12\x0c\n\x04size\x18\x07 \x01(\x04\x12\x10\n\x08position\x18\x08 \x01(\x04\x12!\n\x04held\x18\t \x01(\x0b\x32\x13.nnunet_fed.v1.Held\x12\x0f\n\x07\x63orrect\x18\n \x01(\x08\"/\n\nOfferReply\x12\x0f\n\x07verdict\x18\x01 \x01(\t\x12\x10\n\x08position\x18\x02 \x01(\x04\"S\n\x0bUploadChunk\x12,\n\x05offer\x18\x01 \x01(\x0b\x32\x1b.nnunet_fed.v1.OfferRequestH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"o\n\rResultRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0b\n\x03key\x18\x02 \x01(\t\x12\x0c\n\x04site\x18\x03 \x01(\t\x12\x14\n\x0cwait_seconds\x18\x04 \x01(\x01\x12\x0e\n\x06\x64igest\x18\x05 \x01(\t\x12\x10\n\x08position\x18\x06 \x01(\x04\"\xfc\x01\n\x0cResultHeader\x12\x0e\n\x06status\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x0c\n\x04size\x18\x03 \x01(\x04\x12\r\n\x05\x65rror\x18\x04 \x01(\t\x12\x0f\n\x07missing\x18\x05 \x03(\t\x12\x11\n\tcloses_at\x18\x06 \x01(\x01\x12\x39\n\x07weights\x18\x07 \x03(\x0b\x32(.nnunet_fed.v1.ResultHeader.WeightsEntry\x12\x10\n\x08position\x18\x08 \x01(\x04\x12\x0e\n\x06wanted\x18\t \x01(\x08\x1a.\n\x0cWeightsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"T\n\x0bResultChunk\x12-\n\x06header\x18\x01 \x01(\x0b\x32\x1b.nnunet_fed.v1.ResultHeaderH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"*\n\rNewestRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\"\x1a\n\x0bNewestReply\x12\x0b\n\x03key\x18\x01 \x01(\t\"J\n\rReportRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0c\n\x04site\x18\x02 \x01(\t\x12\x10\n\x08progress\x18\x03 \x01(\t\x12\x0c\n\x04note\x18\x04 \x01(\t\"J\n\x0cLeaveRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0c\n\x04site\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0f\n\x07returns\x18\x04 \x01(\x08\"F\n\rStatusRequest\x12\x0e\n\x06record\x18\x01 \x01(\x08\x12\x17\n\x0fnewest_protocol\x18\x02 \x01(\r\x12\x0c\n\x04page\x18\x03 \x01(\t\"+\n\x0bStatusReply\x12\x0e\n\x06status\x18\x01 \x01(\t\x12\x0c\n\x04next\x18\x02 \x01(\t\"`\n\x08PeerInfo\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0c\n\x04site\x18\x02 \x01(\t\x12\x0b\n\x03run\x18\x03 \x01(\t\x12\x16\n\x0etraining_cases\x18\x04 \x01(\x04\x12\x0f\n\x07leaving\x18\x05 \x01(\x08\"\x8d\x02\n\x05Model\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0c\n\x04site\x18\x02 \x01(\t\x12\x0b\n\x03run\x18\x03 \x01(\t\x12\x30\n\x06vector\x18\x04 \x03(\x0b\x32 .nnunet_fed.v1.Model.VectorEntry\x12\r\n\x05\x65poch\x18\x05 \x01(\x04\x12\x16\n\x0etraining_cases\x18\x06 \x01(\x04\x12\x0f\n\x07initial\x18\x07 \x01(\t\x12\x0e\n\x06schema\x18\x08 \x01(\t\x12\x0e\n\x06\x64igest\x18\t \x01(\t\x12\x0c\n\x04size\x18\n \x01(\x04\x12\x10\n\x08position\x18\x0b \x01(\x04\x1a-\n\x0bVectorEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\">\n\tPeerReply\x12\x0f\n\x07verdict\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x10\n\x08position\x18\x03 \x01(\x04\"v\n\nModelChunk\x12%\n\x05model\x18\x01 \x01(\x0b\x32\x14.nnunet_fed.v1.ModelH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x12)\n\x05reply\x18\x03 \x01(\x0b\x32\x18.nnunet_fed.v1.PeerReplyH\x00\x42\x06\n\x04part\"}\n\x0bPullRequest\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0c\n\x04site\x18\x02 \x01(\t\x12\x0b\n\x03run\x18\x03 \x01(\t\x12\x0e\n\x06schema\x18\x04 \x01(\t\x12\x0f\n\x07\x63ounter\x18\x05 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x06 \x01(\t\x12\x10\n\x08position\x18\x07 \x01(\x04\x32\x97\x04\n\x0b\x43oordinator\x12<\n\x04Join\x12\x1a.nnunet_fed.v1.JoinRequest\x1a\x18.nnunet_fed.v1.JoinReply\x12?\n\x05Offer\x12\x1b.nnunet_fed.v1.OfferRequest\x1a\x19.nnunet_fed.v1.OfferReply\x12\x41\n\x06Upload\x12\x1a.nnunet_fed.v1.UploadChunk\x1a\x19.nnunet_fed.v1.OfferReply(\x01\x12\x44\n\x06Result\x12\x1c.nnunet_fed.v1.ResultRequest\x1a\x1a.nnunet_fed.v1.ResultChunk0\x01\x12\x42\n\x06Newest\x12\x1c.nnunet_fed.v1.NewestRequest\x1a\x1a.nnunet_fed.v1.NewestReply\x12<\n\x06Report\x12\x1c.nnunet_fed.v1.ReportRequest\x1a\x14.nnunet_fed.v1.Empty\x12:\n\x05Leave\x12\x1b.nnunet_fed.v1.LeaveRequest\x1a\x14.nnunet_fed.v1.Empty\x12\x42\n\x06Status\x12\x1c.nnunet_fed.v1.StatusRequest\x1a\x1a.nnunet_fed.v1.StatusReply2\xf9\x01\n\x04Peer\x12\x38\n\x04Info\x12\x17.nnunet_fed.v1.PeerInfo\x1a\x17.nnunet_fed.v1.PeerInfo\x12\x37\n\x05Offer\x12\x14.nnunet_fed.v1.Model\x1a\x18.nnunet_fed.v1.PeerReply\x12=\n\x04Push\x12\x19.nnunet_fed.v1.ModelChunk\x1a\x18.nnunet_fed.v1.PeerReply(\x01\x12?\n\x04Pull\x12\x1a.nnunet_fed.v1.PullRequest\x1a\x19.nnunet_fed.v1.ModelChunk0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -44,45 +44,45 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_JOINREPLY']._serialized_start=318
   _globals['_JOINREPLY']._serialized_end=430
   _globals['_OFFERREQUEST']._serialized_start=433
-  _globals['_OFFERREQUEST']._serialized_end=600
-  _globals['_OFFERREPLY']._serialized_start=602
-  _globals['_OFFERREPLY']._serialized_end=649
-  _globals['_UPLOADCHUNK']._serialized_start=651
-  _globals['_UPLOADCHUNK']._serialized_end=734
-  _globals['_RESULTREQUEST']._serialized_start=736
-  _globals['_RESULTREQUEST']._serialized_end=847
-  _globals['_RESULTHEADER']._serialized_start=850
-  _globals['_RESULTHEADER']._serialized_end=1102
-  _globals['_RESULTHEADER_WEIGHTSENTRY']._serialized_start=1056
-  _globals['_RESULTHEADER_WEIGHTSENTRY']._serialized_end=1102
-  _globals['_RESULTCHUNK']._serialized_start=1104
-  _globals['_RESULTCHUNK']._serialized_end=1188
-  _globals['_NEWESTREQUEST']._serialized_start=1190
-  _globals['_NEWESTREQUEST']._serialized_end=1232
-  _globals['_NEWESTREPLY']._serialized_start=1234
-  _globals['_NEWESTREPLY']._serialized_end=1260
-  _globals['_REPORTREQUEST']._serialized_start=1262
-  _globals['_REPORTREQUEST']._serialized_end=1336
-  _globals['_LEAVEREQUEST']._serialized_start=1338
-  _globals['_LEAVEREQUEST']._serialized_end=1412
-  _globals['_STATUSREQUEST']._serialized_start=1414
-  _globals['_STATUSREQUEST']._serialized_end=1484
-  _globals['_STATUSREPLY']._serialized_start=1486
-  _globals['_STATUSREPLY']._serialized_end=1529
-  _globals['_PEERINFO']._serialized_start=1531
-  _globals['_PEERINFO']._serialized_end=1627
-  _globals['_MODEL']._serialized_start=1630
-  _globals['_MODEL']._serialized_end=1899
-  _globals['_MODEL_VECTORENTRY']._serialized_start=1854
-  _globals['_MODEL_VECTORENTRY']._serialized_end=1899
-  _globals['_PEERREPLY']._serialized_start=1901
-  _globals['_PEERREPLY']._serialized_end=1963
-  _globals['_MODELCHUNK']._serialized_start=1965
-  _globals['_MODELCHUNK']._serialized_end=2083
-  _globals['_PULLREQUEST']._serialized_start=2085
-  _globals['_PULLREQUEST']._serialized_end=2210
-  _globals['_COORDINATOR']._serialized_start=2213
-  _globals['_COORDINATOR']._serialized_end=2748
-  _globals['_PEER']._serialized_start=2751
-  _globals['_PEER']._serialized_end=3000
+  _globals['_OFFERREQUEST']._serialized_end=617
+  _globals['_OFFERREPLY']._serialized_start=619
+  _globals['_OFFERREPLY']._serialized_end=666
+  _globals['_UPLOADCHUNK']._serialized_start=668
+  _globals['_UPLOADCHUNK']._serialized_end=751
+  _globals['_RESULTREQUEST']._serialized_start=753
+  _globals['_RESULTREQUEST']._serialized_end=864
+  _globals['_RESULTHEADER']._serialized_start=867
+  _globals['_RESULTHEADER']._serialized_end=1119
+  _globals['_RESULTHEADER_WEIGHTSENTRY']._serialized_start=1073
+  _globals['_RESULTHEADER_WEIGHTSENTRY']._serialized_end=1119
+  _globals['_RESULTCHUNK']._serialized_start=1121
+  _globals['_RESULTCHUNK']._serialized_end=1205
+  _globals['_NEWESTREQUEST']._serialized_start=1207
+  _globals['_NEWESTREQUEST']._serialized_end=1249
+  _globals['_NEWESTREPLY']._serialized_start=1251
+  _globals['_NEWESTREPLY']._serialized_end=1277
+  _globals['_REPORTREQUEST']._serialized_start=1279
+  _globals['_REPORTREQUEST']._serialized_end=1353
+  _globals['_LEAVEREQUEST']._serialized_start=1355
+  _globals['_LEAVEREQUEST']._serialized_end=1429
+  _globals['_STATUSREQUEST']._serialized_start=1431
+  _globals['_STATUSREQUEST']._serialized_end=1501
+  _globals['_STATUSREPLY']._serialized_start=1503
+  _globals['_STATUSREPLY']._serialized_end=1546
+  _globals['_PEERINFO']._serialized_start=1548
+  _globals['_PEERINFO']._serialized_end=1644
+  _globals['_MODEL']._serialized_start=1647
+  _globals['_MODEL']._serialized_end=1916
+  _globals['_MODEL_VECTORENTRY']._serialized_start=1871
+  _globals['_MODEL_VECTORENTRY']._serialized_end=1916
+  _globals['_PEERREPLY']._serialized_start=1918
+  _globals['_PEERREPLY']._serialized_end=1980
+  _globals['_MODELCHUNK']._serialized_start=1982
+  _globals['_MODELCHUNK']._serialized_end=2100
+  _globals['_PULLREQUEST']._serialized_start=2102
+  _globals['_PULLREQUEST']._serialized_end=2227
+  _globals['_COORDINATOR']._serialized_start=2230
+  _globals['_COORDINATOR']._serialized_end=2765
+  _globals['_PEER']._serialized_start=2768
+  _globals['_PEER']._serialized_end=3017
 # @@protoc_insertion_point(module_scope)

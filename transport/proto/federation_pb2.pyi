@@ -59,7 +59,7 @@ class JoinReply(_message.Message):
     def __init__(self, run: _Optional[str] = ..., attempt: _Optional[int] = ..., study: _Optional[str] = ..., protocol: _Optional[int] = ..., generation: _Optional[int] = ..., standing: _Optional[str] = ...) -> None: ...
 
 class OfferRequest(_message.Message):
-    __slots__ = ("run", "key", "site", "verb", "weight", "digest", "size", "position", "held")
+    __slots__ = ("run", "key", "site", "verb", "weight", "digest", "size", "position", "held", "correct")
     RUN_FIELD_NUMBER: _ClassVar[int]
     KEY_FIELD_NUMBER: _ClassVar[int]
     SITE_FIELD_NUMBER: _ClassVar[int]
@@ -69,6 +69,7 @@ class OfferRequest(_message.Message):
     SIZE_FIELD_NUMBER: _ClassVar[int]
     POSITION_FIELD_NUMBER: _ClassVar[int]
     HELD_FIELD_NUMBER: _ClassVar[int]
+    CORRECT_FIELD_NUMBER: _ClassVar[int]
     run: str
     key: str
     site: str
@@ -78,7 +79,8 @@ class OfferRequest(_message.Message):
     size: int
     position: int
     held: Held
-    def __init__(self, run: _Optional[str] = ..., key: _Optional[str] = ..., site: _Optional[str] = ..., verb: _Optional[str] = ..., weight: _Optional[float] = ..., digest: _Optional[str] = ..., size: _Optional[int] = ..., position: _Optional[int] = ..., held: _Optional[_Union[Held, _Mapping]] = ...) -> None: ...
+    correct: bool
+    def __init__(self, run: _Optional[str] = ..., key: _Optional[str] = ..., site: _Optional[str] = ..., verb: _Optional[str] = ..., weight: _Optional[float] = ..., digest: _Optional[str] = ..., size: _Optional[int] = ..., position: _Optional[int] = ..., held: _Optional[_Union[Held, _Mapping]] = ..., correct: bool = ...) -> None: ...
 
 class OfferReply(_message.Message):
     __slots__ = ("verdict", "position")

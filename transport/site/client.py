@@ -22,6 +22,7 @@ from nnunet_fed.errors import (
     RefusedError,
     RoundClosedError,
     UnknownCollectiveError,
+    WithdrawnError,
 )
 from nnunet_fed.exchange.communicator import Held, Verb, check_weight
 from nnunet_fed.exchange.keys import MODEL, last_round, name_of
@@ -63,12 +64,13 @@ class GrpcCommunicator:
     Args:
         site: this site's settings.
         outgoing: hears of everything that this site sends, before it leaves (:mod:`nnunet_fed.exchange.outgoing_log`).
+        corrects: if this site tells something else while planning than it has told before, it withdraws that, once.
 
     Raises:
         ConfigurationError: the coordinator's address needs TLS, or a file for it is missing or wrong.
     """
 
-    def __init__(self, site: Site, outgoing: Outgoing = lambda entry: None):
+    def __init__(self, site: Site, outgoing: Outgoing = lambda entry: None, corrects: bool = False):
         check_security(site)
         self.site = site.name
         self.bytes_sent = 0
@@ -77,6 +79,8 @@ class GrpcCommunicator:
         """Who took part in the last collective, and with which weight."""
         self._settings = site
         self._outgoing = outgoing
+        self._corrects = corrects
+        self._knows_corrections = True
         self._channel: grpc.Channel | None = None
         self._opened: Stub | None = None
         self._random = random.Random()  # not the global one, whose state belongs to the training
@@ -135,6 +139,7 @@ class GrpcCommunicator:
         reply = self._call(lambda: self._stub.Join(request, timeout=30))
         self.study = Federation.restore(json.loads(reply.study))
         self.run, self.attempt, self._purpose = reply.run, reply.attempt, purpose
+        self._knows_corrections = reply.protocol > OLDEST_PROTOCOL
         self.generation, self.standing, self.held = reply.generation, reply.standing, held
         minutes = self.study.planning_deadline_minutes if purpose == "planning" else self.study.deadline_minutes
         self._patience = 60 * minutes
@@ -242,19 +247,16 @@ class GrpcCommunicator:
             add_page(status, json.loads(reply.status))
         return status
 
-    def undone_runs(self) -> dict[str, str]:
-        """By the id of each run of which rounds were undone: that of the run in which it goes on.
-
-        Empty if the coordinator does not answer at once, or is of version 0.1.
-        """
+    def status_at_once(self) -> dict[str, Any]:
+        """As :meth:`status`; empty if the coordinator does not answer at once."""
         try:
             reply = self._stub.Status(pb.StatusRequest(newest_protocol=NEWEST_PROTOCOL), timeout=10)
         except grpc.RpcError as error:
             details = readable(str(error.details()))
-            logger.warning("the coordinator could not be asked whether rounds were undone: %s", details)
+            logger.warning("the coordinator could not be asked whether the training goes on: %s", details)
             return {}
-        undone: dict[str, str] = json.loads(reply.status).get("undone", {})
-        return undone
+        status: dict[str, Any] = json.loads(reply.status)
+        return status
 
     def close(self) -> None:
         """Close the channel; the next call opens another."""
@@ -284,11 +286,19 @@ class GrpcCommunicator:
         offer = pb.OfferRequest(
             run=self.run, key=key, site=self.site, verb=verb, weight=weight,
             digest=outbound.digest if pieces else "", size=outbound.size,
-            held=None if self.held is None else pb.Held(**self.held._asdict()),
+            held=None if self.held is None else pb.Held(**self.held._asdict()), correct=self._corrects,
         )  # fmt: skip
         contribute = partial(self._offer, offer, outbound, content)
-        contribute()
-        return self._result(key, contribute)
+        try:
+            contribute()
+            return self._result(key, contribute)
+        except WithdrawnError as error:
+            corrects, self._corrects = self._corrects, False  # nothing that this site has told stands any more
+            if error.site != self.site or corrects:
+                raise
+            raise RefusedError(
+                f"Another command at site '{self.site}' has withdrawn what it told, and plans anew. This one ends."
+            ) from None
 
     def _offer(self, offer: pb.OfferRequest, outbound: Outbound, content: Callable[[], dict[str, Any]]) -> None:
         """Contribute, unless a contribution of this site stands."""
@@ -306,10 +316,19 @@ class GrpcCommunicator:
             if self._purpose == "planning":
                 raise RefusedError(
                     f"Site '{self.site}' has already contributed other values to '{key}': its data set or software "
-                    "changed since. Undo that, or let the coordinator open a new attempt "
-                    "(nnunet_fed new-attempt STATE) and plan at all sites again."
+                    f"changed since. Undo that, or {self._remedy()}"
                 )
             logger.warning("'%s': this site has already contributed other values; those stand.", key)
+
+    def _remedy(self) -> str:
+        """How to tell something else than this site has told while planning."""
+        anew = "let the coordinator open a new attempt (nnunet_fed new-attempt STATE) and plan at all sites again."
+        if self._knows_corrections:
+            return (
+                "correct what it has told: give the same command with --correct, and all sites plan anew. Once the "
+                f"plans are agreed that is refused: then {anew}"
+            )
+        return f"{anew} (The coordinator's version of nnunet_fed does not know --correct.)" if self._corrects else anew
 
     def _contribute(self, offer: pb.OfferRequest, outbound: Outbound, content: Callable[[], dict[str, Any]]) -> str:
         reply = self._stub.Offer(offer, timeout=60)
@@ -400,5 +419,6 @@ class GrpcCommunicator:
 def _facts(offer: pb.OfferRequest) -> dict[str, Any]:
     facts = {"run": offer.run, "key": offer.key, "verb": offer.verb, "weight": offer.weight}
     held = {"held": {"key": offer.held.key, "digest": offer.held.digest}} if offer.HasField("held") else {}
+    correct = {"correct": True} if offer.correct else {}
     begun = {"from_byte": offer.position} if offer.position else {}
-    return {**facts, **held, "bytes": offer.size, "digest": offer.digest, **begun}
+    return {**facts, **held, "bytes": offer.size, "digest": offer.digest, **correct, **begun}
