@@ -275,7 +275,7 @@ def _check_sites(simulation: Simulation) -> None:
 
 def _check_stages(simulation: Simulation) -> None:
     *first, last = stages_of(simulation.study.configuration)
-    if first and simulation.until != "plan" and simulation.study.fold != "all":
+    if first and simulation.until != "plan" and simulation.study.trained_folds != ("all",):
         raise ConfigurationError(
             f"{last} trains on what {first[-1]} predicts for every case, and fold {simulation.study.fold} of "
             f"{first[-1]} predicts its validation cases only: simulate {last} with --fold all."
