@@ -78,7 +78,9 @@ class StudyOptions:
     ] = None
     initial_lr: Annotated[float, typer.Option("--lr", help="Initial learning rate.")] = _of_a_study("initial_lr")
     momentum: Annotated[float, typer.Option(help="Momentum.")] = _of_a_study("momentum")
-    fold: Annotated[str, typer.Option(help="Cross-validation fold; simulate takes all, too.")] = "0"
+    fold: Annotated[
+        str, typer.Option(metavar="FOLD[,FOLD...]", help="Cross-validation folds; simulate takes all, too.")
+    ] = "0"
     weighting: Annotated[str, typer.Option(help="Weight of a site in a mean: cases or uniform.")] = _of_a_study(
         "weighting"
     )
@@ -92,9 +94,10 @@ class StudyOptions:
 
     def settings(self) -> dict[str, Any]:
         """For ``federation.toml``; a bad fold, or a file that is no checkpoint, raises :class:`ConfigurationError`."""
-        fold = self.fold if self.fold == "all" else whole_number("--fold", self.fold)
+        folds = [fold if fold == "all" else whole_number("--fold", fold) for fold in self.fold.split(",")]
+        several = {"folds": folds} if len(folds) > 1 else {}
         deadline = {"planning_deadline_minutes": self.deadline_minutes}
-        return {**asdict(self), **deadline, "fold": fold, "pretrained": self._digest()}
+        return {**asdict(self), **deadline, "fold": folds[0], **several, "pretrained": self._digest()}
 
     def _digest(self) -> str | None:
         if self.pretrained is None:

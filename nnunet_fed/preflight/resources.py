@@ -76,6 +76,7 @@ def footprint(plans: Mapping[str, Any], configuration: str, dataset: Mapping[str
     held = 3 * (method.MODELS - 1) + method.DEVICE_FLOATS
     kept = CHECKPOINTS * (2 * method.MODELS + method.DEVICE_FLOATS + method.HOST_FLOATS)  # no gradients
     kept += method.kept_models(len(study.sites))
+    kept *= len(study.trained_folds)
     return Footprint(parameters, step + FLOAT * held * parameters, FLOAT * kept * parameters)
 
 

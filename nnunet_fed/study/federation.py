@@ -62,7 +62,7 @@ class Federation(Table):
     """
 
     OPERATIONAL = frozenset({
-        "name", "sites", "plans_name", "configuration", "fold", "min_cases", "min_sites", "deadline_minutes",
+        "name", "sites", "plans_name", "configuration", "fold", "folds", "min_cases", "min_sites", "deadline_minutes",
         "planning_deadline_minutes", "keep_rounds", "keep_every", "max_update_norm", "cross_site", "more_rounds",
     })  # fmt: skip
 
@@ -90,6 +90,9 @@ class Federation(Table):
     fold: Fold = 0
     """*Operational.* Cross-validation fold that the sites train; a site may map it to another one or to ``all``
     (site.toml). Part of a run's identity."""
+    folds: Annotated[tuple[Fold, ...] | None, Field(min_length=1), Neutral(None, since=3)] = None
+    """*Operational.* Folds that the sites train, each in a run of its own, in turn or at once; ``None``: :attr:`fold`
+    alone, which else is the one that a site of version 0.1 trains."""
     rounds: int = Field(ge=1)
     more_rounds: Annotated[int, Field(ge=0), Neutral(0, since=3)] = 0
     """*Operational.* Further rounds, which a training that is over goes on with from its last state; it only grows."""
@@ -129,6 +132,25 @@ class Federation(Table):
     """*Operational.* After the training the model that each site deploys is evaluated at every other site. It counts
     where the plans, with which a site trains, say so too: no site's model leaves it by what is edited later."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _first_fold(cls, values: Any) -> Any:
+        folds = values.get("folds") if isinstance(values, Mapping) else None
+        return {"fold": folds[0], **values} if isinstance(folds, list | tuple) and folds else values
+
+    @field_validator("folds")
+    @classmethod
+    def _folds_differ(cls, folds: tuple[Fold, ...] | None) -> tuple[Fold, ...] | None:
+        if folds is not None and len(set(folds)) < len(folds):
+            raise ValueError("name each fold once")
+        return folds
+
+    @model_validator(mode="after")
+    def _fold_is_among_folds(self) -> Federation:
+        if self.fold not in self.trained_folds:
+            raise ValueError(f"fold is {self.fold!r}, which is none of folds: give one of these two only")
+        return self
+
     @field_validator("sites")
     @classmethod
     def _sites_are_names(cls, sites: tuple[str, ...]) -> tuple[str, ...]:
@@ -163,6 +185,11 @@ class Federation(Table):
     def quorum(self) -> int:
         """Least number of sites with which a training round may close."""
         return len(self.sites) if self.min_sites is None else self.min_sites
+
+    @property
+    def trained_folds(self) -> tuple[Fold, ...]:
+        """The folds that the sites train."""
+        return self.folds or (self.fold,)
 
     @property
     def all_rounds(self) -> int:

@@ -33,6 +33,7 @@ OTHER_VALUES: dict[str, tuple[Any, bool]] = {
     "plans_name": ("OtherPlans", False),
     "configuration": ("2d", False),
     "fold": ("all", False),
+    "folds": ((0, 3), False),
     "rounds": (3, True),
     "local_epochs": (2, True),
     "iterations_per_epoch": (251, True),
@@ -348,7 +349,7 @@ def test_templates_show_the_defaults() -> None:
     for name, field in Federation.model_fields.items():
         free_choice = name in (
             "rounds", "local_epochs", "plans_name", "min_sites", "overwrite_target_spacing", "gpu_memory_target_in_gb",
-            "max_update_norm", "keep_every", "pretrained",
+            "max_update_norm", "keep_every", "pretrained", "folds",
         )  # fmt: skip
         if not field.is_required() and not free_choice:
             assert shown[name] == field.default, name

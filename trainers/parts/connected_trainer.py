@@ -80,13 +80,13 @@ class ConnectedTrainer(MoreRoundsTrainer):
         """Join the run, on rank 0, and let every rank know as what."""
 
         def on_rank_zero() -> Membership:
-            self.require_own_fold()
             resumed = self._resumed or {}
             self._session = CoordinatorSession(
                 self.study,
                 self.own_site(),
                 self.configuration_name,
                 type(self).__name__,
+                self.fold_of_study(),
                 Path(self.output_folder),
                 continues=self._continues,
                 attempt=resumed.get("attempt"),
