@@ -35,7 +35,14 @@ def check_cases(site: str, dataset: RawDataset, study: Federation, folds: FoldCh
             "leave the site out of the study, or lower 'min_cases' in federation.toml."
         )
     look_at_old_folds(dataset, folds)
-    if trained_fold(dataset, study) != study.fold:
+    too_few = not has_folds(len(dataset.cases), dataset.folder, dataset.preprocessed)
+    if too_few and study.folds:
+        logger.warning(
+            "Site '%s' has %s, too few for nnU-Net's %d folds: set 'fold = \"all\"' in site.toml. It then trains each "
+            "fold of the study on all of them, and validates on the cases that it trains on.",
+            site, counted(len(dataset.cases), "training case"), FOLDS,
+        )  # fmt: skip
+    elif too_few:
         logger.warning(
             "Site '%s' has %s, too few for nnU-Net's %d folds, and trains on all of them: it gives nnUNetv2_train the "
             "fold 'all' in the place of %s. It then validates on the cases that it trains on.",
@@ -44,8 +51,11 @@ def check_cases(site: str, dataset: RawDataset, study: Federation, folds: FoldCh
 
 
 def trained_fold(dataset: RawDataset, study: Federation) -> Fold:
-    """The study's fold, or ``all`` at a site that has too few cases for folds, and none of its own making."""
-    return study.fold if has_folds(len(dataset.cases), dataset.folder, dataset.preprocessed) else "all"
+    """The study's fold, or ``all`` at a site that has too few cases for folds, and none of its own making.
+
+    Of several folds the first: the results of each have a folder of their own, at such a site, too.
+    """
+    return study.fold if study.folds or has_folds(len(dataset.cases), dataset.folder, dataset.preprocessed) else "all"
 
 
 def warn_of_little_room(

@@ -11,7 +11,7 @@ from nnunetv2.training.nnUNetTrainer.primus.primus_trainers import AbstractPrimu
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnunet_fed.errors import ConfigurationError
-from nnunet_fed.methods.fedoap import FedOAPArchitecture, is_private, wrap_network
+from nnunet_fed.methods.fedoap import STEM_NAMES, WRAPPED_AROUND, FedOAPArchitecture, is_private, wrap_network
 from nnunet_fed.methods.perturbed_boundary import PerturbedBoundaryLoss, with_perturbed_boundary
 from nnunet_fed.study.federation import study_in
 from nnunet_fed.study.method_table import MethodTable
@@ -76,6 +76,11 @@ class nnUNetTrainerFedOAP(nnUNetTrainerFedAvg):  # noqa: N801
                 "arguments of an older nnU-Net, without the plans. Bring it up to date, or name another trainer."
             )
         super().check_base(base)
+
+    def may_begin_anew(self) -> tuple[str, ...]:
+        """What a stock network has not; and a private stem, whose input channels may be others."""
+        stems = STEM_NAMES if self.options.private_stem else ()
+        return (*WRAPPED_AROUND, *stems)
 
     def shared(self) -> dict[str, torch.Tensor]:
         """The tensors that are averaged (gamma); nothing else leaves the site while it trains."""

@@ -15,6 +15,7 @@ from nnunet_fed.cli.check_command import check
 from nnunet_fed.cli.compare_command import compare
 from nnunet_fed.cli.coordinator_command import coordinator
 from nnunet_fed.cli.dataset_commands import phantom, split
+from nnunet_fed.cli.digest_command import digest
 from nnunet_fed.cli.export_command import export
 from nnunet_fed.cli.init_command import init
 from nnunet_fed.cli.option_values import repeat_option
@@ -100,6 +101,7 @@ app.command("plugin-path")(plugin_path)
 app.command()(split)
 app.command()(phantom)
 app.command()(check)
+app.command()(digest)
 app.command()(predict)
 app.command()(export)
 app.command()(compare)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -16,6 +17,9 @@ from nnunet_fed.study.site import Site
 
 if TYPE_CHECKING:
     from nnunet_fed.planners.planning import PlanningResult
+
+LEASE = "planning.lock"
+"""In the data set's preprocessed folder: which process plans it (:mod:`nnunet_fed.leases`)."""
 
 
 def plan_and_preprocess(
@@ -39,13 +43,9 @@ def plan_and_preprocess(
     ] = False,
 ) -> None:
     """Agree with the other sites on plans, and preprocess this site's data by them."""
-    from nnunet_fed.exchange.outgoing_log import FILE, OutgoingLog
-    from nnunet_fed.planners.beginning_anew import KeptExtraction, plan_with_corrections
+    from nnunet_fed.leases import taken
     from nnunet_fed.planners.dataset import preprocessed_folder
     from nnunet_fed.planners.dry_run import dry_run_planning
-    from nnunet_fed.planners.explanation import explanation_table
-    from nnunet_fed.planners.joining import join_and_preprocess
-    from nnunet_fed.planners.planning import plan_and_preprocess as plan
     from nnunet_fed.simulation.simulate import require_trainer
     from nnunet_fed.transport.site.client import GrpcCommunicator
 
@@ -62,7 +62,24 @@ def plan_and_preprocess(
         base = require_trainer(study)
         dry_run_planning(site, study, dataset, processes, partial(print, file=sys.stdout), base_trainer=base)
         return
-    outgoing = OutgoingLog(preprocessed_folder(dataset) / FILE)
+    folder = preprocessed_folder(dataset)
+    with taken(folder / LEASE, f"The data set {dataset} is being planned already"):
+        _plan(site, dataset, folder, configurations, processes, folds, join, correct)
+
+
+def _plan(
+    site: Site, dataset: int, folder: Path, configurations: list[str] | None, processes: int, folds: FoldChoice,
+    join: bool, correct: bool,
+) -> None:  # fmt: skip
+    from nnunet_fed.exchange.outgoing_log import FILE, OutgoingLog
+    from nnunet_fed.planners.beginning_anew import KeptExtraction, plan_with_corrections
+    from nnunet_fed.planners.explanation import explanation_table
+    from nnunet_fed.planners.joining import join_and_preprocess
+    from nnunet_fed.planners.planning import plan_and_preprocess as plan
+    from nnunet_fed.simulation.simulate import require_trainer
+    from nnunet_fed.transport.site.client import GrpcCommunicator
+
+    outgoing = OutgoingLog(folder / FILE)
     communicator = GrpcCommunicator(site, outgoing=outgoing, corrects=correct)
     study = communicator.join("planning")
 

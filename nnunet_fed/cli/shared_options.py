@@ -87,7 +87,9 @@ class StudyOptions:
         float | None, typer.Option("--lr", help=f"Initial learning rate; default: {_default_with('initial_lr')}.")
     ] = None
     momentum: Annotated[float | None, typer.Option(help=f"Momentum; default: {_default_with('momentum')}.")] = None
-    fold: Annotated[str, typer.Option(help="Cross-validation fold; simulate takes all, too.")] = "0"
+    fold: Annotated[
+        str, typer.Option(metavar="FOLD[,FOLD...]", help="Cross-validation folds; simulate takes all, too.")
+    ] = "0"
     weighting: Annotated[str, typer.Option(help="Weight of a site in a mean: cases or uniform.")] = _of_a_study(
         "weighting"
     )
@@ -95,14 +97,26 @@ class StudyOptions:
     cross_site: Annotated[
         bool, typer.Option("--cross-site", help="Evaluate each site's model at each site, too; not with gcml.")
     ] = _of_a_study("cross_site")
+    pretrained: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Start from the weights of this checkpoint of nnU-Net.")
+    ] = None
 
     def settings(self) -> dict[str, Any]:
-        """For ``federation.toml``; a bad fold raises :class:`ConfigurationError`."""
-        fold = self.fold if self.fold == "all" else whole_number("--fold", self.fold)
+        """For ``federation.toml``; a bad fold, or a file that is no checkpoint, raises :class:`ConfigurationError`."""
+        folds = [fold if fold == "all" else whole_number("--fold", fold) for fold in self.fold.split(",")]
+        several = {"folds": folds} if len(folds) > 1 else {}
+        deadline = {"planning_deadline_minutes": self.deadline_minutes}
         given = {name: value for name, value in asdict(self).items() if value is not None}
         if self.trainer == STOCK_TRAINER:
             given = {**{name: _of_a_study(name) for name in ("initial_lr", "momentum")}, **given}
-        return {**given, "fold": fold, "planning_deadline_minutes": self.deadline_minutes}
+        return {**given, **deadline, "fold": folds[0], **several, "pretrained": self._digest()}
+
+    def _digest(self) -> str | None:
+        if self.pretrained is None:
+            return None
+        from nnunet_fed.trainers.parts.pretrained_weights import read_weights  # with PyTorch, which others spare
+
+        return read_weights(self.pretrained).digest
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,7 @@ def pool(planned: Path, out: Path, study: Federation) -> None:
     raw = out / DATA
     for part in ("imagesTr", "labelsTr"):
         (raw / part).mkdir(parents=True)
-    place = Place(SITE, raw, out / "sites" / SITE, study.fold)
+    place = Place(SITE, raw, out / "sites" / SITE, study.trained_folds)
     place.make(NOBODY, {})
     preprocessed = place.folder / "nnUNet_preprocessed" / place.dataset
     write_json(raw / "dataset.json", dataset, indent=4)

@@ -109,7 +109,10 @@ def check_fold(study: Federation, cases: Collection[str], raw: Path, preprocesse
     folders = [folder for folder in (raw, preprocessed) if folder is not None]
     if not has_folds(len(cases), *folders):
         text = f"{number}, too few for nnU-Net's {FOLDS} folds: this site trains on all of them."
-        return Finding("fold", Outcome.warning, text, f"Give nnUNetv2_train the fold 'all', not {study.fold}.")
+        remedy = f"Give nnUNetv2_train the fold 'all', not {study.fold}."
+        if study.folds:
+            remedy = "Set 'fold = \"all\"' in site.toml."
+        return Finding("fold", Outcome.warning, text, remedy)
     made = next((folder / SPLITS for folder in reversed(folders) if (folder / SPLITS).is_file()), None)
     if made is None:
         return Finding("fold", Outcome.ok, f"{study.fold}, of {FOLDS} that nnU-Net makes of {number}")

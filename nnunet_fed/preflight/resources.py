@@ -90,6 +90,7 @@ def footprint(
     step = None if step is None else step + FLOAT * held * parameters
     kept = CHECKPOINTS * (2 * method.MODELS + method.DEVICE_FLOATS + method.HOST_FLOATS)  # no gradients
     kept += method.kept_models(len(study.sites))
+    kept *= len(study.trained_folds)
     return Footprint(parameters, step, FLOAT * kept * parameters)
 
 

@@ -25,6 +25,7 @@ SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 TRAINER_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 STOCK_TRAINER = "nnUNetTrainer"
 """nnU-Net's own, on which the federated trainers build unless a study names another one."""
+DIGEST = re.compile(r"[0-9a-f]{64}")
 COORDINATOR, WATCHER = "coordinator", "watcher"
 """Names in certificates that are no site's: the coordinator's own, and one for reading the status."""
 
@@ -45,6 +46,12 @@ def _is_fold(fold: Any) -> Any:
     return fold
 
 
+def _is_digest(text: Any) -> Any:
+    if text is not None and not (isinstance(text, str) and DIGEST.fullmatch(text)):
+        raise ValueError("use the 64 hexadecimal digits that 'nnunet_fed digest FILE' prints")
+    return text
+
+
 Spacing = Annotated[float, Field(gt=0)]
 Fold = Annotated[int | Literal["all"], BeforeValidator(_is_fold)]
 
@@ -58,7 +65,7 @@ class Federation(Table):
     """
 
     OPERATIONAL = frozenset({
-        "name", "sites", "plans_name", "configuration", "fold", "min_cases", "min_sites", "deadline_minutes",
+        "name", "sites", "plans_name", "configuration", "fold", "folds", "min_cases", "min_sites", "deadline_minutes",
         "planning_deadline_minutes", "keep_rounds", "keep_every", "max_update_norm", "cross_site", "more_rounds",
     })  # fmt: skip
 
@@ -86,6 +93,9 @@ class Federation(Table):
     fold: Fold = 0
     """*Operational.* Cross-validation fold that the sites train; a site may map it to another one or to ``all``
     (site.toml). Part of a run's identity."""
+    folds: Annotated[tuple[Fold, ...] | None, Field(min_length=1), Neutral(None, since=3)] = None
+    """*Operational.* Folds that the sites train, each in a run of its own, in turn or at once; ``None``: :attr:`fold`
+    alone, which else is the one that a site of version 0.1 trains."""
     rounds: int = Field(ge=1)
     more_rounds: Annotated[int, Field(ge=0), Neutral(0, since=3)] = 0
     """*Operational.* Further rounds, which a training that is over goes on with from its last state; it only grows."""
@@ -109,6 +119,9 @@ class Federation(Table):
     """Dtype in which models travel (:mod:`nnunet_fed.exchange.precision`): ``float32`` loses nothing, the others halve
     the bytes."""
     seed: int = Field(default=0, ge=0, lt=2**32)
+    pretrained: Annotated[str | None, BeforeValidator(_is_digest), Neutral(None, since=3)] = None
+    """Digest of the pretrained weights from which the training of :attr:`configuration` starts (``nnunet_fed digest
+    FILE``); every site names the file with ``-pretrained_weights``. ``None``: the sites say, and must agree."""
     min_sites: int | None = Field(default=None, ge=1)
     """*Operational.* A round closes at its deadline with at least so many sites; ``None``: all."""
     deadline_minutes: float = Field(default=720.0, gt=0, le=LONGEST_MINUTES)
@@ -141,6 +154,25 @@ class Federation(Table):
         if not TRAINER_NAME.fullmatch(trainer):
             raise ValueError("use the name of a class of nnU-Net's trainers, such as 'nnUNetTrainerDA5'")
         return trainer
+
+    @model_validator(mode="before")
+    @classmethod
+    def _first_fold(cls, values: Any) -> Any:
+        folds = values.get("folds") if isinstance(values, Mapping) else None
+        return {"fold": folds[0], **values} if isinstance(folds, list | tuple) and folds else values
+
+    @field_validator("folds")
+    @classmethod
+    def _folds_differ(cls, folds: tuple[Fold, ...] | None) -> tuple[Fold, ...] | None:
+        if folds is not None and len(set(folds)) < len(folds):
+            raise ValueError("name each fold once")
+        return folds
+
+    @model_validator(mode="after")
+    def _fold_is_among_folds(self) -> Federation:
+        if self.fold not in self.trained_folds:
+            raise ValueError(f"fold is {self.fold!r}, which is none of folds: give one of these two only")
+        return self
 
     @field_validator("sites")
     @classmethod
@@ -190,6 +222,11 @@ class Federation(Table):
     def quorum(self) -> int:
         """Least number of sites with which a training round may close."""
         return len(self.sites) if self.min_sites is None else self.min_sites
+
+    @property
+    def trained_folds(self) -> tuple[Fold, ...]:
+        """The folds that the sites train."""
+        return self.folds or (self.fold,)
 
     @property
     def all_rounds(self) -> int:

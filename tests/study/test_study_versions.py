@@ -250,7 +250,7 @@ def test_an_older_version_goes_on_with_the_state_of_a_newer_one(tmp_path: Path) 
 
 def test_a_site_of_0_1_joins(serve: Serve) -> None:
     """It names one version of the protocol and no fold, and its replies refuse unknown fields."""
-    served = serve(make_study("ab", fold=2))
+    served = serve(make_study("ab", folds=[2, 1]))
     study = served.study
     stub = served.seat("b")._stub
     old = pb.JoinRequest(
@@ -266,6 +266,8 @@ def test_a_site_of_0_1_joins(serve: Serve) -> None:
     new.digest = study.digest_of_fold(1)
     reply = stub.Join(new, timeout=10)
     assert (reply.protocol, reply.run) == (NEWEST_PROTOCOL, f"{new.digest[:12]}-3d_fullres-T-fold_1-1")
+    old.digest = new.digest  # its plans are of the time when the study's fold was this one
+    assert stub.Join(old, timeout=10).run == reply.run
 
 
 def test_the_fold_is_edited_while_the_sites_plan(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def test_the_next_source_is_asked_until_one_answers() -> None:
 
 def test_all_have_told_the_same() -> None:
     require_equal({"a": "1", "b": "1"}, "They differ")
-    with pytest.raises(DisagreementError, match=r"They differ \(a: 1, b: None\)\. Install the same versions"):
+    with pytest.raises(DisagreementError, match=r"They differ \(a: 1, b: none\)\. Install the same versions"):
         require_equal({"a": "1", "b": None}, "They differ")
 
 

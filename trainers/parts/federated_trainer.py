@@ -77,6 +77,7 @@ class FederatedTrainer(FederationBestTrainer):
             except BaseException:
                 with suppress(OSError):  # a full disk, to which what is sent could not be written
                     self._report("failed", wait=True)  # not why: an error's text may name files and cases
+                self._leave_folder()
                 raise
 
     def on_train_start(self) -> None:
@@ -153,16 +154,22 @@ class FederatedTrainer(FederationBestTrainer):
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """The validation, watched by those who watch."""
-        with sentences_for_users():
-            if not self.skips_validation:
-                self._report("validating")
-            super().perform_actual_validation(save_probabilities)
-            if self._evaluates_across_sites and not self.skips_validation:
-                with logged_by(self.print_to_log_file):
-                    self._evaluate_across_sites(save_probabilities)
-            self._report("done", wait=True)
-            if self.validates_together:
-                self._leave()
+        try:
+            with sentences_for_users():
+                self._validate_with_others(save_probabilities)
+        finally:
+            self._leave_folder()
+
+    def _validate_with_others(self, save_probabilities: bool) -> None:
+        if not self.skips_validation:
+            self._report("validating")
+        super().perform_actual_validation(save_probabilities)
+        if self._evaluates_across_sites and not self.skips_validation:
+            with logged_by(self.print_to_log_file):
+                self._evaluate_across_sites(save_probabilities)
+        self._report("done", wait=True)
+        if self.validates_together:
+            self._leave()
         if self._session is not None:
             self._session.close()
 

@@ -34,14 +34,13 @@ def require_fold(trainer: StudyTrainer) -> None:
     """
     folder, splits = Path(trainer.preprocessed_dataset_folder), Path(trainer.preprocessed_dataset_folder_base) / SPLITS
     there = set(infer_dataset_class(str(folder)).get_identifiers(str(folder)))
-    if trainer.fold == "all":
+    if trainer.fold == "all" or trainer.trains_on_all_cases:
         return
     if not splits.is_file():
         if len(there) < FOLDS:
             raise ConfigurationError(
                 f"{trainer.plans_manager.dataset_name} has {counted(len(there), 'case')}, too few for folds: nnU-Net's "
-                f"cross-validation needs {FOLDS}. Train on all of them, as planning has said: "
-                f"{_command_for_all(trainer)}"
+                f"cross-validation needs {FOLDS}. Train on all of them, as planning has said: {_remedy(trainer)}"
             )
         return
     folds = read_folds(splits)
@@ -60,7 +59,9 @@ def require_fold(trainer: StudyTrainer) -> None:
         )
 
 
-def _command_for_all(trainer: StudyTrainer) -> str:
+def _remedy(trainer: StudyTrainer) -> str:
+    if trainer.study.folds:
+        return "set 'fold = \"all\"' in site.toml, and give this command again."
     plans = trainer.plans_manager
     of_trainer = f"-tr {type(trainer).__name__} -p {plans.plans_name}"
     return f"nnUNetv2_train {plans.dataset_name} {trainer.configuration_name} all {of_trainer}"

@@ -15,9 +15,6 @@ from nnunet_fed.trainers.parts.base_trainer import BASE_TRAINER, SAME_TRAINER
 from nnunet_fed.trainers.parts.publishing import from_next_source, publish, require_equal
 
 NO_START = "No site contributed initial weights."
-_SAME_PLANS = (
-    "Run 'nnunet_fed plan_and_preprocess' at all sites again, with the same versions of nnunet_fed, nnunetv2 and torch."
-)
 
 
 def common_start(communicator: Collectives, name: str, tensors: Callable[[], Tensors]) -> tuple[str, dict[str, Array]]:
@@ -41,6 +38,18 @@ def common_start(communicator: Collectives, name: str, tensors: Callable[[], Ten
     return from_next_source(enumerate(communicator.sites), from_source, NO_START)
 
 
+PRETRAINED = "pretrained weights"
+"""What the sites compare that start from a file; where none does, nobody tells of it."""
+_REMEDIES = {
+    PRETRAINED: "Start all sites with the same file, -pretrained_weights FILE ('nnunet_fed digest FILE' prints its "
+    "digest), or all without one, once the coordinator has opened a new attempt (nnunet_fed new-attempt STATE).",
+    BASE_TRAINER: SAME_TRAINER,
+}
+_REMEDY = (
+    "Run 'nnunet_fed plan_and_preprocess' at all sites again, with the same versions of nnunet_fed, nnunetv2 and torch."
+)
+
+
 def require_agreement(communicator: Collectives, scope: str, digests: dict[str, str]) -> None:
     """Compare what must be equal at all sites before training.
 
@@ -49,9 +58,8 @@ def require_agreement(communicator: Collectives, scope: str, digests: dict[str, 
     """
     gathered = communicator.gather(key_of(scope, "agreement"), digests)
     for what in dict.fromkeys(name for told in gathered.values() for name in told):
-        remedy = SAME_TRAINER if what == BASE_TRAINER else _SAME_PLANS
         told = {site: values.get(what) for site, values in gathered.items()}
-        require_equal(told, f"The sites differ in their {what}", remedy)
+        require_equal(told, f"The sites differ in their {what}", _REMEDIES.get(what, _REMEDY))
 
 
 def fit_log(log: dict[str, list[Any]], epochs: int) -> None:
