@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from nnunet_fed.errors import ConfigurationError, FederationError
 from nnunet_fed.preflight.site_checks import GB, Finding, Outcome
 from nnunet_fed.study.federation import Federation
 
@@ -50,7 +51,7 @@ class Footprint:
     """Parameters of the plans' network, of which one model on the wire has about as many."""
     steps: dict[str, float]
     """Device memory of a training step, in bytes, by phase; of one phase only, ``training``, if it is nnU-Net's own
-    reckoning."""
+    reckoning; none: nnU-Net has no reckoning for such a network."""
     results_bytes: float
     """Disk for checkpoints."""
 
@@ -70,6 +71,7 @@ def footprint(
     configuration: str,
     dataset: Mapping[str, Any],
     study: Federation,
+    build: Callable[..., torch.nn.Module] | None = None,
     trained: StepMemory | None = None,
 ) -> Footprint:
     """Reckon from plans.
@@ -79,37 +81,63 @@ def footprint(
         configuration: of the plans.
         dataset: ``dataset.json``.
         study: its method may hold several models.
+        build: builds the network, as ``build_network_architecture`` of nnU-Net's trainers; ``None``: it is the plans'.
         trained: what is really trained; ``None``: not known, then nnU-Net's own reckoning of the plans' network.
+
+    Raises:
+        ConfigurationError: what ``build`` raises, whatever it is.
     """
     manager = PlansManager(dict(plans))
     chosen = manager.get_configuration(configuration)
     labels = manager.get_label_manager(dict(dataset))
-    with torch.device("meta"):  # no memory, no initialisation
-        network = get_network_from_plans(
-            chosen.network_arch_class_name,
-            chosen.network_arch_init_kwargs,
-            chosen.network_arch_init_kwargs_req_import,
-            determine_num_input_channels(manager, chosen, dict(dataset)),
-            labels.num_segmentation_heads,
-            allow_init=False,
-        )
+    channels, heads = determine_num_input_channels(manager, chosen, dict(dataset)), labels.num_segmentation_heads
+    if build is not None:
+        network = _built(build, manager, chosen, channels, heads)
+    else:
+        with torch.device("meta"):  # no memory, no initialisation
+            network = get_network_from_plans(
+                chosen.network_arch_class_name,
+                chosen.network_arch_init_kwargs,
+                chosen.network_arch_init_kwargs_req_import,
+                channels,
+                heads,
+                allow_init=False,
+            )
     sent = sum(parameter.numel() for parameter in network.parameters())
     parameters = sent if trained is None else trained.parameters
     method = study.method
     held = FLOAT * parameters * (3 * (method.MODELS - 1) + method.DEVICE_FLOATS)
     if trained is None:  # nnU-Net's reckoning has weights, gradients and momentum of one model
-        steps = {"training": _of_nnunet(network, chosen) + held}
+        step = _step_bytes(network, chosen.patch_size, chosen.batch_size)
+        steps = {} if step is None else {"training": step + held}
     else:
         steps = {phase: size + 3 * FLOAT * parameters + held for phase, size in trained.saved_bytes.items()}
     kept = CHECKPOINTS * (2 * method.MODELS + method.DEVICE_FLOATS + method.HOST_FLOATS)  # no gradients
     kept += method.kept_models(len(study.sites))
+    kept *= len(study.trained_folds)
     return Footprint(parameters, sent, steps, FLOAT * kept * parameters)
 
 
-def _of_nnunet(network: Any, chosen: Any) -> float:
+def _built(build: Callable[..., torch.nn.Module], manager: Any, chosen: Any, channels: int, heads: int) -> Any:
+    try:
+        return build(manager, chosen, channels, heads, True)
+    except FederationError:
+        raise
+    except Exception as error:  # whatever a class of the user's does
+        raise ConfigurationError(
+            f"The base trainer's network cannot be built by these plans: {type(error).__name__}: {error}. Plan for a "
+            "study that names another trainer or configuration."
+        ) from error
+
+
+def _step_bytes(network: Any, patch: Sequence[int], batch: int) -> float | None:
+    """nnU-Net's reckoning of a convolutional network's step."""
+    try:
+        elements = network.compute_conv_feature_map_size(patch) * batch
+    except (AttributeError, NotImplementedError):
+        return None
     kind = "ResidualEncoderUNet" if "Residual" in type(network).__name__ else "PlainConvUNet"
-    elements = network.compute_conv_feature_map_size(chosen.patch_size) * chosen.batch_size
-    return REFERENCE_GB * GB * float(elements) / REFERENCE[kind][len(chosen.patch_size)]
+    return float(REFERENCE_GB * GB * elements / REFERENCE[kind][len(patch)])
 
 
 def check_memory(known: Footprint | None, device: str, target: float | None = None, remark: str = "") -> Finding:
@@ -137,11 +165,18 @@ def check_memory(known: Footprint | None, device: str, target: float | None = No
     has = f"{place} has {free / GB:.1f} GB free of {total / GB:.1f} GB"
     if known is None:
         return Finding("memory", Outcome.ok, f"{has}; with plans (-d) it would be compared with what a training needs")
+    if not known.steps:
+        text = (
+            f"{has}; what a step of this network needs is not known ({known.parameters / 1e6:.1f} M parameters{remark})"
+        )
+        return Finding("memory", Outcome.ok, text)
     steps = ", ".join(f"{size / GB:.1f} GB in {phase}" for phase, size in known.steps.items())
     text = f"{has}, a step needs about {steps} ({known.parameters / 1e6:.1f} M parameters{remark})"
     if known.step_bytes > total:
         share = total / known.step_bytes
-        smaller = f"{share:.0%} of the planner's own" if target is None else f"{share * target:.2g} instead of {target:g}"
+        smaller = (
+            f"{share:.0%} of the planner's own" if target is None else f"{share * target:.2g} instead of {target:g}"
+        )
         remedy = f"Plan with a smaller 'gpu_memory_target_in_gb' in federation.toml ({smaller}), or use a larger GPU."
         return Finding("memory", Outcome.warning, f"{text}: it will hardly fit.", remedy)
     if known.step_bytes > free:

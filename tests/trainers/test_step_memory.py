@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import weakref
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -14,13 +14,14 @@ from tiny import DATASET, DESCRIPTION, tiny_plans, write_preprocessed
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.gossip.schedule import Version
 from nnunet_fed.preflight.resources import StepMemory
-from nnunet_fed.simulation.simulate import plugin_folder
 from nnunet_fed.study.federation import Federation
 from nnunet_fed.study.methods import METHODS
 from nnunet_fed.trainers.gossip.mutual_learning import PLAN_VARIABLE
 from nnunet_fed.trainers.gossip.peer_model import PeerModel
-from nnunet_fed.trainers.parts.custom_trainer import find_trainer
-from nnunet_fed.trainers.parts.step_memory import reckon
+from nnunet_fed.trainers.nnUNetTrainerFedAvg import nnUNetTrainerFedAvg
+from nnunet_fed.trainers.nnUNetTrainerFedSM import nnUNetTrainerFedSM
+from nnunet_fed.trainers.parts.named_trainers import method_trainer
+from nnunet_fed.trainers.parts.step_memory import RESULTS, reckon
 
 CPU = torch.device("cpu")
 EDGE = 64
@@ -31,9 +32,10 @@ LAST_PHASE = {"gcml": "mutual learning", "fedoap": "fine-tuning"}
 OPTIONS: dict[str, dict[str, Any]] = {"fedgs": {"threshold": 2.0}, "gcml": {"ramp_steps": 0}}
 
 
-def study_of(method: str, **options: Any) -> Federation:
+def study_of(method: str, trainer: str = "nnUNetTrainer", **options: Any) -> Federation:
     table = {"name": method, **OPTIONS.get(method, {}), **options}
-    return Federation.model_validate({"name": "s", "sites": ["a", "b"], "rounds": 40, "method": table})
+    study = {"name": "s", "sites": ["a", "b"], "rounds": 40, "trainer": trainer, "method": table}
+    return Federation.model_validate(study)
 
 
 def plans_of(study: Federation) -> dict[str, Any]:
@@ -44,7 +46,7 @@ def plans_of(study: Federation) -> dict[str, Any]:
 
 def reckoned(study: Federation, labels: dict[str, Any] | None = None, device: str = "cpu") -> StepMemory:
     dataset = {**DESCRIPTION, **(labels or {})}
-    return reckon(find_trainer(study.method.trainer_name), plans_of(study), "2d", dataset, device)
+    return reckon(method_trainer(study), plans_of(study), "2d", dataset, device)
 
 
 class LiveBytes:
@@ -81,7 +83,7 @@ def measured(study: Federation, folder: Path, labels: dict[str, Any] | None = No
     os.environ.update({"nnUNet_results": str(folder / "results"), "nnUNet_preprocessed": str(folder)})
     if not (folder / DATASET).exists():
         write_preprocessed(folder)
-    trainer = find_trainer(study.method.trainer_name)
+    trainer = method_trainer(study)
     made = trainer(plans_of(study), "2d", 0, {**DESCRIPTION, **(labels or {})}, CPU)
     made.initialize()
     weights = list(made.network.parameters())
@@ -100,17 +102,17 @@ def measured(study: Federation, folder: Path, labels: dict[str, Any] | None = No
         target = [torch.rand(2, 2, edge, edge) < 0.3 for edge in shape]
     else:
         target = [torch.randint(0, 3, (2, 1, edge, edge)).short() for edge in shape]
+    given = target if made.enable_deep_supervision else target[0]
     live = LiveBytes(weights)
     with torch.autograd.graph.saved_tensors_hooks(live.pack, lambda held: held.tensor):
         for _ in range(2):
-            made.train_step({"data": torch.randn(2, 1, EDGE, EDGE), "target": target})
+            made.train_step({"data": torch.randn(2, 1, EDGE, EDGE), "target": given})
     assert live.now == 0, "all that was saved was let go, so that the meter sees ends"
     return live.most
 
 
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("nnUNet_extTrainer", str(plugin_folder()))
     for name in ("nnUNet_results", "nnUNet_preprocessed", PLAN_VARIABLE):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
@@ -124,6 +126,13 @@ def test_what_is_reckoned_is_what_real_steps_save(method: str, labels: dict[str,
     phase = LAST_PHASE.get(method, "training")
     assert list(saved) == list(dict.fromkeys(["training", phase]))
     assert saved[phase] == pytest.approx(measured(study, tmp_path, labels), rel=0.15)
+
+
+def test_of_a_base_trainer_that_the_study_names(tmp_path: Path) -> None:
+    study = study_of("fedoap", "nnUNetTrainerNoDeepSupervision")
+    saved = reckoned(study).saved_bytes
+    assert saved["training"] < reckoned(study_of("fedoap")).saved_bytes["training"]
+    assert saved["fine-tuning"] == pytest.approx(measured(study, tmp_path), rel=0.15)
 
 
 def test_two_graphs_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,20 +166,18 @@ def test_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("nnUNet_results", str(tmp_path))
     plans = plans_of(study_of("fedavg"))
     before = dict(plans)
-    reckon(find_trainer("nnUNetTrainerFedAvg"), plans, "2d", DESCRIPTION, "cpu")
+    reckon(nnUNetTrainerFedAvg, plans, "2d", DESCRIPTION, "cpu")
     assert list(tmp_path.iterdir()) == []
     assert plans == before
-    assert os.environ["nnUNet_results"] == str(tmp_path)
+    assert os.environ[RESULTS] == str(tmp_path)
 
 
 def test_what_cannot_be_reckoned_is_said() -> None:
-    class Asks(find_trainer("nnUNetTrainerFedAvg")):  # type: ignore[misc]
-        Options: ClassVar[Any]
-
+    class Asks(nnUNetTrainerFedAvg):
         def _build_loss(self) -> Any:
             return lambda outputs, targets: outputs[0].detach().numpy().sum()
 
     with pytest.raises(ConfigurationError, match="Asks does not run on tensors without values"):
         reckon(Asks, plans_of(study_of("fedavg")), "2d", DESCRIPTION, "cpu")
     with pytest.raises(ConfigurationError, match="is of the method 'fedavg'"):
-        reckon(find_trainer("nnUNetTrainerFedSM"), plans_of(study_of("fedavg")), "2d", DESCRIPTION, "cpu")
+        reckon(nnUNetTrainerFedSM, plans_of(study_of("fedavg")), "2d", DESCRIPTION, "cpu")

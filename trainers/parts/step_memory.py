@@ -93,7 +93,8 @@ def reckon(
 def _reckon(trainer: Any, plans: Any, configuration: str, dataset: Any, device: str) -> StepMemory:
     made = _made(trainer, plans, configuration, dataset)
     channels = determine_num_input_channels(made.plans_manager, made.configuration_manager, made.dataset_json)
-    with torch.device("meta"):  # fake tensors cannot be copied, as some trainers copy parts of a network
+    # fake tensors cannot be copied, as some trainers copy parts of a network; other base trainers may ask for values
+    with nullcontext() if made.study.names_trainer else torch.device("meta"):
         network = made.build_network_architecture(
             made.plans_manager, made.configuration_manager, channels, made.label_manager.num_segmentation_heads,
             made.enable_deep_supervision,
