@@ -39,6 +39,8 @@ class StepMemory:
     """Of one network."""
     saved_bytes: dict[str, int]
     """What a step keeps for its backward pass, by phase of the training."""
+    plain_bytes: int
+    """The same of nnU-Net's own step, with the base trainer's network and loss."""
 
 
 @dataclass(frozen=True)
@@ -107,11 +109,15 @@ def footprint(
     parameters = sent if trained is None else trained.parameters
     method = study.method
     held = FLOAT * parameters * (3 * (method.MODELS - 1) + method.DEVICE_FLOATS)
-    if trained is None:  # nnU-Net's reckoning has weights, gradients and momentum of one model
-        step = _step_bytes(network, chosen.patch_size, chosen.batch_size)
-        steps = {} if step is None else {"training": step + held}
-    else:
-        steps = {phase: size + 3 * FLOAT * parameters + held for phase, size in trained.saved_bytes.items()}
+    # nnU-Net's reckoning has weights, gradients and momentum of one model, and what a step takes for a moment
+    step = _step_bytes(network, chosen.patch_size, chosen.batch_size)
+    steps = {} if step is None else {"training": step + held}
+    if trained is not None:
+        least = 3 * FLOAT * parameters
+        steps = {
+            phase: held + max(size + least, 0.0 if step is None else step * size / trained.plain_bytes)
+            for phase, size in trained.saved_bytes.items()
+        }
     kept = CHECKPOINTS * (2 * method.MODELS + method.DEVICE_FLOATS + method.HOST_FLOATS)  # no gradients
     kept += method.kept_models(len(study.sites))
     kept *= len(study.trained_folds)

@@ -480,6 +480,9 @@ def test_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     two = resources.footprint(federated_plans(other), "3d_fullres", dataset, other)
     assert two.step_bytes - one.step_bytes == pytest.approx(3 * 4 * PARAMETERS), "a second model with its optimizer"
     assert two.results_bytes > 2 * one.results_bytes
+    trained = resources.StepMemory(PARAMETERS, {"training": 1000, "fine-tuning": 1500}, 500)
+    real = resources.footprint(federated_plans(study), "3d_fullres", dataset, study, trained=trained)
+    assert real.steps == pytest.approx({"training": 2 * one.step_bytes, "fine-tuning": 3 * one.step_bytes})
     monkeypatch.setattr(resources, "host_memory", lambda: (one.step_bytes / 2, 2 * one.step_bytes))
     assert "End what else uses it" in resources.check_memory(one, "cpu").remedy
     monkeypatch.setattr(resources, "host_memory", lambda: (one.step_bytes / 3, one.step_bytes / 2))

@@ -93,17 +93,24 @@ def reckon(
 def _reckon(trainer: Any, plans: Any, configuration: str, dataset: Any, device: str) -> StepMemory:
     made = _made(trainer, plans, configuration, dataset)
     channels = determine_num_input_channels(made.plans_manager, made.configuration_manager, made.dataset_json)
+    arguments = (
+        made.plans_manager, made.configuration_manager, channels, made.label_manager.num_segmentation_heads,
+        made.enable_deep_supervision,
+    )  # fmt: skip
     # fake tensors cannot be copied, as some trainers copy parts of a network; other base trainers may ask for values
     with nullcontext() if made.study.names_trainer else torch.device("meta"):
-        network = made.build_network_architecture(
-            made.plans_manager, made.configuration_manager, channels, made.label_manager.num_segmentation_heads,
-            made.enable_deep_supervision,
-        )  # fmt: skip
+        plain, own = (one.build_network_architecture(*arguments) for one in (made.base_trainer, made))
     with FakeTensorMode(), _EveryAnswerIsYes(), torch.device(device):
-        tensors = {name: _like(tensor) for name, tensor in (*network.named_parameters(), *network.named_buffers())}
-        made.network, made.loss = lambda data: functional_call(network, tensors, (data,)), made._build_loss()
-        saved = _reckoned(made, channels, device)
-    return StepMemory(sum(parameter.numel() for parameter in network.parameters()), saved)
+        made.network, made.loss = _without_values(plain), made.base_trainer._build_loss(made)
+        [plain_bytes] = _saved(made, StudyTrainer.steps(made), channels, device).values()
+        made.network, made.loss = _without_values(own), made._build_loss()
+        saved = _saved(made, made.steps(), channels, device)
+    return StepMemory(sum(parameter.numel() for parameter in own.parameters()), saved, plain_bytes)
+
+
+def _without_values(network: torch.nn.Module) -> Any:
+    tensors = {name: _like(tensor) for name, tensor in (*network.named_parameters(), *network.named_buffers())}
+    return lambda data: functional_call(network, tensors, (data,))
 
 
 def _made(trainer: type[StudyTrainer], plans: Any, configuration: str, dataset: Any) -> Any:
@@ -130,14 +137,14 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
-def _reckoned(made: Any, channels: int, device: str) -> dict[str, int]:
+def _saved(made: Any, steps: Mapping[str, Any], channels: int, device: str) -> dict[str, int]:
     labels, chosen = made.label_manager, made.configuration_manager
     data = torch.empty(chosen.batch_size, channels, *chosen.patch_size)
     with torch.no_grad():
         outputs = made.network(data)
     targets = [_target(labels, output) for output in outputs] if isinstance(outputs, list) else _target(labels, outputs)
     saved = {}
-    for phase, step in made.steps().items():
+    for phase, step in steps.items():
         counted = SavedTensors()
         with counted, _autocast() if device == "cuda" else nullcontext():
             step(data, targets)
