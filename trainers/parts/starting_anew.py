@@ -29,7 +29,7 @@ def begin_anew(trainer: StudyTrainer) -> None:
     trainer.configure_study()
     trainer._best_ema = None
     if trainer.grad_scaler is not None:
-        trainer.grad_scaler = torch.amp.GradScaler("cuda")
+        trainer.grad_scaler = torch.amp.GradScaler(trainer.device.type)
     trainer.was_initialized = False
     trainer.initialize()
     trainer.set_deep_supervision_enabled(trainer.enable_deep_supervision)
