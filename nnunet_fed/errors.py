@@ -22,10 +22,10 @@ class RefusedError(FederationError):
 class WithdrawnError(RefusedError):
     """A site has withdrawn what it told while planning: all sites plan again from the beginning."""
 
-    def __init__(self, text: str, site: str):
+    def __init__(self, text: str, site: str = ""):
         super().__init__(text)
         self.site = site
-        """Who has."""
+        """Who has; empty where it is not known."""
 
 
 class UnknownCollectiveError(RefusedError):

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, cast
 
 from filelock import FileLock
 
-from nnunet_fed.errors import ConfigurationError
+from nnunet_fed.errors import BusyError, ConfigurationError
 from nnunet_fed.strict_json import to_json
 
 PARTIAL = ".part"
@@ -23,9 +23,46 @@ PARTIAL = ".part"
 WINDOWS = os.name == "nt"
 PRIVATE_FILE, PRIVATE_FOLDER = 0o600, 0o700
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FOREIGN = (errno.EACCES, errno.EPERM, errno.EROFS)
+"""Of errors that tell of another user's files, or of a disk that is mounted to be read only."""
+NEXT_TO_NOTHING = 2**16
+"""Free bytes, below which a disk is full: what was to be written was larger."""
 LOCK_POLL_SECONDS = 0.01
 PATIENCE = 2.0
 """Seconds for which a file that another process has open is tried again on Windows, which refuses to replace it."""
+
+
+def free_bytes(path: Path) -> int:
+    """On the disk of a file or folder, which need not be there yet."""
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    return shutil.disk_usage(there).free
+
+
+def no_room(path: Path) -> BusyError:
+    """What a user reads when ``path`` could not be written for want of room."""
+    return BusyError(
+        f"There is no room for {path}: its disk is full, or a quota is reached ({free_bytes(path) / 1e6:.0f} MB free). "
+        "Make room, then give the same command again; a training goes on with --c."
+    )
+
+
+def in_words(error: OSError, place: str | None = None) -> ConfigurationError | None:
+    """What a user reads of a full disk or of another user's files; ``None``: the error is of another kind.
+
+    Args:
+        error: of the operating system.
+        place: what was being written, if the error does not tell.
+    """
+    path = str(error.filename or place or Path.cwd())
+    if error.errno in FULL:
+        return no_room(Path(path))
+    if error.errno in FOREIGN:
+        return ConfigurationError(
+            f"{path}: {error.strerror}. The file or folder is another user's, or its disk is read-only: let its owner "
+            "give you the right, or name other folders (nnUNet_raw, nnUNet_preprocessed, nnUNet_results)."
+        )
+    return None
 
 
 @contextmanager
@@ -115,7 +152,9 @@ def make_durable(path: Path) -> None:
 
 
 def append_line(path: Path, line: str, largest: int, kept: int) -> None:
-    """Append to a text file; one of more than ``largest`` bytes becomes ``path.1`` before, that one ``path.2``, ...
+    """Append to a text file, all of the line or nothing of it.
+
+    A file of more than ``largest`` bytes becomes ``path.1`` before, that one ``path.2``, ...
 
     Args:
         path: the file; there may be none yet.
@@ -125,8 +164,12 @@ def append_line(path: Path, line: str, largest: int, kept: int) -> None:
     """
     if path.exists() and path.stat().st_size > largest:
         RotatingFileHandler(path, backupCount=kept, encoding="utf-8", delay=True).doRollover()
-    with path.open("a", encoding="utf-8") as file:
-        file.write(line + "\n")
+    content = (line + "\n").encode()
+    with path.open("ab", buffering=0) as file:
+        start = file.tell()
+        if file.write(content) < len(content):  # half a line would spoil the next one, too
+            file.truncate(start)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
 @contextmanager

@@ -196,12 +196,13 @@ def reader_of(dataset: RawDataset) -> Any:
     return reader_class(choose_reader(dataset.json, [files["images"][0] for files in dataset.cases.values()]))
 
 
-def describe(dataset: RawDataset, planner: str) -> dict[str, Any]:
+def describe(dataset: RawDataset, planner: str, base_trainer: str | None = None) -> dict[str, Any]:
     """What the sites compare before they plan; nothing in it tells of a single case.
 
     Args:
         dataset: this site's data set, which was looked at.
         planner: name of the planner's class.
+        base_trainer: name and digest of the one that the study names; ``None``: it names none.
 
     Returns:
         JSON values by the name of the property.
@@ -214,6 +215,7 @@ def describe(dataset: RawDataset, planner: str) -> dict[str, Any]:
         "nnunetv2": ".".join(re.findall(r"\d+", version("nnunetv2"))[:3]),
         "nnunet_fed": PLANNED_AS,
         "planner": planner,
+        **({} if base_trainer is None else {"base trainer": base_trainer}),
         "training cases": len(dataset.cases),
     }
 

@@ -62,7 +62,12 @@ class DryRunCommunicator(LocalCommunicator):
 
 
 def dry_run_planning(
-    site: Site, study: Federation, dataset_id: int, processes: int, write: Callable[[str], None]
+    site: Site,
+    study: Federation,
+    dataset_id: int,
+    processes: int,
+    write: Callable[[str], None],
+    base_trainer: str | None = None,
 ) -> None:
     """Plan as if this site were alone, up to preprocessing, and tell all that it would contribute.
 
@@ -76,6 +81,7 @@ def dry_run_planning(
         dataset_id: nnU-Net's number of this site's data set.
         processes: worker processes for extraction.
         write: takes the text, piece by piece. Standard output goes to standard error meanwhile.
+        base_trainer: as in planning.
 
     Raises:
         FederationError: as in planning.
@@ -92,7 +98,9 @@ def dry_run_planning(
     write(_BEFORE.format(site=site))
     with _preprocessed_elsewhere(), redirect_stdout(sys.stderr):  # for what nnU-Net prints
         alone = DryRunCommunicator(site.name, study.sites, show)
-        agree(alone, study, dataset_id, processes, labels=site.label_map, keep_look=False)
+        agree(
+            alone, study, dataset_id, processes, labels=site.label_map, base_trainer=base_trainer, keep_look=False
+        )  # fmt: skip
     write(_AFTER)
 
 

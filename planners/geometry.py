@@ -42,8 +42,8 @@ def harmonised_planner(
         communicator: this site's; all keys begin with ``planning/``.
         local: this site's part.
         geometry: what the sites tell each other of the cases' spacings and shapes.
-        planner_of: makes this site's planner of a fingerprint in nnU-Net's format, which it leaves where nnU-Net looks
-            for it; called twice with ``private``, the second time with the final fingerprint.
+        planner_of: makes this site's planner of a fingerprint in nnU-Net's format; called twice with ``private``, the
+            second time with the final fingerprint.
         intensities: of this site alone; ``None``: the sites agree on them.
 
     Returns:

@@ -24,6 +24,7 @@ from nnunet_fed.agreement.fingerprint import INTENSITIES
 from nnunet_fed.agreement.plan_digest import plans_digest
 from nnunet_fed.agreement.quantiles import Floats
 from nnunet_fed.datasets.description import channel_names
+from nnunet_fed.datasets.preprocessed import PREFIX
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.files import move
 from nnunet_fed.inspection.reading import choose_reader, reader_class
@@ -49,12 +50,13 @@ _NOT_PREPROCESSING = (
 class HarmonisedPlanner:
     """Mixin before a planner of nnU-Net, which plans from the fingerprint of all sites.
 
-    The fingerprint lies where nnU-Net puts its own (``dataset_fingerprint.json``), so that the planner reads it as
-    ever. The mixin adds the number of cases at all sites, the study, and data identifiers that several plans on the
+    The fingerprint takes the place of the one that nnU-Net reads (``dataset_fingerprint.json``), which is this site's
+    own. The mixin adds the number of cases at all sites, the study, and data identifiers that several plans on the
     same data share. Source: ours, on nnunetv2's ``ExperimentPlanner``.
 
     Args:
         dataset_name_or_id: of this site's data set.
+        fingerprint: of all sites, in nnU-Net's format.
         total_cases: number of training cases at all sites, for the cap of the batch size.
         study: what the plans carry under the key ``federation``; the planner adds ``plans_digest``.
         options: other arguments of nnU-Net's planner.
@@ -67,12 +69,22 @@ class HarmonisedPlanner:
 
     # of nnU-Net's planner
     dataset: dict[str, dict[str, Any]]
+    dataset_fingerprint: dict[str, Any]
     dataset_json: dict[str, Any]
     dataset_name: str
     plans_identifier: str
 
-    def __init__(self, dataset_name_or_id: str | int, *, total_cases: int, study: dict[str, Any], **options: Any):
+    def __init__(
+        self,
+        dataset_name_or_id: str | int,
+        *,
+        fingerprint: dict[str, Any],
+        total_cases: int,
+        study: dict[str, Any],
+        **options: Any,
+    ):
         super().__init__(dataset_name_or_id, **{**self.defaults, **options})  # type: ignore[call-arg]
+        self.dataset_fingerprint = fingerprint
         self.dataset_json["numTraining"] = total_cases
         # nnU-Net takes the n-th name for the n-th channel, whatever its key says
         self.dataset_json[self._channels_key] = channel_names(self.dataset_json)
@@ -111,7 +123,7 @@ class HarmonisedPlanner:
         for name, configuration in plans["configurations"].items():
             if "inherits_from" not in configuration:
                 digest = digest_of(self._preprocessing_inputs(plans, configuration))
-                configuration["data_identifier"] = f"nnUNetFed_{name}_{digest[:8]}"
+                configuration["data_identifier"] = f"{PREFIX}{name}_{digest[:8]}"
         plans[PLANS_KEY] = self.study  # which says what may differ
         plans[PLANS_KEY] = {**self.study, "plans_digest": plans_digest(plans)}
         if self.plans_file.exists():

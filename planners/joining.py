@@ -7,14 +7,19 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from nnunet_fed.agreement.fingerprint import INTENSITIES, own_intensities
+from nnunet_fed.agreement.fingerprint_files import COMMON, keep_own
 from nnunet_fed.agreement.plan_digest import plans_digest
+from nnunet_fed.datasets.folds import FoldChoice
 from nnunet_fed.errors import ConfigurationError, DisagreementError
 from nnunet_fed.evaluation.lesions import SMALL_LESIONS
 from nnunet_fed.exchange.keys import PUBLISHED
+from nnunet_fed.files import write_json
 from nnunet_fed.planners.dataset import check_agreement, describe
+from nnunet_fed.planners.enough_cases import check_cases, trained_fold, warn_of_little_room
 from nnunet_fed.planners.extraction import extract
 from nnunet_fed.planners.harmonised import planner_class
 from nnunet_fed.planners.mapping import prepare_dataset
+from nnunet_fed.planners.other_results import require_no_other_results
 from nnunet_fed.planners.planning import (
     DESCRIPTIONS,
     PlanningResult,
@@ -51,6 +56,8 @@ def join_and_preprocess(
     report: Callable[[str], None] = lambda phase: None,
     *,
     labels: LabelMap | None = None,
+    base_trainer: str | None = None,
+    folds: FoldChoice = FoldChoice.keep,
 ) -> PlanningResult:
     """Take the fingerprint and the plans of a federation that has planned, and preprocess by them.
 
@@ -65,6 +72,8 @@ def join_and_preprocess(
     """
     report("checking")
     dataset = prepare_dataset(dataset_id, labels, processes)
+    check_cases(communicator.site, dataset, study, folds)
+    require_no_other_results(dataset, planner_class(study.planner), study)
     descriptions, published = communicator.gathered(DESCRIPTIONS), communicator.gathered(PUBLISHED)
     if descriptions is None or published is None:
         raise ConfigurationError(
@@ -76,13 +85,18 @@ def join_and_preprocess(
             f"Site '{communicator.site}' has planned with the others. To preprocess again, give the command without "
             "--join."
         )
-    check_agreement({**descriptions, communicator.site: describe(dataset, study.planner)}, study.method, _REMEDY)
+    own = describe(dataset, study.planner, base_trainer)
+    check_agreement({**descriptions, communicator.site: own}, study.method, _REMEDY)
     agreed = next(answer for answer in published.values() if answer is not None)
     total_cases = sum(description["training cases"] for description in descriptions.values())
     fingerprint, published_digest = agreed["fingerprint"], plans_digest(agreed["plans"])
+    report("extracting")
+    local = extract(dataset.id, len(dataset.cases), processes)
+    dataset.preprocessed.mkdir(parents=True, exist_ok=True)
+    keep_own(dataset.preprocessed, local)
     if study.method.own_channels:
-        report("extracting")
-        fingerprint = {**fingerprint, INTENSITIES: own_intensities(extract(dataset.id, len(dataset.cases), processes))}
+        fingerprint = {**fingerprint, INTENSITIES: own_intensities(local)}
+    write_json(dataset.preprocessed / COMMON, fingerprint, indent=4)
 
     report("planning")
     # plans that were published before there was such a key have none
@@ -106,10 +120,18 @@ def join_and_preprocess(
     communicator.note(f"joined after planning, with {len(dataset.cases)} cases: the plans are those of {planned_by}")
 
     report("preprocessing")
+    warn_of_little_room(dataset, local, plans, wanted)
     preprocess(communicator.site, dataset, planner.plans_identifier, plans, wanted, processes)
     report("planned")
-    digest = plans[PLANS_KEY]["plans_digest"]
-    return PlanningResult(dataset.name, planner.plans_identifier, digest, wanted, total_cases, len(dataset.cases))
+    return PlanningResult(
+        dataset.name,
+        planner.plans_identifier,
+        plans[PLANS_KEY]["plans_digest"],
+        wanted,
+        total_cases,
+        len(dataset.cases),
+        fold=trained_fold(dataset, study),
+    )
 
 
 def _fill_in_channels(plans: dict[str, Any], planner: Any) -> None:

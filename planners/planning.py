@@ -3,31 +3,41 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from nnunetv2.experiment_planning.plan_and_preprocess_api import preprocess_dataset
 
-from nnunet_fed.agreement.fingerprint import INTENSITIES, LocalFingerprint, fingerprint_of, own_intensities
+from nnunet_fed.agreement.fingerprint import INTENSITIES, LocalFingerprint, own_intensities
+from nnunet_fed.agreement.fingerprint_files import COMMON, keep_own
 from nnunet_fed.agreement.odd_plans import ODD, far_from_own, require_voxels, thin_patches
 from nnunet_fed.agreement.plan_digest import comparable, differences
 from nnunet_fed.agreement.stages import FIRST_STAGES, to_preprocess
+from nnunet_fed.datasets.folds import FoldChoice
+from nnunet_fed.datasets.preprocessed import complete_marker, is_complete
 from nnunet_fed.errors import ConfigurationError, DisagreementError, FederationError
 from nnunet_fed.evaluation.lesions import SMALL_LESIONS, small_lesion_thresholds
 from nnunet_fed.exchange.communicator import Collectives
 from nnunet_fed.exchange.keys import PLANNING, PLANS, PUBLISHED, key_of
-from nnunet_fed.files import move, write_json
+from nnunet_fed.files import NEXT_TO_NOTHING, free_bytes, in_words, move, no_room, write_json
 from nnunet_fed.planners.answered import FILE, AnsweredCollectives
 from nnunet_fed.planners.beginning_anew import KeptExtraction
 from nnunet_fed.planners.dataset import PLAN_AGAIN, RawDataset, check_agreement, describe, file_states
+from nnunet_fed.planners.enough_cases import check_cases, trained_fold, warn_of_little_room
 from nnunet_fed.planners.explanation import Row, explain
 from nnunet_fed.planners.extraction import extract
 from nnunet_fed.planners.geometry import harmonised_planner
 from nnunet_fed.planners.harmonised import check_preprocessor, planner_class
-from nnunet_fed.planners.leftovers import drop_newer_references, set_old_folds_aside
+from nnunet_fed.planners.leftovers import (
+    bring_folds_up_to_date,
+    drop_newer_references,
+    note_cases,
+)
 from nnunet_fed.planners.mapping import prepare_dataset
-from nnunet_fed.study.federation import PLANS_KEY, Federation
+from nnunet_fed.planners.other_results import require_no_other_results
+from nnunet_fed.study.federation import PLANS_KEY, Federation, Fold
 from nnunet_fed.study.labels import LabelMap
 
 logger = logging.getLogger(__name__)
@@ -56,6 +66,8 @@ class PlanningResult:
     """What this site would have planned alone; none if it is not known."""
     odd_plans: tuple[str, ...] = ()
     """What had better be looked at before anybody trains; the same at all sites, and logged."""
+    fold: Fold = 0
+    """That this site trains: the study's, or ``all`` where it has too few cases for a cross-validation."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +92,8 @@ def plan_and_preprocess(
     report: Callable[[str], None] = lambda phase: None,
     *,
     labels: LabelMap | None = None,
+    base_trainer: str | None = None,
+    folds: FoldChoice = FoldChoice.keep,
     kept: KeptExtraction | None = None,
 ) -> PlanningResult:
     """Agree with the other sites on a fingerprint, plan from it, make sure that all plans are equal, and preprocess.
@@ -96,6 +110,8 @@ def plan_and_preprocess(
         report: called with the name of each phase that begins: checking, extracting, harmonising, planning,
             preprocessing, planned.
         labels: this site's label map; with one, all work is done on the mapped data set, which is built first.
+        base_trainer: name and digest of the one that the study names, which the sites compare; ``None``: it names none.
+        folds: what becomes of those of an earlier training.
         kept: what an earlier call has extracted, if this command plans anew.
 
     Raises:
@@ -106,13 +122,14 @@ def plan_and_preprocess(
         FederationError: a case cannot be analysed or preprocessed.
     """
     agreement = agree(
-        communicator, study, dataset_id, processes, report, labels=labels, kept=kept,
-        asked=asked_configurations(study, configurations),
+        communicator, study, dataset_id, processes, report, labels=labels, base_trainer=base_trainer, folds=folds,
+        kept=kept, asked=asked_configurations(study, configurations),
     )  # fmt: skip
     dataset, planner, plans = agreement.dataset, agreement.planner, agreement.plans
     wanted = wanted_configurations(plans, study, configurations)
 
     report("preprocessing")
+    warn_of_little_room(dataset, agreement.local, plans, wanted)
     preprocess(communicator.site, dataset, planner.plans_identifier, plans, wanted, processes)
     explanation = explain(planner, agreement.local, plans, study.overwrite_target_spacing)
     report("planned")
@@ -125,6 +142,7 @@ def plan_and_preprocess(
         len(dataset.cases),
         explanation,
         agreement.odd_plans,
+        trained_fold(dataset, study),
     )
 
 
@@ -136,6 +154,8 @@ def agree(
     report: Callable[[str], None] = lambda phase: None,
     *,
     labels: LabelMap | None = None,
+    base_trainer: str | None = None,
+    folds: FoldChoice = FoldChoice.keep,
     keep_look: bool = True,
     asked: Sequence[str] = (),
     kept: KeptExtraction | None = None,
@@ -149,8 +169,9 @@ def agree(
     make = planner_class(study.planner)
     check_preprocessor(study.preprocessor_name)
     dataset = prepare_dataset(dataset_id, labels, processes, keep_look=keep_look)
-    _check_number(communicator.site, dataset, study)
-    descriptions = communicator.gather(DESCRIPTIONS, describe(dataset, study.planner))
+    check_cases(communicator.site, dataset, study, folds)
+    require_no_other_results(dataset, make, study)
+    descriptions = communicator.gather(DESCRIPTIONS, describe(dataset, study.planner, base_trainer))
     check_agreement(descriptions, study.method)
     total_cases = sum(description["training cases"] for description in descriptions.values())
 
@@ -162,6 +183,8 @@ def agree(
         [pooled, dataset.json, file_states(dataset.cases)], lambda: extract(dataset.id, pooled, processes)
     )
     intensities = own_intensities(local) if own_channels else None
+    dataset.preprocessed.mkdir(parents=True, exist_ok=True)
+    keep_own(dataset.preprocessed, local)
 
     report("harmonising")
     small_lesions = {
@@ -174,7 +197,7 @@ def agree(
         lambda fingerprint: make_planner(make, dataset, study, total_cases, fingerprint, **small_lesions),
         intensities,
     )
-    _write_local_fingerprint(dataset, local)
+    write_json(dataset.preprocessed / COMMON, planner.dataset_fingerprint, indent=4)
 
     report("planning")
     plans = planner.plan_experiment()
@@ -195,25 +218,6 @@ def agree(
     return Agreement(dataset, local, planner, plans, total_cases, odd_plans)
 
 
-def _write_local_fingerprint(dataset: RawDataset, local: LocalFingerprint) -> None:
-    """For a reader who compares this site with all sites; nothing reads it."""
-    path = dataset.preprocessed / "dataset_fingerprint_local.json"
-    if all(len(channel) for channel in local.intensities):
-        write_json(path, fingerprint_of(local), indent=4)
-    else:
-        logger.warning("No case of %s has foreground; %s is not written", dataset.name, path.name)
-        path.unlink(missing_ok=True)
-
-
-def _check_number(site: str, dataset: RawDataset, study: Federation) -> None:
-    if len(dataset.cases) < study.min_cases:
-        raise ConfigurationError(
-            f"Site '{site}' has {len(dataset.cases)} training cases in {dataset.name}, but the study asks every site "
-            f"for at least {study.min_cases}, since sums over few cases tell what these are. Nothing was sent; "
-            "leave the site out of the study, or lower 'min_cases' in federation.toml."
-        )
-
-
 def make_planner(
     make: Any,
     dataset: RawDataset,
@@ -222,7 +226,7 @@ def make_planner(
     fingerprint: dict[str, Any],
     **about: Any,
 ) -> Any:
-    """The planner of this site's data set, which reads a fingerprint where nnU-Net puts its own.
+    """The planner of this site's data set.
 
     Args:
         make: the planner's class.
@@ -232,8 +236,6 @@ def make_planner(
         fingerprint: of all sites.
         about: what this site's plans carry beside the study.
     """
-    dataset.preprocessed.mkdir(parents=True, exist_ok=True)
-    write_json(dataset.preprocessed / "dataset_fingerprint.json", fingerprint, indent=4)
     carried = {"name": study.name, "digest": study.digest_of_fold(study.fold), "study": study.stored(), **about}
     options = {
         "plans_name": study.plans_name,
@@ -242,13 +244,7 @@ def make_planner(
         "preprocessor_name": study.preprocessor_name,
     }
     given = {name: value for name, value in options.items() if value is not None}
-    try:
-        return make(dataset.id, total_cases=total_cases, study=carried, **given)
-    except AssertionError:  # nnU-Net asserts without a word that raw and preprocessed folds are the same
-        raise ConfigurationError(
-            f"The folds in {dataset.folder / 'splits_final.json'} are not those in {dataset.preprocessed}. "
-            "Remove the latter file if the former is right."
-        ) from None
+    return make(dataset.id, fingerprint=fingerprint, total_cases=total_cases, study=carried, **given)
 
 
 def _agree_on_plans(communicator: Collectives, plans: dict[str, Any]) -> None:
@@ -301,24 +297,30 @@ def preprocess(
         wanted: configurations.
         processes: worker processes.
     """
-    # a marker stands beside the folder, in which nnU-Net would take it for a case
     folders = {name: dataset.preprocessed / plans["configurations"][name]["data_identifier"] for name in wanted}
-    markers = {name: folder.with_name(f"{folder.name}.complete.json") for name, folder in folders.items()}
-    open_ones = [name for name in wanted if not (folders[name].is_dir() and markers[name].is_file())]
+    open_ones = [name for name in wanted if not is_complete(folders[name])]
     for name in wanted:
         if name in open_ones:
-            markers[name].unlink(missing_ok=True)
+            complete_marker(folders[name]).unlink(missing_ok=True)
         else:
             logger.info("%s is preprocessed already in %s", name, folders[name].name)
     drop_newer_references(dataset)
-    set_old_folds_aside(dataset)
     try:
         # also without a configuration: it brings the references in gt_segmentations up to date
         preprocess_dataset(dataset.id, plans_name, open_ones, [processes])
     except Exception as error:  # whatever nnU-Net and its readers raise
+        told = in_words(error, str(dataset.preprocessed)) if isinstance(error, OSError) else None
+        if told is None and free_bytes(dataset.preprocessed) < NEXT_TO_NOTHING:  # Blosc does not say why
+            told = no_room(dataset.preprocessed)
+        if told is not None:
+            for name in open_ones:  # it is made anew, and the room is needed
+                shutil.rmtree(folders[name], ignore_errors=True)
+            raise told from error
         raise FederationError(
             f"Site '{site}' cannot preprocess {dataset.name}: {type(error).__name__}: {error}. "
             "If a worker died, use fewer processes; then plan again."
         ) from error
     for name in open_ones:
-        write_json(markers[name], {"configuration": name, "cases": len(dataset.cases)}, indent=4)
+        write_json(complete_marker(folders[name]), {"configuration": name, "cases": len(dataset.cases)}, indent=4)
+    bring_folds_up_to_date(dataset)
+    note_cases(dataset)

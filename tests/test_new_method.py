@@ -15,7 +15,7 @@ from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.simulation.simulate import plugin_folder
 from nnunet_fed.trainers.nnUNetTrainerFedAvg import nnUNetTrainerFedAvg
-from nnunet_fed.trainers.parts.custom_trainer import check_custom_trainer
+from nnunet_fed.trainers.parts.named_trainers import check_named_trainers
 
 PAGE = Path(__file__).parents[1] / "docs" / "new_method.md"
 NAME = "nnUNetTrainerFedClip"
@@ -104,18 +104,18 @@ def test_options_that_the_trainer_does_not_take(
     sites: InProcess, trainer: type[Any], options: dict[str, Any], sentence: str
 ) -> None:
     with pytest.raises(ConfigurationError, match=f"options of '{NAME}'.*{sentence}"):
-        check_custom_trainer(sites.study(method=method(**options)))
+        check_named_trainers(sites.study(method=method(**options)))
 
 
 def test_a_trainer_that_is_not_there(sites: InProcess, trainer: type[Any]) -> None:
     wanted = {"name": "custom", "trainer": "nnUNetTrainerFedClap"}
     with pytest.raises(ConfigurationError, match="no trainer 'nnUNetTrainerFedClap' in the folders of nnUNet_ext"):
-        check_custom_trainer(sites.study(method=wanted))
+        check_named_trainers(sites.study(method=wanted))
     with pytest.raises(ConfigurationError, match="'nnUNetTrainerFedAvg' does the method 'fedavg'"):
-        check_custom_trainer(sites.study(method={**wanted, "trainer": "nnUNetTrainerFedAvg"}))
+        check_named_trainers(sites.study(method={**wanted, "trainer": "nnUNetTrainerFedAvg"}))
 
 
 def test_a_file_of_the_users_that_cannot_be_imported(sites: InProcess, tmp_path: Path, trainer: type[Any]) -> None:
     (tmp_path / "my_trainers" / f"{NAME}.py").write_text("class nnUNetTrainerFedClip(", encoding="utf-8")
     with pytest.raises(ConfigurationError, match=f"Looking for the trainer '{NAME}' .* ended in SyntaxError"):
-        check_custom_trainer(sites.study(method=method()))
+        check_named_trainers(sites.study(method=method()))

@@ -29,6 +29,7 @@ class nnUNetTrainerFedGS(FineTuningTrainer):  # noqa: N801
     method = "fedgs"
     Options: ClassVar[type[MethodTable]] = FedGS
     options: FedGS
+    HOLDS_OPTIMIZER = "counts the steps of the first one"
     scaler: GradientScaler
 
     def configure_study(self) -> None:

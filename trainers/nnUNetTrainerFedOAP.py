@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from typing import Any, ClassVar
 
 import torch
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.training.nnUNetTrainer.primus.primus_trainers import AbstractPrimus
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnunet_fed.errors import ConfigurationError
-from nnunet_fed.methods.fedoap import FedOAPArchitecture, is_private, wrap_network
+from nnunet_fed.methods.fedoap import STEM_NAMES, WRAPPED_AROUND, FedOAPArchitecture, is_private, wrap_network
 from nnunet_fed.methods.perturbed_boundary import PerturbedBoundaryLoss, with_perturbed_boundary
 from nnunet_fed.study.federation import study_in
 from nnunet_fed.study.method_table import MethodTable
 from nnunet_fed.study.methods.fedoap_options import FedOAP
 from nnunet_fed.trainers.nnUNetTrainerFedAvg import nnUNetTrainerFedAvg
+from nnunet_fed.trainers.parts.base_trainer import base_of
 
 
 class nnUNetTrainerFedOAP(nnUNetTrainerFedAvg):  # noqa: N801
@@ -54,11 +56,31 @@ class nnUNetTrainerFedOAP(nnUNetTrainerFedAvg):  # noqa: N801
             )
         options = study.method
         return wrap_network(
-            nnUNetTrainer.build_network_architecture(
+            base_of(study).build_network_architecture(
                 plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
             ),
             FedOAPArchitecture(options.heads, options.query_branch, options.adapter),
         )
+
+    @classmethod
+    def check_base(cls, base: type[Any]) -> None:
+        """See that it builds a U-Net, as far as that is known before there are plans."""
+        if issubclass(base, AbstractPrimus):
+            raise ConfigurationError(
+                f"FedOAP does not go with the trainer '{base.__name__}': it puts its attention between the encoder and "
+                "the decoder of a U-Net, and Primus is a transformer without them. Name another trainer or method."
+            )
+        if "plans_manager" not in inspect.signature(base.build_network_architecture).parameters:
+            raise ConfigurationError(
+                f"FedOAP does not go with the trainer '{base.__name__}': its build_network_architecture takes the "
+                "arguments of an older nnU-Net, without the plans. Bring it up to date, or name another trainer."
+            )
+        super().check_base(base)
+
+    def may_begin_anew(self) -> tuple[str, ...]:
+        """What a stock network has not; and a private stem, whose input channels may be others."""
+        stems = STEM_NAMES if self.options.private_stem else ()
+        return (*WRAPPED_AROUND, *stems)
 
     def shared(self) -> dict[str, torch.Tensor]:
         """The tensors that are averaged (gamma); nothing else leaves the site while it trains."""

@@ -8,10 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from filelock import SoftFileLease
+
 from nnunet_fed.agreement.plan_digest import plans_digest
+from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.exchange.precision import narrow
 from nnunet_fed.gossip.mailbox import State, described
 from nnunet_fed.gossip.schedule import Version, uniform
+from nnunet_fed.leases import take
 from nnunet_fed.methods.tensors import digest_of_tensors
 from nnunet_fed.processes import Process, Step
 from nnunet_fed.study.federation import digest_of
@@ -19,10 +23,12 @@ from nnunet_fed.trainers.gossip.gossip_session import GossipSession, Standing, r
 from nnunet_fed.trainers.gossip.mutual_phase import PhaseTrainer
 from nnunet_fed.trainers.gossip.peer_model import PeerModel, plain_values
 from nnunet_fed.trainers.parts import checkpoint
-from nnunet_fed.trainers.parts.ranks import patient_group
-from nnunet_fed.trainers.parts.study_trainer import sentences_for_users
+from nnunet_fed.trainers.parts.ranks import from_rank_zero, patient_group
+from nnunet_fed.trainers.parts.sentences import sentences_for_users
 from nnunet_fed.trainers.parts.training_record import RECORD, TrainingRecord, logged_by
 
+ADDRESS_LEASE = "gossip.lock"
+"""In the model's folder: which training takes other sites' models (:mod:`nnunet_fed.leases`)."""
 MAILBOX = "mailbox"
 """Folder, beside the checkpoints, through which the training and its peer process talk."""
 
@@ -40,6 +46,9 @@ class nnUNetTrainerGCML(PhaseTrainer):  # noqa: N801
     def configure_study(self) -> None:
         """Take from the study how long a site stays alone."""
         super().configure_study()
+        self._address: SoftFileLease | None = None
+        self._has_address = False
+        """On every rank, while rank 0 has the lease."""
         self._warm_up = self.options.warm_up(self.study.rounds * self.study.local_epochs)
 
     # ------------------------------------------------------------------------------------------- start and end
@@ -51,6 +60,16 @@ class nnUNetTrainerGCML(PhaseTrainer):  # noqa: N801
             return super().initial_seed
         return int(2**31 * uniform(self.study.seed, "initial weights", self.own_site().name))
 
+    def check_pretrained(self, given: str | None) -> None:
+        """Only weights that the study names: no coordinator compares what the sites have."""
+        super().check_pretrained(given)
+        if given is not None and self.named_weights is None:
+            raise ConfigurationError(
+                "With GCML no coordinator compares the sites' pretrained weights, so the study has to name them: set "
+                f'pretrained = "{given}" and configuration = "{self.configuration_name}" in federation.toml, and plan '
+                "with it."
+            )
+
     def run_training(self) -> None:
         """nnU-Net's loop; errors of the federation end in a sentence."""
         with sentences_for_users(), logged_by(self.print_to_log_file):
@@ -58,6 +77,7 @@ class nnUNetTrainerGCML(PhaseTrainer):  # noqa: N801
                 super().run_training()
             except BaseException:
                 self._close()
+                self._leave_folder()
                 raise
 
     def on_train_start(self) -> None:
@@ -83,22 +103,51 @@ class nnUNetTrainerGCML(PhaseTrainer):  # noqa: N801
             checkpoint.restore_random_states(self._resumed["random"])
 
     def _require_gossip(self) -> None:
-        self.require_own_fold()
+        self._require_fold_of_plans()
+        if not self._has_address:
+            self._take_address()
         require_peers(self.own_site(), self.study.sites)
         self._plan_of_choice()
+
+    def _take_address(self) -> None:
+        """Be the one training of this model and site that has a peer process, for all ranks: it has one address."""
+
+        def on_rank_zero() -> None:
+            doing = (
+                f"GCML trains one fold after the other, since the peer process of this site has one address "
+                f"({self.own_site().listen})"
+            )
+            self._address = take(Path(self.output_folder_base) / ADDRESS_LEASE, doing)
+
+        from_rank_zero(on_rank_zero)
+        self._has_address = True
+
+    def _require_fold_of_plans(self) -> None:
+        """See that this site trains a fold of the study; no coordinator is there to say so."""
+        fold, known = self.fold_of_study(), self.study.trained_folds
+        if fold not in known:
+            raise ConfigurationError(
+                f"The study in the plans trains fold {', '.join(map(str, known))}, this command fold {fold}. Train one "
+                "of the study's, or let the coordinator set 'folds' in federation.toml and plan again: what is "
+                "preprocessed stays."
+            )
 
     def _open_session(self) -> GossipSession:
         folder = Path(self.output_folder)
         continues = self._resumed is not None
         record = TrainingRecord(folder / RECORD, continues)
+        fold = self.fold_of_study()
+        digest = self.study.digest_of_fold(fold)
         record.describe(
-            study=self.study.stored(), digest=self.study.digest_of_fold(self.study.fold), site=self.own_site().name,
+            study=self.study.stored(), digest=digest, fold=fold, site=self.own_site().name,
             training_cases=self._training_cases, initial_weights=self._standing.initial,
         )  # fmt: skip
+        if self.pretrained is not None:
+            record.note(pretrained=self.pretrained)
         schema, size = described(narrow(self.shared_arrays(), self.study.wire_dtype))
         comparable = {
-            "study": self.study.digest_of_fold(self.study.fold), "configuration": self.configuration_name,
-            "plans": plans_digest(self.plans_manager.plans),
+            "study": digest, "configuration": self.configuration_name,
+            "plans": plans_digest(self.plans_manager.plans), **self.compared_of_base(),
         }  # fmt: skip
         state = State(
             run=digest_of(comparable), version=self._standing.version, received={},
@@ -129,11 +178,16 @@ class nnUNetTrainerGCML(PhaseTrainer):  # noqa: N801
             super().perform_actual_validation(save_probabilities)
         finally:
             self._close()
+            self._leave_folder()
 
     def _close(self) -> None:
         if self._session is not None:
             self._session.close()
             self._session = None
+        if self._address is not None:
+            self._address.release()
+            self._address = None
+        self._has_address = False
 
     # ------------------------------------------------------------------------------------------- rounds
 

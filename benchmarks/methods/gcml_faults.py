@@ -102,7 +102,7 @@ class Running:
         self.blocked: dict[str, dict[int, float]] = {site: {} for site in SITES}
 
     def _place(self, site: str, study: Federation, folder: Path) -> Place:
-        place = Place(site, self._arguments.out / "data" / site, folder.resolve(), "all")
+        place = Place(site, self._arguments.out / "data" / site, folder.resolve(), ("all",))
         place.make(f"{HOST}:9", {})
         adopt(self._arguments.out / "planned" / "sites" / site, place.folder, study)
         return place
@@ -127,7 +127,7 @@ class Running:
 
     def log(self, site: str) -> str:
         """What nnU-Net has logged at a site."""
-        logs = sorted(self.places[site].results(self.study).glob("training_log_*.txt"))
+        logs = sorted(self.places[site].results(self.study, "all").glob("training_log_*.txt"))
         return "\n".join(log.read_text() for log in logs)
 
     def epoch(self, site: str) -> int:
@@ -136,7 +136,7 @@ class Running:
 
     def kill(self) -> None:
         """Kill the victim and its peer process, which leads a session of its own."""
-        mailbox = str(self.places[VICTIM].results(self.study) / "mailbox")
+        mailbox = str(self.places[VICTIM].results(self.study, "all") / "mailbox")
         command = ["pgrep", "-f", f"nnunet_fed peer {mailbox}"]
         found = subprocess.run(command, capture_output=True, text=True, check=False)
         for number in found.stdout.split():
@@ -192,7 +192,7 @@ class Running:
         """Of each site that has finished: seconds of its epochs with and without a peer's model."""
         found: dict[str, Any] = {}
         for site, place in self.places.items():
-            results = place.results(self.study)
+            results = place.results(self.study, "all")
             if not (results / "checkpoint_final.pth").is_file():
                 continue
             log, record = self.log(site), json.loads((results / "federation.json").read_text())
@@ -266,7 +266,7 @@ def predicts(arguments: argparse.Namespace, place: Place, study: Federation) -> 
     """Whether stock ``nnUNetv2_predict``, without our trainers on its path, predicts with a final model."""
     stock = {name: value for name, value in site_environment(place.folder, 1).items() if "ext" not in name.lower()}
     images, out = arguments.out / "data" / "test" / "imagesTs", place.folder / "predicted"
-    model = place.results(study).parent.name.split("__")[0]
+    model = place.results(study, "all").parent.name.split("__")[0]
     command = [str(Path(sys.executable).parent / "nnUNetv2_predict"), "-i", str(images), "-o", str(out), "-d", "1"]
     command += ["-c", study.configuration, "-f", "all", "-tr", model, "-p", str(study.plans_name), "-device", "cpu"]
     with (place.folder / "predict.log").open("wb") as log:

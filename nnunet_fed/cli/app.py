@@ -15,6 +15,7 @@ from nnunet_fed.cli.check_command import check
 from nnunet_fed.cli.compare_command import compare
 from nnunet_fed.cli.coordinator_command import coordinator
 from nnunet_fed.cli.dataset_commands import phantom, split
+from nnunet_fed.cli.digest_command import digest
 from nnunet_fed.cli.export_command import export
 from nnunet_fed.cli.init_command import init
 from nnunet_fed.cli.option_values import repeat_option
@@ -27,6 +28,7 @@ from nnunet_fed.cli.simulate_command import simulate
 from nnunet_fed.cli.state_commands import new_attempt, rewind
 from nnunet_fed.cli.status_command import status
 from nnunet_fed.errors import BusyError, FederationError
+from nnunet_fed.files import in_words
 from nnunet_fed.logs import PlainLines
 
 TRY_AGAIN = 75
@@ -54,6 +56,8 @@ def main() -> None:
     except (KeyboardInterrupt, BrokenPipeError) as error:
         _end(error, "interrupted", status=130)
     except Exception as error:
+        if isinstance(error, OSError) and (told := in_words(error)) is not None:
+            _end(error, str(told), status=TRY_AGAIN if isinstance(told, BusyError) else 2)
         _end(error, f"{type(error).__name__}: {error} (nnunet_fed --debug shows where)", status=1)
 
 
@@ -97,6 +101,7 @@ app.command("plugin-path")(plugin_path)
 app.command()(split)
 app.command()(phantom)
 app.command()(check)
+app.command()(digest)
 app.command()(predict)
 app.command()(export)
 app.command()(compare)

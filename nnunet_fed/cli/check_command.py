@@ -17,8 +17,11 @@ import typer
 from rich.console import Console
 
 from nnunet_fed.agreement.stages import to_preprocess
+from nnunet_fed.datasets.description import NAME, read_description
+from nnunet_fed.datasets.listing import list_cases
 from nnunet_fed.errors import ConfigurationError, FederationError
 from nnunet_fed.exchange.keys import PLANS
+from nnunet_fed.preflight import folder_checks
 from nnunet_fed.preflight import site_checks as checks
 from nnunet_fed.preflight.site_checks import Finding, Outcome
 from nnunet_fed.strict_json import to_json
@@ -93,9 +96,10 @@ class _Check:
         """Do them."""
         yield self._try("site.toml", self._read_site)
         yield from self._way()
-        yield self._try("nnU-Net paths", checks.check_paths)
+        yield self._try("nnU-Net paths", self._check_paths)
         if self.data:
             yield self._try("data", self._check_data)
+        yield self._try("fold", self._check_fold)
         yield self._try("trainer", self._check_trainer)
         yield self._try("plans", self._check_plans)
         yield self._try("memory", self._check_memory)
@@ -178,6 +182,25 @@ class _Check:
             return Finding("data", Outcome.failed, f"{text}.", "The table at the end says what to do.")
         return Finding("data", Outcome.warning if report.findings else Outcome.ok, text)
 
+    def _datasets(self) -> list[int]:
+        """Numbers of the site's own data set, and of the one with mapped labels."""
+        label_map = self.site.label_map if self.site else None
+        numbers = [self.dataset, None if label_map is None else label_map.dataset]
+        return [number for number in numbers if number is not None]
+
+    def _check_paths(self) -> Finding:
+        trainer = self.trainer or (self.study.method.trainer_name if self.study else None)
+        return folder_checks.check_paths(self._datasets(), trainer)
+
+    def _check_fold(self) -> Finding:
+        raw = None if self.dataset is None else folder_checks.dataset_folder(folder_checks.RAW, self.dataset)
+        if raw is None or self.study is None:
+            return Finding("fold", Outcome.skipped, "needs a data set (-d) and the study")
+        content, _ = read_description(raw / NAME)
+        if not content or "file_ending" not in content:
+            return Finding("fold", Outcome.skipped, f"{raw / NAME} cannot be used; 'check --data' tells more")
+        return folder_checks.check_fold(self.study, list_cases(raw, content).cases, raw, self._preprocessed())
+
     def _check_trainer(self) -> Finding:
         from nnunet_fed.simulation.simulate import plugin_folder, require_trainer
 
@@ -191,7 +214,7 @@ class _Check:
         """Folder of the data set in which the site will train: the mapped one, if its labels are mapped."""
         label_map = self.site.label_map if self.site else None
         number = label_map.dataset if label_map else self.dataset
-        return None if number is None else checks.dataset_folder(checks.PREPROCESSED, number)
+        return None if number is None else folder_checks.dataset_folder(folder_checks.PREPROCESSED, number)
 
     def _check_plans(self) -> Finding:
         if self.dataset is None:
@@ -217,14 +240,22 @@ class _Check:
         folder = self._preprocessed()
         if self.plans and folder and self._wanted() in self.plans["configurations"]:
             dataset = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
-            study = study_in(self.plans)
-            self.footprint = footprint(self.plans, self._wanted(), dataset, study)
+            study, build = study_in(self.plans), None
+            if study.names_trainer:
+                from nnunet_fed.trainers.parts.named_trainers import network_builder
+
+                build = network_builder(study)
+            self.footprint = footprint(self.plans, self._wanted(), dataset, study, build)
         return check_memory(self.footprint, self.device)
 
     def _check_disk(self) -> Finding:
-        raw = None if self.dataset is None else checks.dataset_folder(checks.RAW, self.dataset)
+        raw = None if self.dataset is None else folder_checks.dataset_folder(folder_checks.RAW, self.dataset)
         folder, known, done = self._preprocessed(), (self.plans or {}).get("configurations", {}), None
         if self.plans and folder and self._wanted() in known:
             done = folder / known[to_preprocess(self.plans, self._wanted())[-1]]["data_identifier"]
         results = self.footprint.results_bytes if self.footprint else 0.0
-        return checks.check_disk(checks.preprocessed_bytes(raw, done), results)
+        looked = (
+            None if self.dataset is None else folder_checks.dataset_folder(folder_checks.PREPROCESSED, self.dataset)
+        )
+        needed = folder_checks.preprocessed_bytes(raw, done, folder_checks.voxels_of_images(looked))
+        return folder_checks.check_disk(needed, results)

@@ -54,6 +54,7 @@ def compare(
     comparison = Comparison(
         sites.folders(), out, names, tuple(range(seed, seed + seeds)), study_options.settings(),
         _by_method(option or []), variants, sites.label_maps(), machine.device, machine.threads,
+        study_options.pretrained,
     )  # fmt: skip
     require_monai()
     console = error_console()

@@ -62,7 +62,7 @@ def coordinator(
     keep_buffers(COORDINATOR)
     key_files = KeyFiles.given(keys.cert, keys.key, keys.ca)
     federation = Federation.read(study)
-    tracker = FederationTracker(tensorboard) if tensorboard is not None else None
+    tracker = FederationTracker(tensorboard, len(federation.trained_folds) > 1) if tensorboard is not None else None
     store = Store(state)
     with explained(state):
         if new_attempt and store.fact("attempt") is not None:

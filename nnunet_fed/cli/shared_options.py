@@ -13,7 +13,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from nnunet_fed.cli.option_values import named_folders, named_labels, whole_number
-from nnunet_fed.study.federation import Federation
+from nnunet_fed.study.federation import STOCK_TRAINER, Federation
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
@@ -55,6 +55,10 @@ def _of_a_study(name: str) -> Any:
     return Federation.model_fields[name].default
 
 
+def _default_with(name: str) -> str:
+    return f"{_of_a_study(name)}, or the named trainer's own"
+
+
 @dataclass(frozen=True)
 class StudyOptions:
     """What makes a study, by the names of ``federation.toml``; the defaults suit a trial."""
@@ -76,9 +80,16 @@ class StudyOptions:
     gpu_memory_target_in_gb: Annotated[
         float | None, typer.Option("--gpu-memory", metavar="GB", help="What the planner may fill; default: its own.")
     ] = None
-    initial_lr: Annotated[float, typer.Option("--lr", help="Initial learning rate.")] = _of_a_study("initial_lr")
-    momentum: Annotated[float, typer.Option(help="Momentum.")] = _of_a_study("momentum")
-    fold: Annotated[str, typer.Option(help="Cross-validation fold; simulate takes all, too.")] = "0"
+    trainer: Annotated[
+        str, typer.Option(metavar="CLASS", help="Base trainer: nnU-Net's own, or a variant of it (nnUNetTrainerDA5).")
+    ] = _of_a_study("trainer")
+    initial_lr: Annotated[
+        float | None, typer.Option("--lr", help=f"Initial learning rate; default: {_default_with('initial_lr')}.")
+    ] = None
+    momentum: Annotated[float | None, typer.Option(help=f"Momentum; default: {_default_with('momentum')}.")] = None
+    fold: Annotated[
+        str, typer.Option(metavar="FOLD[,FOLD...]", help="Cross-validation folds; simulate takes all, too.")
+    ] = "0"
     weighting: Annotated[str, typer.Option(help="Weight of a site in a mean: cases or uniform.")] = _of_a_study(
         "weighting"
     )
@@ -86,11 +97,26 @@ class StudyOptions:
     cross_site: Annotated[
         bool, typer.Option("--cross-site", help="Evaluate each site's model at each site, too; not with gcml.")
     ] = _of_a_study("cross_site")
+    pretrained: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Start from the weights of this checkpoint of nnU-Net.")
+    ] = None
 
     def settings(self) -> dict[str, Any]:
-        """For ``federation.toml``; a bad fold raises :class:`ConfigurationError`."""
-        fold = self.fold if self.fold == "all" else whole_number("--fold", self.fold)
-        return {**asdict(self), "fold": fold, "planning_deadline_minutes": self.deadline_minutes}
+        """For ``federation.toml``; a bad fold, or a file that is no checkpoint, raises :class:`ConfigurationError`."""
+        folds = [fold if fold == "all" else whole_number("--fold", fold) for fold in self.fold.split(",")]
+        several = {"folds": folds} if len(folds) > 1 else {}
+        deadline = {"planning_deadline_minutes": self.deadline_minutes}
+        given = {name: value for name, value in asdict(self).items() if value is not None}
+        if self.trainer == STOCK_TRAINER:
+            given = {**{name: _of_a_study(name) for name in ("initial_lr", "momentum")}, **given}
+        return {**given, **deadline, "fold": folds[0], **several, "pretrained": self._digest()}
+
+    def _digest(self) -> str | None:
+        if self.pretrained is None:
+            return None
+        from nnunet_fed.trainers.parts.pretrained_weights import read_weights  # with PyTorch, which others spare
+
+        return read_weights(self.pretrained).digest
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,11 @@ def simulate(
         raise ConfigurationError(explain(error, Federation)) from None
     console = error_console()
     maps = sites.label_maps()
-    summary = run(Simulation(folders, out, study, until.value, machine.device, machine.threads, planned, maps), console)
+    simulation = Simulation(
+        folders, out, study, until.value, machine.device, machine.threads, planned, maps,
+        pretrained=study_options.pretrained,
+    )  # fmt: skip
+    summary = run(simulation, console)
     for table in (result_table(summary), lesion_table(summary)):
         if table is not None:
             Console().print(table)

@@ -28,7 +28,7 @@ from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.evaluation.summary import result_table
 from nnunet_fed.files import move, new_folder, write_text
 from nnunet_fed.simulation.simulate import Simulation, require_trainer, simulate
-from nnunet_fed.study.federation import Federation
+from nnunet_fed.study.federation import Federation, Fold
 from nnunet_fed.study.labels import Sources
 from nnunet_fed.study.methods import METHODS, method_settings
 from nnunet_fed.study.toml import explain, from_toml, to_toml
@@ -64,6 +64,8 @@ class Comparison:
     """As for a :class:`Simulation`."""
     device: str = "cpu"
     threads: int | None = None
+    pretrained: Path | None = None
+    """The checkpoint whose digest the study names."""
 
     def study_of(self, method: str, seed: int) -> Federation:
         """The study of an arm; raises :class:`ConfigurationError` if there is none with this budget."""
@@ -187,8 +189,8 @@ def _check(comparison: Comparison) -> None:
     unused = sorted(set(comparison.options) - set(comparison.methods))
     if unused:
         raise ConfigurationError(f"--option {unused[0]}.NAME: '{unused[0]}' is none of --methods.")
-    if comparison.study.get("fold") == "all":
-        raise ConfigurationError("--fold all keeps no case for validation, so nothing can be compared: use a number.")
+    if "all" in _folds(comparison):
+        raise ConfigurationError("--fold all keeps no case for validation, so nothing can be compared: use numbers.")
     *first, last = stages_of(str(comparison.study.get("configuration", "")))
     if first:
         raise ConfigurationError(
@@ -212,7 +214,7 @@ def _plan(comparison: Comparison, study: Federation, console: Console, folder: P
 def _left_out(comparison: Comparison, planned: Path) -> dict[str, str]:
     """Sites that keep no case for validation; raises :class:`ConfigurationError` if a fold is missing, or all are."""
     sites = [Planned.read(site, planned / "sites" / site) for site in sorted(comparison.sites)]
-    fold = int(comparison.study.get("fold", 0))
+    fold = max(map(int, _folds(comparison)))
     for site in sites:
         if site.folds and fold >= len(site.folds):
             raise ConfigurationError(f"--fold {fold}: the last fold of site '{site.site}' is {len(site.folds) - 1}.")
@@ -231,13 +233,21 @@ def _left_out(comparison: Comparison, planned: Path) -> dict[str, str]:
     return left_out
 
 
+def _folds(comparison: Comparison) -> list[Fold]:
+    folds: list[Fold] = comparison.study.get("folds") or [comparison.study.get("fold", 0)]
+    return folds
+
+
 def _train(comparison: Comparison, method: str, seed: int, console: Console, folder: Path) -> None:
     study, planned = comparison.study_of(method, seed), comparison.out / PLANNED
     sites, labels = comparison.sites, comparison.labels
     if method == pooled_data.SITE:
         planned, labels = comparison.out / POOLED, {}
         sites = {pooled_data.SITE: planned / pooled_data.DATA}
-    arm = Simulation(sites, folder, study, "validate", comparison.device, comparison.threads, planned, labels)
+    arm = Simulation(
+        sites, folder, study, "validate", comparison.device, comparison.threads, planned, labels,
+        pretrained=comparison.pretrained,
+    )  # fmt: skip
     console.print(result_table({**simulate(arm, console), "method": method}))
 
 

@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nnunet_fed.agreement.fingerprint_files import OWN, common_file
+from nnunet_fed.datasets.folds import FOLDS, SPLITS
 from nnunet_fed.datasets.listing import laid_out, list_cases
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.files import link, write_json, write_text
 from nnunet_fed.simulation.reuse_plans import plans_of
-from nnunet_fed.simulation.simulate import FOLDS, Place
+from nnunet_fed.simulation.simulate import Place
 from nnunet_fed.study.federation import Federation
 from nnunet_fed.study.toml import to_toml
 
@@ -26,7 +28,6 @@ SITE = "pooled"
 """Name of the one site."""
 DATA, CASES = "data", "cases.json"
 """Its raw data set, and of which site each of its cases is, below the folder."""
-SPLITS = "splits_final.json"
 NOBODY = "127.0.0.1:9"
 """Address in the ``site.toml`` of a site that trains nowhere: each training is given its own."""
 
@@ -114,7 +115,7 @@ def pool(planned: Path, out: Path, study: Federation) -> None:
     raw = out / DATA
     for part in ("imagesTr", "labelsTr"):
         (raw / part).mkdir(parents=True)
-    place = Place(SITE, raw, out / "sites" / SITE, study.fold)
+    place = Place(SITE, raw, out / "sites" / SITE, study.trained_folds)
     place.make(NOBODY, {})
     preprocessed = place.folder / "nnUNet_preprocessed" / place.dataset
     write_json(raw / "dataset.json", dataset, indent=4)
@@ -122,7 +123,7 @@ def pool(planned: Path, out: Path, study: Federation) -> None:
         path.parent.mkdir(exist_ok=True)
         write_json(path, folds if path.name == SPLITS else dataset, indent=4)
     write_json(preprocessed / f"{study.plans_name}.json", {**first.plans, "dataset_name": place.dataset}, indent=4)
-    link(first.folder / "dataset_fingerprint.json", preprocessed / "dataset_fingerprint.json")
+    link(common_file(first.folder), preprocessed / OWN)
     identifiers = [site.plans["configurations"][study.configuration]["data_identifier"] for site in sites]
     for site, identifier in zip(sites, identifiers, strict=True):
         own = {case: names[site.site, case] for case in site.cases}

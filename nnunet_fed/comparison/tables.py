@@ -103,9 +103,10 @@ def markdown(content: Content) -> str:
     steps = epochs * study["iterations_per_epoch"]
     options = {method: settings["options"][method] for method in methods if settings["options"].get(method)}
     changed = [f"`{method}.{name} = {value}`" for method, given in options.items() for name, value in given.items()]
+    folds = f"folds {', '.join(map(str, study['folds']))}" if study.get("folds") else f"fold {study['fold']}"
     words = [
         f"Methods {', '.join(methods)}; sites {', '.join(settings['sites'])}; seeds {', '.join(map(str, seeds))}; "
-        f"{study['rounds']} rounds, {steps} steps in all; fold {study['fold']}, {study['configuration']}, "
+        f"{study['rounds']} rounds, {steps} steps in all; {folds}, {study['configuration']}, "
         f"{study['planner']}.",
         "All arms have the same plans, preprocessed data, folds, initial weights and number of steps. "
         + (

@@ -102,7 +102,7 @@ class Admission:
     Args:
         study: the study.
         store: the coordinator's memory.
-        share: a site's of the spool, in bytes; it bounds its payloads of a name until that has closed once.
+        share: a site's of the spool in a run, in bytes; it bounds its payloads of a name until that has closed once.
     """
 
     def __init__(self, study: Federation, store: Store, share: int):

@@ -73,9 +73,10 @@ class Coordinator:
         self._tracker = tracker
         self._draining = False
         self._changed = threading.Condition()
-        share = spool_quota // len(self.study.sites)
+        folds = len(self.study.trained_folds)
+        share = spool_quota // (len(self.study.sites) * folds)
         clock = clock or RunningClock()
-        self._spool = Spool(store.spool, spool_quota, share)
+        self._spool = Spool(store.spool, spool_quota, share, folds)
         self._generations = Generations(store)
         if known is not None:
             begin_more_rounds(Federation.restore(known), self.study, store, self._generations)
@@ -138,11 +139,11 @@ class Coordinator:
         """Id of the run in which the sites have planned, or are planning; ``None``: nobody has begun."""
         return self._members.planning_run()
 
-    def report(self, site: str, progress: dict[str, Any]) -> None:
-        """Note what a site is doing, for those who watch; raises :class:`RefusedError` if it does not say that."""
+    def report(self, site: str, progress: dict[str, Any], run: str = "") -> None:
+        """Note what a site is doing in a run; raises :class:`RefusedError` if it does not say that."""
         with self._changed:
-            if self._members.report(site, progress) and self._tracker is not None:
-                self._tracker.reported(site, progress)
+            if self._members.report(run, site, progress) and self._tracker is not None:
+                self._tracker.reported(self._store.runs().get(run, {}).get("fold"), site, progress)
 
     def note(self, run: str, site: str, text: str) -> None:
         """Journal something that happened at a site, for the record and for whoever reads the log."""
@@ -314,7 +315,7 @@ class Coordinator:
             given = self._store.contributions(collective.run, collective.key)
             return Outlook(
                 weights={site: contribution.weight for site, contribution in given.items()},
-                missing={site: self._members.doing(site) for site in missing},
+                missing={site: self._members.doing(collective.run, site) for site in missing},
                 closes_at=time.time() + self._round_closer.left(collective) if is_open else None,
             )
 

@@ -48,6 +48,8 @@ class Members:
         """When each site called last, in seconds since the epoch."""
         self.progress: dict[str, dict[str, Any]] = {}
         """What each site said last of what it is doing."""
+        self.progress_in: dict[str, dict[str, dict[str, Any]]] = {}
+        """The same by run and site, of runs that the site has joined: it may train several folds at once."""
 
     def join(
         self,
@@ -69,18 +71,21 @@ class Members:
             configuration: of nnU-Net (training).
             trainer: name of the trainer class (training).
             fresh: the training starts without ``--c``.
-            fold: of the study, that the run is for (training); ``None``: the study's present one.
+            fold: of the study, that the run is for (training); ``None``: the one whose digest it is, since a site of
+                version 0.1 does not name it.
             can_go_back: the site's version of nnunet_fed knows that rounds of a training may be undone.
 
         Returns:
             The run's id.
 
         Raises:
-            RefusedError: the site is not in the study, has plans of another study, starts afresh a run that it has
-                contributed to, or does not know how to go back in a run whose rounds were undone.
+            RefusedError: the site is not in the study, has plans of another study, names a fold that the study does not
+                train, starts afresh a run that it has contributed to, or does not know how to go back in a run whose
+                rounds were undone.
         """
         self._require_member(site)
-        fold = self._study.fold if fold is None else fold
+        if fold is None:
+            fold = self._fold_of(digest)
         if purpose == "training" and digest != self._study.digest_of_fold(fold):
             raise RefusedError(
                 f"The plans at site '{site}' belong to another study than '{self._study.name}', which this coordinator "
@@ -93,6 +98,13 @@ class Members:
         with self._changed, self._store.transaction():
             if purpose == "planning":
                 run = self.planning_run() or run
+            elif fold not in self._study.trained_folds and run not in self._store.runs():
+                known = ", ".join(map(str, self._study.trained_folds))
+                raise RefusedError(
+                    f"The study '{self._study.name}' trains fold {known}, and site '{site}' fold {fold}. Train one of "
+                    "the study's, say in site.toml which of them this site's fold is, or set 'folds' in "
+                    "federation.toml at the coordinator and restart it."
+                )
             described = {"purpose": purpose, "configuration": configuration, "trainer": trainer, "fold": fold}
             self._store.add_run(run, {**described, "attempt": self._attempt})
             run = self._generations.newest(run)
@@ -110,6 +122,10 @@ class Members:
             self._store.add_event(run, site, "joined" if fresh or purpose == "planning" else "joined with --c")
             self.seen[site] = time.time()
         return run
+
+    def _fold_of(self, digest: str) -> Fold:
+        of_digest = (fold for fold in self._study.trained_folds if self._study.digest_of_fold(fold) == digest)
+        return next(of_digest, self._study.fold)
 
     def _require_member(self, site: str) -> None:
         if site not in self._study.sites:
@@ -168,8 +184,8 @@ class Members:
                 self._store.set_standing(run, site, "absent")
             self._store.add_event(run, site, sentence)
 
-    def report(self, site: str, progress: dict[str, Any]) -> bool:
-        """Note what a site is doing, for those who watch; returns whether it is a site of the study.
+    def report(self, run: str, site: str, progress: dict[str, Any]) -> bool:
+        """Note what a site is doing in a run, for those who watch; returns whether it is a site of the study.
 
         Raises:
             RefusedError: it does not say that.
@@ -181,11 +197,13 @@ class Members:
         with self._changed:
             self.seen[site] = time.time()
             self.progress[site] = progress
+            if site in self._store.standing(run):
+                self.progress_in.setdefault(run, {})[site] = progress
         return True
 
-    def doing(self, site: str) -> str:
-        """A site's name and what it said last of what it is doing, for those who wait for it."""
-        progress = self.progress.get(site)
+    def doing(self, run: str, site: str) -> str:
+        """A site's name and what it said last of what it is doing, for those who wait for it in a run."""
+        progress = self.progress_in.get(run, {}).get(site) or self.progress.get(site)
         return f"{site} ({progress['phase']})" if progress else site
 
     def note(self, run: str, site: str, text: str) -> None:

@@ -53,7 +53,8 @@ def status_of(
         round_closer: knows for whom open collectives wait.
         members: know what the sites said last.
     """
-    standing, undone = store.latest_standing(), generations.undone()
+    standing, undone, runs = store.latest_standing(), generations.undone(), store.runs()
+    trainings = [run for run in store.runs_of(attempt) if runs[run]["purpose"] == "training" and run not in undone]
     return {
         "study": told,
         "digest": study.digest_of_fold(study.fold),
@@ -67,6 +68,17 @@ def status_of(
                 "progress": members.progress.get(site),
             }
             for site in study.sites
+        },
+        "trainings": {
+            run: {
+                "fold": runs[run].get("fold", study.fold),  # version 0.1 has not journalled it
+                **{name: runs[run][name] for name in ("configuration", "trainer")},
+                "sites": {
+                    site: {"standing": of_run, "progress": members.progress_in.get(run, {}).get(site)}
+                    for site, of_run in store.standing(run).items()
+                },
+            }
+            for run in trainings
         },
         "open": [
             {

@@ -12,6 +12,7 @@ from typing import Any
 from nnunet_fed.coordinator.store import Collective, Store
 from nnunet_fed.exchange.keys import MODEL, round_of
 from nnunet_fed.logs import open_tensorboard
+from nnunet_fed.study.federation import Fold
 
 CLOSING_SECONDS = 10.0
 
@@ -23,14 +24,17 @@ class FederationTracker:
 
     Args:
         folder: for the event files.
+        folds: the study has several, whose scalars stand apart.
 
     Raises:
         ConfigurationError: tensorboardX is not installed.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, folds: bool = False):
         self._writer = open_tensorboard(folder)
+        self._folds = folds
         self._told: dict[str, int] = {}
+        """By tag: the epoch that was told last."""
         self._scalars: SimpleQueue[tuple[str, float, int] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._write, name="tensorboard", daemon=True)
         self._thread.start()
@@ -54,19 +58,25 @@ class FederationTracker:
             **{f"weight/{site}": one.weight for site, one in models.items()},
             **{f"update_norm/{site}": one.norm for site, one in models.items() if one.norm is not None},
         }
+        above = self._above(store.run(run).get("fold"))
         for tag, value in scalars.items():
-            self._scalars.put((tag, value, place + 1))
+            self._scalars.put((above + tag, value, place + 1))
 
-    def reported(self, site: str, progress: Mapping[str, Any]) -> None:
-        """What a site has told of its training, by number of finished epochs; of each once."""
+    def reported(self, fold: Fold | None, site: str, progress: Mapping[str, Any]) -> None:
+        """What a site has told of its training of a fold, by number of finished epochs; of each once."""
+        above = self._above(fold)
         epoch = progress.get("epoch")
         figures = {name: progress.get(name) for name in ("loss", "dice")}
         known = {name: value for name, value in figures.items() if isinstance(value, float) and math.isfinite(value)}
-        if not isinstance(epoch, int) or not 0 <= epoch < 2**31 or not known or self._told.get(site) == epoch:
+        if not isinstance(epoch, int) or not 0 <= epoch < 2**31 or not known or self._told.get(above + site) == epoch:
             return
-        self._told[site] = epoch
+        self._told[above + site] = epoch
         for name, value in known.items():
-            self._scalars.put((f"site_{name}/{site}", value, epoch))
+            self._scalars.put((f"{above}site_{name}/{site}", value, epoch))
+
+    def _above(self, fold: Fold | None) -> str:
+        """What stands before the tags of a fold."""
+        return "" if fold is None or not self._folds else f"fold_{fold}/"
 
     def close(self) -> None:
         """Have everything on disk, unless that takes too long."""

@@ -43,20 +43,25 @@ def watch(poll: Callable[[], Status], running: Callable[[], bool], console: Cons
 
 
 def status_table(status: Status) -> Table:
-    """A row for each site: phase, round, loss, pseudo Dice, last seen; below, for whom the others wait."""
+    """A row for each site: phase, round, loss, pseudo Dice, last seen; below, for whom the others wait.
+
+    Where several trainings go on, as of several folds, a site has a row for each.
+    """
     study = status["study"]
     title = f"{study['name']}: {study['method']['name']}, attempt {status['attempt']}"
     # as Text, since a study's name may look like rich's markup
     table = Table(title=Text(title), caption=Text(_waits(status)), caption_justify="left")
-    for name in ("Site", "Phase"):
+    several = _going_on(status)
+    for name in ("Site", *(["Training"] if several else []), "Phase"):
         table.add_column(name)
     for name in ("Round", "Loss", "Pseudo Dice", "Last seen"):
         table.add_column(name, justify="right")
-    for name, site in status["sites"].items():
+    for name, training, site in _rows(status):
         progress = site["progress"] or {}
         phase = printable(str(progress.get("phase", "not here yet" if site["last_seen"] is None else "joined")))
         table.add_row(
             name,
+            *([Text(training)] if several else []),
             Text(f"{phase}, absent" if site["standing"] == "absent" else phase),
             Text(printable(f"{progress['round']}/{study['rounds']}")) if "round" in progress else "-",
             _number(progress.get("loss")),
@@ -64,6 +69,32 @@ def status_table(status: Status) -> Table:
             "-" if site["last_seen"] is None else f"{max(0.0, status['now'] - site['last_seen']):.0f} s ago",
         )
     return table
+
+
+def _going_on(status: Status) -> dict[str, Status]:
+    """By a name, the trainings that go on, if there may be several; a coordinator of version 0.1 does not tell."""
+    trainings: Mapping[str, Status] = status.get("trainings", {})
+    lively = [training for training in trainings.values() if _is_going_on(training)]
+    if len(lively) < 2 and not status["study"].get("folds"):
+        return {}
+    kinds = {(training["configuration"], training["trainer"]) for training in lively}
+    return {
+        " ".join([f"fold {one['fold']}", *([one["configuration"], one["trainer"]] if len(kinds) > 1 else [])]): one
+        for one in lively
+    }
+
+
+def _is_going_on(training: Status) -> bool:
+    return any(site["standing"] != "left" for site in training["sites"].values())
+
+
+def _rows(status: Status) -> Iterator[tuple[str, str, Status]]:
+    """Name, training and what is known of each site, in each training if there are several."""
+    several = _going_on(status)
+    for name, site in status["sites"].items():
+        of_site = [(training, one["sites"][name]) for training, one in several.items() if name in one["sites"]]
+        for training, found in of_site or [("", site)]:
+            yield name, training, {**site, **found}
 
 
 def _failed(status: Status) -> list[dict[str, str]]:
@@ -80,19 +111,19 @@ def _looks(poll: Callable[[], Status], running: Callable[[], bool]) -> Iterator[
 
 
 def _log_changes(status: Status, known: dict[str, Any]) -> None:
-    """Log what changed since the last look; ``known`` keeps phase and round of each site, and what has failed."""
+    """Log what changed since the last look; ``known`` keeps phase and round of each row, and what has failed."""
     failed = [failed["error"] for failed in _failed(status)]
     for error in failed:
         if error not in known.get("", ()):
             logger.error(error)
     known[""] = failed
-    for name, site in status["sites"].items():
+    for name, training, site in _rows(status):
         progress = site["progress"] or {}
         now = str(progress.get("phase")), str(progress.get("round"))
-        if not progress or known.get(name) == now:
+        if not progress or known.get(f"{name} {training}") == now:
             continue
-        known[name] = now
-        parts = [f"{name}: {now[0]}"]
+        known[f"{name} {training}"] = now
+        parts = [f"{name}: {now[0]}", *([training] if training else [])]
         if "round" in progress:
             parts.append(f"round {progress['round']} of {status['study']['rounds']}")
         parts.extend(f"{text} {_number(progress[key])}" for key, text in _MEASURES if progress.get(key) is not None)
@@ -104,13 +135,15 @@ _MEASURES = (("loss", "loss"), ("dice", "pseudo Dice"))
 
 def _waits(status: Status) -> str:
     lines = []
+    of_run = {id(training): f"{name}: " for name, training in _going_on(status).items()}
     for collective in status["open"]:
+        training = of_run.get(id(status.get("trainings", {}).get(collective["run"])), "")
         until = datetime.fromtimestamp(collective["closes_at"]).strftime("%Y-%m-%d %H:%M:%S")
         missing = collective["missing"]
         lines.append(
-            f"{collective['key']} waits for {', '.join(missing)} until {until}"
+            f"{training}{collective['key']} waits for {', '.join(missing)} until {until}"
             if missing
-            else f"{collective['key']} is complete and being computed"
+            else f"{training}{collective['key']} is complete and being computed"
         )
     lines.extend(failed["error"] for failed in _failed(status))
     return "\n".join(lines)

@@ -89,11 +89,12 @@ def write_csv(path: Path, rows: Iterable[CaseScore]) -> None:
 
 def _scored(run: Path, method: str, seed: int, tolerance: float, console: Console) -> Iterator[tuple[Any, ...]]:
     """Site, case, class and scores of each case in the validations of a run."""
+    told = json.loads((run / "summary.json").read_text(encoding="utf-8"))["sites"]
     todo = [
         (validation, case)
         for site in sorted((run / "sites").iterdir())
         for path in sorted(site.glob("nnUNet_results/*/*/fold_*/validation/lesions.json"))
-        if path.parts[-3] != "fold_all"
+        if told[site.name]["fold"] != "all"
         for validation in [_Validation(site.name, path.parent)]
         for case in validation.lesions
     ]

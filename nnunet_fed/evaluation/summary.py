@@ -19,7 +19,7 @@ from nnunet_fed.study.federation import Federation
 from nnunet_fed.study.labels import in_numbers
 
 Numbers = Mapping[str, Any]
-FOLDERS = {"final": "", "global": "global", "federated": "federated", "super": "super"}
+MODELS = {"final": "", "global": "global", "federated": "federated", "super": "super"}
 """Where, in the folder of a fold, the validation of each model stands."""
 ALL_NOTE = "trained and validated on all its cases; not in the mean"
 SIZE_NOTE = "Small: up to the volume in mm³ (2D: area in mm²) below which a fifth of the training lesions lie"
@@ -35,12 +35,10 @@ def site_summary(results: Path, labels: Numbers, fold: int | str) -> dict[str, A
     """
     record, validation = _read(results / "federation.json"), _read(results / "validation" / "summary.json")
     lesions = _read(results / "validation" / "lesions.json")
-    names = {
-        str(tuple(value) if isinstance(value, list) else value): name for name, value in in_numbers(labels).items()
-    }
+    names = names_of(labels)
     dice = {
         model: foreground_dice(_read(results / folder / "validation" / "summary.json"))
-        for model, folder in FOLDERS.items()
+        for model, folder in MODELS.items()
         if (results / folder / "validation" / "summary.json").is_file()
     }
     final = dice.get("final")
@@ -65,6 +63,11 @@ def site_summary(results: Path, labels: Numbers, fold: int | str) -> dict[str, A
     }
 
 
+def names_of(labels: Numbers) -> dict[str, str]:
+    """By nnU-Net's name of a label in its results: that of ``dataset.json``."""
+    return {str(tuple(value) if isinstance(value, list) else value): name for name, value in in_numbers(labels).items()}
+
+
 def summarise(study: Federation, sites: Mapping[str, Numbers], seconds: float) -> dict[str, Any]:
     """The sites' summaries, with their mean Dice and with means over the lesions of all sites.
 
@@ -76,6 +79,7 @@ def summarise(study: Federation, sites: Mapping[str, Numbers], seconds: float) -
         "method": study.method.name,
         "rounds": study.all_rounds,
         "seed": study.seed,
+        **({"folds": list(study.folds)} if study.folds else {}),
         "seconds": round(seconds, 1),
         "sites": dict(sites),
         "mean_dice": {model: _mean([site["dice"].get(model) for site in counted]) for model in _models(counted)},
@@ -91,7 +95,9 @@ def result_table(summary: Numbers) -> Table:
     """A row for each site, and one for the mean."""
     sites = summary["sites"]
     classes = list(dict.fromkeys(name for site in sites.values() for name in site["dice_per_class"] or ()))
-    title = f"{summary['method']}, {summary['rounds']} rounds, seed {summary['seed']}, {summary['seconds']:.0f} s"
+    folds = [f"folds {', '.join(map(str, summary['folds']))}"] if "folds" in summary else []
+    title = ", ".join([summary["method"], *folds, f"{summary['rounds']} rounds", f"seed {summary['seed']}"])
+    title += f", {summary['seconds']:.0f} s"
     notes = "\n".join(
         [
             *(f"* {name}: {ALL_NOTE}" for name, site in sites.items() if site["fold"] == "all"),

@@ -25,9 +25,9 @@ from nnunet_fed.files import PARTIAL, move, open_private
 OLDEST = 24 * 3600.0
 """Seconds without a byte after which a restart of the coordinator deletes a partial file."""
 UPLOADS = 2
-"""That one site may have under way at a time."""
+"""That one site may have under way in a run at a time."""
 INTERRUPTED = 4
-"""Uploads of one site that may go on after a connection broke."""
+"""Uploads of one site in a run that may go on after a connection broke."""
 READ = 1 << 24
 """Bytes of a partial file digested at a time when an upload goes on."""
 
@@ -133,13 +133,16 @@ class Spool:
     Args:
         folder: where the files are.
         quota: bytes that they may take in all.
-        share: bytes that those of one site may take; ``None``: all.
+        share: bytes that those of one site in a run may take; ``None``: all.
+        runs: in which a site takes part at once. What it may have in one it has in each of them, so that none waits for
+            room that another one takes; in all it has no more, whatever it calls its runs.
     """
 
-    def __init__(self, folder: Path, quota: int, share: int | None = None):
+    def __init__(self, folder: Path, quota: int, share: int | None = None, runs: int = 1):
         self.folder = folder
         self.quota = quota
         self._share = share
+        self._runs = runs
         self._lock = threading.Lock()
         self._receivers: dict[str, Receiver] = {}
 
@@ -213,28 +216,35 @@ class Spool:
 
     def _forget_oldest(self, upload: Upload) -> None:
         """A site goes on with its last uploads only, so that their number is bounded, too."""
-        waiting = [
-            path
-            for path in self.folder.glob(f"*.*.{_short(upload.site)}.*{PARTIAL}")
-            if path.name != upload.file and path.name not in self._receivers
-        ]
-        for path in sorted(waiting, key=lambda path: path.stat().st_mtime)[: -(INTERRUPTED - 1)]:
-            path.unlink(missing_ok=True)
+        for run, runs in ((_short(upload.run), 1), ("*", self._runs)):
+            waiting = [
+                path
+                for path in self.folder.glob(f"{run}.*.{_short(upload.site)}.*{PARTIAL}")
+                if path.name != upload.file and path.name not in self._receivers
+            ]
+            for path in sorted(waiting, key=lambda path: path.stat().st_mtime)[: -(INTERRUPTED * runs - 1)]:
+                path.unlink(missing_ok=True)
 
     def _admit(self, upload: Upload) -> None:
         others = [receiver for receiver in self._receivers.values() if receiver.upload.site == upload.site]
-        if len(others) >= UPLOADS:
-            raise NoRoomError(f"Site '{upload.site}' has {UPLOADS} uploads under way, and has to wait for one to end.")
+        in_run = [receiver for receiver in others if receiver.upload.run == upload.run]
+        if len(in_run) >= UPLOADS or len(others) >= UPLOADS * self._runs:
+            raise NoRoomError(
+                f"Site '{upload.site}' has {len(others)} uploads under way, and has to wait for one to end."
+            )
         coming = sum(receiver.upload.size - receiver.written for receiver in self._receivers.values())
         sizes = {path.name: self._size(path) for path in self.folder.iterdir() if path.name != upload.file}
-        own = sum(size for name, size in sizes.items() if f".{_short(upload.site)}." in name)
-        own += sum(receiver.upload.size - receiver.written for receiver in others)
-        if self._share is not None and own + upload.size > self._share:
-            raise NoRoomError(
-                f"Site '{upload.site}' has {own / 1e9:.3f} GB in the coordinator's spool, or on the way; with "
-                f"{upload.size / 1e9:.3f} GB more it would pass its share of {self._share / 1e9:g} GB "
-                "(--spool-quota-gb, divided by the sites)."
+        for run, receivers, runs in ((f"{_short(upload.run)}.", in_run, 1), ("", others, self._runs)):
+            own = sum(
+                size for name, size in sizes.items() if f".{_short(upload.site)}." in name and name.startswith(run)
             )
+            own += sum(receiver.upload.size - receiver.written for receiver in receivers)
+            if self._share is not None and own + upload.size > self._share * runs:
+                raise NoRoomError(
+                    f"Site '{upload.site}' has {own / 1e9:.3f} GB in the coordinator's spool, or on the way; with "
+                    f"{upload.size / 1e9:.3f} GB more it would pass its share of {self._share * runs / 1e9:g} GB "
+                    "(--spool-quota-gb, divided by the sites and the folds)."
+                )
         there = sum(sizes.values())
         if there + coming + upload.size > self.quota:
             raise NoRoomError(

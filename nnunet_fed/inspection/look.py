@@ -148,6 +148,7 @@ def _kept(path: Path | None, folder: Path, reader: str) -> dict[Job, tuple[Any, 
         return {
             (str(folder / entry["file"]), entry["label"]): (entry["state"], FileFacts.restore(entry["facts"]))
             for entry in content["files"]
+            if "problem" not in entry["facts"]  # of which permissions, or a full memory, may have been the cause
         }
     except (OSError, ValueError, KeyError, TypeError):
         return {}

@@ -31,6 +31,8 @@ from nnunet_fed.methods.tensors import shared_tensors
 QueryBranch = Literal["copy", "light"]
 Adapter = Literal["res3", "none"]
 
+WRAPPED_AROUND = ("bottleneck_q.", "dca.")
+"""Modules beside those of the stock network; the adapter lies within the last of the heads."""
 PRIVATE_PREFIXES = ("bottleneck_q.", "dca.query.", "decoder.seg_layers.")
 """Modules whose tensors stay at the site. The adapter lies within the last of the heads."""
 RUNNING_STATISTICS = ("running_mean", "running_var")

@@ -16,12 +16,13 @@ def shared_tensors(network: nn.Module) -> dict[str, torch.Tensor]:
 
     nnU-Net's ``state_dict`` names the encoder again below the decoder, and each convolution twice: the stock
     3d_fullres network has 108 tensors (125 MB) behind 292 names (354 MB). Integer buffers, such as the number of
-    batches that a normalisation has seen, have no mean.
+    batches that a normalisation has seen, have no mean. A buffer that no ``state_dict`` has, such as the angles by
+    which a transformer tells places, is a constant of the architecture: it would be in no checkpoint.
     """
     tensors: dict[str, torch.Tensor] = dict(network.named_parameters())
-    known = {id(tensor) for tensor in tensors.values()}
+    known, kept = {id(tensor) for tensor in tensors.values()}, network.state_dict(keep_vars=True).keys()
     for name, buffer in network.named_buffers():
-        if buffer.is_floating_point() and id(buffer) not in known:
+        if buffer.is_floating_point() and id(buffer) not in known and name in kept:
             tensors[name] = buffer
     return tensors
 

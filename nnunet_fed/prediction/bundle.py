@@ -20,6 +20,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from nnunet_fed.errors import ConfigurationError, FederationError
 from nnunet_fed.files import replacing, write_text
+from nnunet_fed.leases import in_turn
 from nnunet_fed.methods.familiarity import Familiarity
 from nnunet_fed.methods.fedsm import GLOBAL
 from nnunet_fed.methods.selector import Selector, SelectorConfiguration
@@ -158,9 +159,10 @@ def write_fold(
         sha256={name: _sha256(model_folder / f"fold_{fold}" / name) for name in names},
     )
     path = model_folder / BUNDLE
-    others = read_bundle(model_folder).folds if path.is_file() else {}
-    bundle = Bundle(folds={**others, str(fold): entry})
-    write_text(path, bundle.model_dump_json(indent=2))
+    with in_turn(path.with_suffix(".lock")):  # other folds may end at the same time
+        others = read_bundle(model_folder).folds if path.is_file() else {}
+        bundle = Bundle(folds=dict(sorted({**others, str(fold): entry}.items())))
+        write_text(path, bundle.model_dump_json(indent=2))
 
 
 def read_bundle(model_folder: Path) -> Bundle:

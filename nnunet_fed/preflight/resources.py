@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from nnunet_fed.errors import ConfigurationError, FederationError
 from nnunet_fed.preflight.site_checks import GB, Finding, Outcome
 from nnunet_fed.study.federation import Federation
 
@@ -35,8 +36,8 @@ class Footprint:
 
     parameters: int
     """Of one network."""
-    step_bytes: float
-    """Device memory of a training step."""
+    step_bytes: float | None
+    """Device memory of a training step; ``None``: nnU-Net has no reckoning for such a network."""
     results_bytes: float
     """Disk for checkpoints."""
 
@@ -46,7 +47,13 @@ class Footprint:
         return FLOAT * self.parameters
 
 
-def footprint(plans: Mapping[str, Any], configuration: str, dataset: Mapping[str, Any], study: Federation) -> Footprint:
+def footprint(
+    plans: Mapping[str, Any],
+    configuration: str,
+    dataset: Mapping[str, Any],
+    study: Federation,
+    build: Callable[..., torch.nn.Module] | None = None,
+) -> Footprint:
     """Reckon from plans.
 
     Args:
@@ -54,29 +61,59 @@ def footprint(plans: Mapping[str, Any], configuration: str, dataset: Mapping[str
         configuration: of the plans.
         dataset: ``dataset.json``.
         study: its method may hold several models.
+        build: builds the network, as ``build_network_architecture`` of nnU-Net's trainers; ``None``: it is the plans'.
+
+    Raises:
+        ConfigurationError: what ``build`` raises, whatever it is.
     """
     manager = PlansManager(dict(plans))
     chosen = manager.get_configuration(configuration)
     labels = manager.get_label_manager(dict(dataset))
-    with torch.device("meta"):  # no memory, no initialisation
-        network = get_network_from_plans(
-            chosen.network_arch_class_name,
-            chosen.network_arch_init_kwargs,
-            chosen.network_arch_init_kwargs_req_import,
-            determine_num_input_channels(manager, chosen, dict(dataset)),
-            labels.num_segmentation_heads,
-            allow_init=False,
-        )
+    channels, heads = determine_num_input_channels(manager, chosen, dict(dataset)), labels.num_segmentation_heads
+    if build is not None:
+        network = _built(build, manager, chosen, channels, heads)
+    else:
+        with torch.device("meta"):  # no memory, no initialisation
+            network = get_network_from_plans(
+                chosen.network_arch_class_name,
+                chosen.network_arch_init_kwargs,
+                chosen.network_arch_init_kwargs_req_import,
+                channels,
+                heads,
+                allow_init=False,
+            )
     parameters = sum(parameter.numel() for parameter in network.parameters())
     method, patch = study.method, chosen.patch_size
-    kind = "ResidualEncoderUNet" if "Residual" in type(network).__name__ else "PlainConvUNet"
-    elements = network.compute_conv_feature_map_size(patch) * chosen.batch_size
-    step = REFERENCE_GB * GB * elements / REFERENCE[kind][len(patch)]
+    step = _step_bytes(network, patch, chosen.batch_size)
     # nnU-Net's reckoning has weights, gradients and momentum of one model
     held = 3 * (method.MODELS - 1) + method.DEVICE_FLOATS
+    step = None if step is None else step + FLOAT * held * parameters
     kept = CHECKPOINTS * (2 * method.MODELS + method.DEVICE_FLOATS + method.HOST_FLOATS)  # no gradients
     kept += method.kept_models(len(study.sites))
-    return Footprint(parameters, step + FLOAT * held * parameters, FLOAT * kept * parameters)
+    kept *= len(study.trained_folds)
+    return Footprint(parameters, step, FLOAT * kept * parameters)
+
+
+def _built(build: Callable[..., torch.nn.Module], manager: Any, chosen: Any, channels: int, heads: int) -> Any:
+    try:
+        return build(manager, chosen, channels, heads, True)
+    except FederationError:
+        raise
+    except Exception as error:  # whatever a class of the user's does
+        raise ConfigurationError(
+            f"The base trainer's network cannot be built by these plans: {type(error).__name__}: {error}. Plan for a "
+            "study that names another trainer or configuration."
+        ) from error
+
+
+def _step_bytes(network: Any, patch: Sequence[int], batch: int) -> float | None:
+    """nnU-Net's reckoning of a convolutional network's step."""
+    try:
+        elements = network.compute_conv_feature_map_size(patch) * batch
+    except (AttributeError, NotImplementedError):
+        return None
+    kind = "ResidualEncoderUNet" if "Residual" in type(network).__name__ else "PlainConvUNet"
+    return float(REFERENCE_GB * GB * elements / REFERENCE[kind][len(patch)])
 
 
 def check_memory(known: Footprint | None, device: str) -> Finding:
@@ -102,6 +139,9 @@ def check_memory(known: Footprint | None, device: str) -> Finding:
     has = f"{place} has {free / GB:.1f} GB free of {total / GB:.1f} GB"
     if known is None:
         return Finding("memory", Outcome.ok, f"{has}; with plans (-d) it would be compared with what a training needs")
+    if known.step_bytes is None:
+        text = f"{has}; what a step of this network needs is not known ({known.parameters / 1e6:.1f} M parameters)"
+        return Finding("memory", Outcome.ok, text)
     text = f"{has}, a step needs about {known.step_bytes / GB:.1f} GB ({known.parameters / 1e6:.1f} M parameters)"
     if known.step_bytes > total:
         remedy = "Plan with a smaller 'gpu_memory_target_in_gb' in federation.toml, or use a larger GPU."

@@ -1,14 +1,13 @@
 """What ``nnunet_fed check`` finds out at a site without a network: a finding each, with the remedy. Source: ours.
 
-The network's part is in :mod:`nnunet_fed.transport.site.connection_checks`, the memory's in
-:mod:`nnunet_fed.preflight.resources`.
+The folders' part is in :mod:`nnunet_fed.preflight.folder_checks`, the network's in
+:mod:`nnunet_fed.transport.site.connection_checks`, the memory's in :mod:`nnunet_fed.preflight.resources`.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -25,16 +24,9 @@ PACKAGES = ("nnunet-fed", "nnunetv2", "torch", "grpcio")
 """Whose versions the sites compare."""
 EQUAL_PACKAGES = ("nnunetv2",)
 """Those in which planning refuses a difference."""
-RAW, PREPROCESSED, RESULTS = "nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"
-FOLDERS = (RAW, PREPROCESSED, RESULTS)
-"""Environment variables of nnU-Net."""
 LARGEST_SKEW = 60.0
 """Seconds that two clocks may differ: deadlines are shown by the coordinator's, certificates judged by both."""
 GB = 1e9
-LEAST_RESULTS_GB, LEAST_PREPROCESSED_GB = 5.0, 5.0
-"""Free disk to ask for where nothing is known of network and data."""
-PREPROCESSED_PER_RAW = 5.0
-"""nnU-Net stores resampled float32 arrays, the raw files are mostly compressed integers. A guess, on the safe side."""
 
 
 class Outcome(str, Enum):
@@ -192,22 +184,6 @@ def check_plans(
     return Finding("plans", Outcome.ok, f"study {study.digest[:12]}, plans {digest[:12]}{agreed}")
 
 
-def check_paths() -> Finding:
-    """nnU-Net's three folders."""
-    problems = []
-    for name in FOLDERS:
-        folder = os.environ.get(name)
-        if not folder:
-            problems.append(f"the environment variable {name} is not set")
-        elif not Path(folder).is_dir():
-            problems.append(f"{name} = {folder} is no folder")
-        elif not os.access(folder, os.R_OK | os.X_OK | (0 if name == RAW else os.W_OK)):
-            problems.append(f"{name} = {folder} cannot be {'read' if name == 'nnUNet_raw' else 'written'}")
-    if problems:
-        return Finding("nnU-Net paths", Outcome.failed, f"{'; '.join(problems)}.", "Set them as nnU-Net's setup says.")
-    return Finding("nnU-Net paths", Outcome.ok, ", ".join(os.environ[name] for name in FOLDERS))
-
-
 def check_trainer(plugin: Path, trainer: str | None, expected: str | None) -> Finding:
     """See that nnU-Net will find the federated trainers, and that the command names the study's.
 
@@ -230,49 +206,3 @@ def check_trainer(plugin: Path, trainer: str | None, expected: str | None) -> Fi
         text = f"{trainer} is not {expected}, the package's own trainer of the study's method."
         return Finding("trainer", Outcome.warning, text, "It has to be a trainer of that method (docs/new_method.md).")
     return Finding("trainer", Outcome.ok, trainer or expected or "nnU-Net finds the federated trainers")
-
-
-def dataset_folder(variable: str, number: int) -> Path | None:
-    """Of a data set below one of nnU-Net's folders; ``None``: it is not there."""
-    root = os.environ.get(variable)
-    return next(iter(sorted(Path(root).glob(f"Dataset{number:03d}_*"))), None) if root else None
-
-
-def preprocessed_bytes(raw: Path | None, done: Path | None) -> float:
-    """Disk that preprocessing a data set will still take, in bytes.
-
-    Args:
-        raw: folder of the data set, if there is one.
-        done: folder of the preprocessed cases, if it is known.
-    """
-    if done is not None and done.is_dir():
-        return 0.0
-    size = sum(file.stat().st_size for file in raw.glob("*Tr/*")) if raw else 0
-    return max(PREPROCESSED_PER_RAW * size, LEAST_PREPROCESSED_GB * GB)
-
-
-def check_disk(preprocessed: float, results: float) -> Finding:
-    """Compare free disk with what is needed.
-
-    Args:
-        preprocessed: bytes that go to ``nnUNet_preprocessed``.
-        results: bytes that go to ``nnUNet_results``, if that is known; else 0.
-    """
-    needed = {PREPROCESSED: preprocessed, RESULTS: max(results, LEAST_RESULTS_GB * GB)}
-    folders = {name: Path(os.environ.get(name, "")) for name in needed}
-    if not all(os.environ.get(name) and folder.is_dir() for name, folder in folders.items()):
-        return Finding("disk", Outcome.skipped, "nnU-Net's folders are not there")
-    together: dict[int, tuple[str, float]] = {}  # by file system
-    for name, size in needed.items():
-        device = folders[name].stat().st_dev
-        names, before = together.get(device, ("", 0.0))
-        together[device] = f"{names} and {name}" if names else name, before + size
-    shown: list[str] = []
-    short: list[str] = []
-    for names, size in together.values():
-        free = shutil.disk_usage(folders[names.split()[0]]).free
-        text = f"{free / GB:.0f} GB free for {names}, about {size / GB:.1f} GB needed"
-        (shown if free >= size else short).append(text)
-    if short:
-        return Finding("disk", Outcome.failed, f"{'; '.join(short)}.", "Free some, or point nnU-Net at another disk.")
-    return Finding("disk", Outcome.ok, "; ".join(shown))

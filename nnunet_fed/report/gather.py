@@ -5,15 +5,16 @@ from __future__ import annotations
 import csv
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nnunet_fed.agreement.fingerprint_files import OWN, common_file, own_file
 from nnunet_fed.coordinator.history import record_of
 from nnunet_fed.coordinator.store import Store
 from nnunet_fed.errors import ConfigurationError
-from nnunet_fed.evaluation.summary import FOLDERS
+from nnunet_fed.evaluation.summary import MODELS
 from nnunet_fed.report.training_log import TrainingLog, read_training_log
 from nnunet_fed.study.federation import PLANS_KEY
 
@@ -29,10 +30,12 @@ class SiteFiles:
     record: Content = field(default_factory=dict)
     """``federation.json``."""
     log: TrainingLog = field(default_factory=TrainingLog)
+    fold: str = ""
+    """Of the training that record and log are of: the last one."""
     validation: dict[str, Content] = field(default_factory=dict)
-    """nnU-Net's ``summary.json`` by model: ``final``, ``global``, ..."""
+    """nnU-Net's ``summary.json`` by model: ``final``, ``global``, ...; of several folds with the cases of all."""
     lesions: Content = field(default_factory=dict)
-    """``lesions.json`` of the final model."""
+    """``lesions.json`` of the final model; of several folds with the cases of all."""
     plans: Content = field(default_factory=dict)
     fingerprint: Content = field(default_factory=dict)
     """Of all sites' cases."""
@@ -178,31 +181,45 @@ def _comparison(folder: Path) -> Comparison:
 
 def _site(place: Path) -> SiteFiles:
     folds = sorted((place / "nnUNet_results").glob("*/*/fold_*"), key=lambda path: path.stat().st_mtime)
-    prepared = sorted((place / "nnUNet_preprocessed").glob("*/dataset_fingerprint.json"))
+    prepared = sorted((place / "nnUNet_preprocessed").glob(f"*/{OWN}"))
     files: dict[str, Any] = {}
     if folds:
         fold = folds[-1]
+        of_model = sorted(fold.parent.glob("fold_*"))
         logs = sorted(fold.glob("training_log_*.txt"))  # named by the time
         files = {
             "record": _read(fold / "federation.json"),
             "log": read_training_log(log.read_text(encoding="utf-8", errors="replace") for log in logs),
+            "fold": fold.name.removeprefix("fold_") if len(of_model) > 1 else "",
             "validation": {
                 model: found
-                for model, below in FOLDERS.items()
-                if (found := _read(fold / below / "validation" / "summary.json"))
+                for model, below in MODELS.items()
+                if (found := _together([path / below / "validation" / "summary.json" for path in of_model]))
             },
-            "lesions": _read(fold / "validation" / "lesions.json"),
+            "lesions": _together([path / "validation" / "lesions.json" for path in of_model]),
         }
     if prepared:
         folder = prepared[-1].parent  # with a label map, the data set that is trained
         plans = sorted(folder.glob("*Plans.json"))
         files |= {
-            "fingerprint": _read(prepared[-1]),
-            "local_fingerprint": _read(folder / "dataset_fingerprint_local.json"),
+            "fingerprint": _read(common_file(folder)),
+            "local_fingerprint": _read(own_file(folder)),
             "plans": _read(plans[-1]) if plans else {},
             "labels": _read(folder / "dataset.json").get("labels", {}),
         }
     return SiteFiles(**files)
+
+
+def _together(paths: Iterable[Path]) -> Content:
+    """What the same file of several folds says: the last one's content, with the cases of all."""
+    together: Content = {}
+    for content in filter(None, map(_read, paths)):
+        for name in ("metric_per_case", "cases"):
+            if name in content and name in together:
+                more = content[name]
+                content[name] = {**together[name], **more} if isinstance(more, dict) else [*together[name], *more]
+        together.update(content)
+    return together
 
 
 def _read(path: Path) -> Content:

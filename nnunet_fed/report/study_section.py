@@ -41,6 +41,11 @@ def study_section(run: Run) -> Section:
     seconds = run.summary.get("seconds")
     sentence += f"; it took {duration(seconds)}." if seconds is not None else "."
     section.blocks.append(Paragraph(sentence))
+    start = study.get("pretrained") or next(
+        (digest for files in run.sites.values() if (digest := files.record.get("pretrained"))), None
+    )
+    if start is not None:
+        section.blocks.append(Paragraph(f"The training started from pretrained weights with the digest {start}."))
     section.blocks.extend(_settings(study))
     versions = {version for files in run.sites.values() for version in files.record.get("versions", {}).items()}
     if versions:

@@ -40,7 +40,9 @@ def curves_section(run: Run) -> Section:
     last = max((max(log.train_loss) for log in logs.values()), default=0)
     alone = together if together is not None and last >= together else None
     x_label = "epoch" if per_round == 1 else f"epoch ({per_round} are a round)"
-    shaded = " Shaded: fine-tuning at the site, after the rounds." if alone is not None else ""
+    below = " Shaded: fine-tuning at the site, after the rounds." if alone is not None else ""
+    folds = sorted({files.fold for files in run.sites.values() if files.fold})
+    below += f" Of fold {', '.join(folds)}, the last that was trained." if folds else ""
     shown = {
         "training loss": ({name: log.train_loss for name, log in logs.items()}, None),
         "validation loss": ({name: log.val_loss for name, log in logs.items()}, None),
@@ -49,7 +51,7 @@ def curves_section(run: Run) -> Section:
     for what, (by_site, limits) in shown.items():
         there = {name: values for name, values in by_site.items() if values}
         if there:
-            caption = f"nnU-Net's {what}, by epoch, at each site.{shaded}"
+            caption = f"nnU-Net's {what}, by epoch, at each site.{below}"
             section.blocks.append(lines(what, there, x_label, caption, local_from=alone, limits=limits))
     dice = {name: log.dice for name, log in logs.items() if log.dice}
     if dice:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from operator import attrgetter
 from pathlib import Path
 
+from nnunet_fed.datasets.preprocessed import complete_marker
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.files import write_json
 from nnunet_fed.study.federation import PLANS_KEY, Federation
@@ -90,6 +91,9 @@ def adopt(earlier: Path, folder: Path, study: Federation) -> None:
     plans["plans_name"] = study.plans_name
     plans[PLANS_KEY].update(name=study.name, digest=study.digest_of_fold(study.fold), study=study.stored())
     write_json(target / f"{study.plans_name}.json", plans, indent=4)
+    marker = complete_marker(target / plans["configurations"][study.configuration]["data_identifier"])
+    if not marker.is_file():  # the cases of several sites, linked together
+        write_json(marker, {"configuration": study.configuration}, indent=4)
 
 
 def plans_of(site: Path) -> Path:

@@ -24,7 +24,9 @@ from rich.console import Console
 from nnunet_fed.agreement.stages import stages_of
 from nnunet_fed.coordinator.watch import watch
 from nnunet_fed.datasets.findings import FILE
+from nnunet_fed.datasets.folds import has_folds
 from nnunet_fed.errors import ConfigurationError, FederationError, UnreachableError
+from nnunet_fed.evaluation.across_folds import summary_across_folds
 from nnunet_fed.evaluation.summary import lesion_table, result_table, site_summary, summarise
 from nnunet_fed.files import write_json, write_text
 from nnunet_fed.processes import Process, Step, Worker, raise_first, signals_interrupt, stop, stop_workers
@@ -38,7 +40,7 @@ from nnunet_fed.simulation.first_look import (
 )
 from nnunet_fed.simulation.reuse_plans import DATASET, adopt, check_same_planning
 from nnunet_fed.study.address import Address
-from nnunet_fed.study.federation import Federation
+from nnunet_fed.study.federation import Federation, Fold
 from nnunet_fed.study.labels import LabelMap, Sources
 from nnunet_fed.study.methods.custom_options import EXTERNAL_TRAINERS, Custom
 from nnunet_fed.study.site import SITE_FILE_VARIABLE, Site
@@ -52,8 +54,6 @@ PLANNING = "Planning"
 """What a site does first."""
 MAPPED_DATASET = 2
 """nnU-Net's number of the data set with the federation's labels, where a site has a map."""
-FOLDS = 5
-"""Of nnU-Net's cross-validation, which needs as many cases."""
 STARTUP_SECONDS = 60.0
 NNUNET_FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 AUGMENTATION_VARIABLE = "nnUNet_n_proc_DA"
@@ -79,6 +79,8 @@ class Simulation:
     """By site: ``labels`` of its ``site.toml``. A site that is not named has the federation's labels already."""
     looks: Path | None = None
     """Folder that keeps what is found in the sites' data, a folder for each; ``None``: that of the sites in ``out``."""
+    pretrained: Path | None = None
+    """The checkpoint whose digest the study names, from whose weights all sites start."""
 
 
 def simulate(simulation: Simulation, console: Console) -> dict[str, Any]:
@@ -148,7 +150,7 @@ def simulate(simulation: Simulation, console: Console) -> dict[str, Any]:
 
         watch(_patient(communicator.status), running, console)
         write_json(out / "record.json", communicator.status(record=True))
-    sites = {place.name: site_summary(place.results(study), place.labels, place.fold) for place in places}
+    sites = {place.name: place.summary(study) for place in places}
     summary = summarise(study, sites, time.monotonic() - started)
     write_json(out / "summary.json", summary)
     return summary
@@ -160,7 +162,7 @@ def planning_command(study: Federation) -> list[str]:
     return [*command, "-d", str(DATASET), "-c", study.configuration, "-np", "1"]
 
 
-def training_command(study: Federation, fold: int | str, device: str, dataset: int = DATASET) -> list[str]:
+def training_command(study: Federation, fold: Fold, device: str, dataset: int = DATASET) -> list[str]:
     """A site's command to train: nnU-Net's own."""
     name = "nnUNetv2_train"
     beside = Path(sys.executable).parent / name
@@ -171,12 +173,17 @@ def training_command(study: Federation, fold: int | str, device: str, dataset: i
     return [command, str(dataset), study.configuration, str(fold), *trainer]
 
 
-def require_trainer(study: Federation) -> None:
-    """See that there is the trainer of a method from outside the package; raises :class:`ConfigurationError`."""
-    if isinstance(study.method, Custom):
-        from nnunet_fed.trainers.parts.custom_trainer import check_custom_trainer  # with PyTorch, which others spare
+def require_trainer(study: Federation) -> str | None:
+    """See that the trainers are there that the study names, if it names any; raises :class:`ConfigurationError`.
 
-        check_custom_trainer(study)
+    Returns:
+        What the sites compare of the base trainer; ``None``: it is nnU-Net's own.
+    """
+    if not isinstance(study.method, Custom) and not study.names_trainer:
+        return None
+    from nnunet_fed.trainers.parts.named_trainers import check_named_trainers  # with PyTorch, which others spare
+
+    return check_named_trainers(study)
 
 
 def plugin_folder() -> Path:
@@ -194,9 +201,11 @@ class Place:
     name: str
     source: Path
     folder: Path
-    fold: int | str
-    """What it trains: the study's fold, or ``all`` where there are too few cases for a cross-validation."""
+    folds: tuple[Fold, ...]
+    """What it trains: the study's folds, or ``all`` where there are too few cases for a cross-validation."""
     label_map: LabelMap | None = None
+    all_cases: bool = False
+    """It trains several folds, each on all its cases, since there are too few for a cross-validation."""
 
     @property
     def dataset(self) -> str:
@@ -225,6 +234,8 @@ class Place:
         site: dict[str, Any] = {"name": self.name, "coordinator": coordinator, "insecure": True}
         if peers:
             site |= {"listen": peers[self.name], "peers": dict(peers)}
+        if self.all_cases:
+            site["fold"] = "all"
         if self.label_map is not None:
             site |= {"mapped_dataset": self.label_map.dataset, "labels": self.label_map.sources}
         write_text(self.folder / "site.toml", to_toml(site))
@@ -236,10 +247,17 @@ class Place:
         labels: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["labels"]
         return labels if self.label_map is None else self.label_map.resolve(labels, str(path)).labels
 
-    def results(self, study: Federation) -> Path:
-        """The folder of the fold that was trained."""
+    def results(self, study: Federation, fold: Fold) -> Path:
+        """The folder of a fold that was trained."""
         model = f"{study.method.trainer_name}__{study.plans_name}__{study.configuration}"
-        return self.folder / "nnUNet_results" / self.trained_dataset / model / f"fold_{self.fold}"
+        return self.folder / "nnUNet_results" / self.trained_dataset / model / f"fold_{fold}"
+
+    def summary(self, study: Federation) -> dict[str, Any]:
+        """What the trainings left (:mod:`nnunet_fed.evaluation.summary`)."""
+        if len(self.folds) == 1:
+            return site_summary(self.results(study, self.folds[0]), self.labels, self.folds[0])
+        folders = {fold: self.results(study, fold) for fold in self.folds}
+        return summary_across_folds(folders, self.labels, self.all_cases)
 
 
 def _check_sites(simulation: Simulation) -> None:
@@ -264,7 +282,7 @@ def _check_sites(simulation: Simulation) -> None:
 
 def _check_stages(simulation: Simulation) -> None:
     *first, last = stages_of(simulation.study.configuration)
-    if first and simulation.until != "plan" and simulation.study.fold != "all":
+    if first and simulation.until != "plan" and simulation.study.trained_folds != ("all",):
         raise ConfigurationError(
             f"{last} trains on what {first[-1]} predicts for every case, and fold {simulation.study.fold} of "
             f"{first[-1]} predicts its validation cases only: simulate {last} with --fold all."
@@ -274,10 +292,11 @@ def _check_stages(simulation: Simulation) -> None:
 def _places(simulation: Simulation) -> list[Place]:
     places = []
     for name, source in sorted(simulation.sites.items()):
-        split = count_cases(name, source) >= FOLDS or (source / "splits_final.json").is_file()
+        split = has_folds(count_cases(name, source), source)
         folder = simulation.out.resolve() / SITES / name
-        fold = simulation.study.fold if split else "all"
-        places.append(Place(name, source, folder, fold, _label_maps(simulation).get(name)))
+        folds, label_map = simulation.study.trained_folds, _label_maps(simulation).get(name)
+        too_few = not split and len(folds) > 1
+        places.append(Place(name, source, folder, folds if split or too_few else ("all",), label_map, too_few))
     return places
 
 
@@ -298,12 +317,16 @@ def _steps(simulation: Simulation, study: Federation, place: Place) -> list[Step
     if simulation.until != "plan":
         dataset = DATASET if place.label_map is None else place.label_map.dataset
         *first, last = stages_of(study.configuration)
-        for stage in (*first, last):
+        for stage, fold in ((stage, fold) for stage in (*first, last) for fold in place.folds):
             skips = simulation.until == "train" and stage == last  # what a stage predicts is what the next one needs
             training = {AUGMENTATION_VARIABLE: "0", **common, "nnUNet_fed_skip_validation": "1" if skips else ""}
             of_stage = study.model_copy(update={"configuration": stage})
-            command = training_command(of_stage, place.fold, simulation.device, dataset)
-            name, log = ("Training", "train.log") if stage == last else (f"Training {stage}", f"train_{stage}.log")
+            command = training_command(of_stage, fold, simulation.device, dataset)
+            if simulation.pretrained is not None and stage == last:
+                command += ["-pretrained_weights", str(simulation.pretrained.resolve())]
+            of = [f"fold {fold}"] if len(place.folds) > 1 else []
+            name = " ".join(["Training", *of, *([stage] if stage != last else [])])
+            log = "_".join(["train", *([stage] if stage != last else []), *([str(fold)] if of else [])]) + ".log"
             steps.append(Step(name, command, training, folder / log))
     return steps
 

@@ -22,6 +22,10 @@ PLANS_KEY = "federation"
 
 LONGEST_MINUTES = 366 * 24 * 60.0
 SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
+TRAINER_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+STOCK_TRAINER = "nnUNetTrainer"
+"""nnU-Net's own, on which the federated trainers build unless a study names another one."""
+DIGEST = re.compile(r"[0-9a-f]{64}")
 COORDINATOR, WATCHER = "coordinator", "watcher"
 """Names in certificates that are no site's: the coordinator's own, and one for reading the status."""
 
@@ -42,6 +46,12 @@ def _is_fold(fold: Any) -> Any:
     return fold
 
 
+def _is_digest(text: Any) -> Any:
+    if text is not None and not (isinstance(text, str) and DIGEST.fullmatch(text)):
+        raise ValueError("use the 64 hexadecimal digits that 'nnunet_fed digest FILE' prints")
+    return text
+
+
 Spacing = Annotated[float, Field(gt=0)]
 Fold = Annotated[int | Literal["all"], BeforeValidator(_is_fold)]
 
@@ -55,7 +65,7 @@ class Federation(Table):
     """
 
     OPERATIONAL = frozenset({
-        "name", "sites", "plans_name", "configuration", "fold", "min_cases", "min_sites", "deadline_minutes",
+        "name", "sites", "plans_name", "configuration", "fold", "folds", "min_cases", "min_sites", "deadline_minutes",
         "planning_deadline_minutes", "keep_rounds", "keep_every", "max_update_norm", "cross_site", "more_rounds",
     })  # fmt: skip
 
@@ -66,7 +76,7 @@ class Federation(Table):
     planner: str = "nnUNetPlannerFed"
     geometry: Literal["private", "lists"] = "private"
     """What the sites tell each other of spacings and shapes: sums from which medians are found, or every case's
-    (sorted, without names). The plans are the same; ``lists`` leaves nnU-Net's complete fingerprint file."""
+    (sorted, without names). The plans are the same; ``lists`` leaves a fingerprint of every case at all sites."""
     overwrite_target_spacing: tuple[Spacing, Spacing, Spacing] | None = None
     """Voxel size in mm of 3d_fullres along the array's axes; ``None``: the planner's choice."""
     gpu_memory_target_in_gb: float | None = Field(default=None, gt=0)
@@ -83,14 +93,22 @@ class Federation(Table):
     fold: Fold = 0
     """*Operational.* Cross-validation fold that the sites train; a site may map it to another one or to ``all``
     (site.toml). Part of a run's identity."""
+    folds: Annotated[tuple[Fold, ...] | None, Field(min_length=1), Neutral(None, since=3)] = None
+    """*Operational.* Folds that the sites train, each in a run of its own, in turn or at once; ``None``: :attr:`fold`
+    alone, which else is the one that a site of version 0.1 trains."""
     rounds: int = Field(ge=1)
     more_rounds: Annotated[int, Field(ge=0), Neutral(0, since=3)] = 0
     """*Operational.* Further rounds, which a training that is over goes on with from its last state; it only grows."""
     local_epochs: int = Field(default=1, ge=1)
     iterations_per_epoch: int = Field(default=250, ge=1)
     val_iterations_per_epoch: int = Field(default=50, ge=1)
-    initial_lr: float = Field(default=1e-2, gt=0, lt=float("inf"))
-    momentum: float = Field(default=0.99, ge=0, lt=1)
+    trainer: Annotated[str, Neutral(STOCK_TRAINER, since=3)] = STOCK_TRAINER
+    """The base trainer: the trainer of nnU-Net on which the method's trainer builds, with its augmentation, loss,
+    network and optimizer. It stands in nnunetv2, or at every site in a folder of ``nnUNet_extTrainer``."""
+    initial_lr: float | None = Field(default=1e-2, gt=0, lt=float("inf"))
+    """``None``: that of :attr:`trainer`, which is so unless a study that names one says otherwise."""
+    momentum: float | None = Field(default=0.99, ge=0, lt=1)
+    """``None``: likewise."""
     momentum_on_round: Literal["keep", "reset"] = "keep"
     weighting: Literal["cases", "uniform"] = "cases"
     """Weight of a site in a mean: its number of training cases, or 1."""
@@ -101,6 +119,9 @@ class Federation(Table):
     """Dtype in which models travel (:mod:`nnunet_fed.exchange.precision`): ``float32`` loses nothing, the others halve
     the bytes."""
     seed: int = Field(default=0, ge=0, lt=2**32)
+    pretrained: Annotated[str | None, BeforeValidator(_is_digest), Neutral(None, since=3)] = None
+    """Digest of the pretrained weights from which the training of :attr:`configuration` starts (``nnunet_fed digest
+    FILE``); every site names the file with ``-pretrained_weights``. ``None``: the sites say, and must agree."""
     min_sites: int | None = Field(default=None, ge=1)
     """*Operational.* A round closes at its deadline with at least so many sites; ``None``: all."""
     deadline_minutes: float = Field(default=720.0, gt=0, le=LONGEST_MINUTES)
@@ -119,6 +140,40 @@ class Federation(Table):
     """*Operational.* After the training the model that each site deploys is evaluated at every other site. It counts
     where the plans, with which a site trains, say so too: no site's model leaves it by what is edited later."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _a_base_trainer_has_its_own_optimizer(cls, content: Any) -> Any:
+        """nnU-Net's own learning rate and momentum are the defaults for nnU-Net's own trainer only."""
+        if isinstance(content, Mapping) and content.get("trainer", STOCK_TRAINER) != STOCK_TRAINER:
+            return {**dict.fromkeys(_OF_THE_OPTIMIZER), **content}
+        return content
+
+    @field_validator("trainer")
+    @classmethod
+    def _trainer_is_a_name(cls, trainer: str) -> str:
+        if not TRAINER_NAME.fullmatch(trainer):
+            raise ValueError("use the name of a class of nnU-Net's trainers, such as 'nnUNetTrainerDA5'")
+        return trainer
+
+    @model_validator(mode="before")
+    @classmethod
+    def _first_fold(cls, values: Any) -> Any:
+        folds = values.get("folds") if isinstance(values, Mapping) else None
+        return {"fold": folds[0], **values} if isinstance(folds, list | tuple) and folds else values
+
+    @field_validator("folds")
+    @classmethod
+    def _folds_differ(cls, folds: tuple[Fold, ...] | None) -> tuple[Fold, ...] | None:
+        if folds is not None and len(set(folds)) < len(folds):
+            raise ValueError("name each fold once")
+        return folds
+
+    @model_validator(mode="after")
+    def _fold_is_among_folds(self) -> Federation:
+        if self.fold not in self.trained_folds:
+            raise ValueError(f"fold is {self.fold!r}, which is none of folds: give one of these two only")
+        return self
+
     @field_validator("sites")
     @classmethod
     def _sites_are_names(cls, sites: tuple[str, ...]) -> tuple[str, ...]:
@@ -131,6 +186,15 @@ class Federation(Table):
         if twice:
             raise ValueError(f"site name given twice: {', '.join(twice)}")
         return tuple(sorted(sites))
+
+    @model_validator(mode="after")
+    def _the_stock_trainer_is_told_its_optimizer(self) -> Federation:
+        missing = [name for name in _OF_THE_OPTIMIZER if getattr(self, name) is None]
+        if missing and not self.names_trainer:
+            raise ValueError(
+                f"{' and '.join(missing)} may be left to a trainer that the study names only: give a number"
+            )
+        return self
 
     @model_validator(mode="after")
     def _sites_are_enough(self) -> Federation:
@@ -150,9 +214,19 @@ class Federation(Table):
         return self
 
     @property
+    def names_trainer(self) -> bool:
+        """Whether the base trainer is another one than nnU-Net's own."""
+        return self.trainer != STOCK_TRAINER
+
+    @property
     def quorum(self) -> int:
         """Least number of sites with which a training round may close."""
         return len(self.sites) if self.min_sites is None else self.min_sites
+
+    @property
+    def trained_folds(self) -> tuple[Fold, ...]:
+        """The folds that the sites train."""
+        return self.folds or (self.fold,)
 
     @property
     def all_rounds(self) -> int:
@@ -240,5 +314,6 @@ def study_in(plans: Mapping[str, Any]) -> Federation:
     return Federation.restore(plans[PLANS_KEY]["study"])
 
 
+_OF_THE_OPTIMIZER = ("initial_lr", "momentum")
 _OPERATIONAL_KEY = "operational"
 """Key of a stored study under which the newer operational fields are named."""

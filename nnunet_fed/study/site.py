@@ -49,7 +49,9 @@ class Site(Table):
     insecure: bool = False
     """Talk without TLS instead; accepted for a loopback address only."""
     fold: Fold | None = None
-    """This site's fold for the study's fold; ``None``: the same, or ``all``."""
+    """This site's fold for the study's fold; ``None``: the same, or ``all``. ``all``: for each fold of the study."""
+    folds: dict[str, Fold] = Field(default_factory=dict)
+    """By the study's fold: this site's, before what :attr:`fold` says."""
     listen: str | None = None
     """``host:port`` at which this site takes other sites' models (GCML)."""
     peers: dict[str, str] = Field(default_factory=dict)
@@ -90,6 +92,17 @@ class Site(Table):
             if other != site:
                 raise ValueError(f"the sites {other!r} and {site!r} have one address, {address}: give each its own")
         return peers
+
+    @field_validator("folds")
+    @classmethod
+    def _folds(cls, folds: dict[str, Fold]) -> dict[str, Fold]:
+        for name in folds:
+            if name != "all" and not name.isdecimal():
+                raise ValueError(f"{name!r} is no fold of the study: use a whole number from 0 on, or 'all'")
+        numbers = [own for own in folds.values() if own != "all"]
+        if len(set(numbers)) < len(numbers):
+            raise ValueError("two folds of the study are one fold of this site, whose folder can hold one only")
+        return folds
 
     @model_validator(mode="after")
     def _peers_are_complete(self) -> Site:

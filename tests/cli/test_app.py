@@ -16,7 +16,7 @@ import pytest
 from commands import Command
 from serving import Served, make_study
 
-from nnunet_fed import __version__
+from nnunet_fed import __version__, leases
 from nnunet_fed.cli.app import DEBUG_VARIABLE
 from nnunet_fed.cli.option_values import named_labels, repeat_option
 from nnunet_fed.coordinator.coordinator import Coordinator
@@ -226,6 +226,20 @@ def test_planning_that_fails(
     assert (status, "Traceback" in out + err) == (2, False)
     assert re.search(r"^Error: The data of .* have 1 error \(nothing was sent\):\nerror, no dataset.json: ", err, re.M)
     assert served.coordinator.status()["sites"]["a"]["progress"]["phase"] == "failed", "who watches sees it"
+
+
+def test_a_data_set_is_planned_once_at_a_time(
+    command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, serve: Callable[..., Served]
+) -> None:
+    served = serve(make_study())
+    use_site(monkeypatch, tmp_path, served.server.address)
+    use_dataset(monkeypatch, tmp_path, 1)
+    monkeypatch.setattr(leases, "BEAT_SECONDS", 0.1)
+    with leases.taken(tmp_path / "nnUNet_preprocessed" / "Dataset001_Test" / "planning.lock", "It runs"):
+        told = command.fails("plan_and_preprocess", "-d", "1")
+    assert told.startswith("The data set 1 is being planned already: process ")
+    assert served.coordinator.status()["sites"]["a"]["last_seen"] is None, "not even a word is sent"
+    assert "no dataset.json" in command("plan_and_preprocess", "-d", "1")[2], "the next one is let in"
 
 
 @pytest.mark.parametrize("other", ["--join", "--dry-run"])

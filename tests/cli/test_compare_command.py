@@ -31,6 +31,9 @@ def sites(tmp_path: Path) -> list[str]:
         (["--methods", "local,gcml", "--cross-site"], "The study of 'gcml': the file: cross_site = true needs"),
         (["--fold", "first"], "--fold must be a whole number or 'all'"),
         (["--config", "3d_fullres", "--lr", "-1"], "initial_lr"),
+        (["--trainer", "nnUNetTrainerThatIsNot"], "names the trainer 'nnUNetTrainerThatIsNot', and there is none here"),
+        (["--trainer", "nnUNetTrainerFedAvg"], "'nnUNetTrainerFedAvg', which is federated itself"),
+        (["--trainer", "nnUNet_Primus_S_Trainer", "--methods", "local,fedoap"], "FedOAP does not go with"),
     ],
 )
 def test_wrong_options(command: Command, sites: list[str], tmp_path: Path, options: list[str], told: str) -> None:

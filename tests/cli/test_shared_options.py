@@ -77,3 +77,10 @@ def test_a_study_is_made_of_its_options() -> None:
     settings = StudyOptions(rounds=3, fold="all").settings()
     study = Federation.model_validate({"name": "s", "sites": ("a",), "method": {"name": "fedavg"}, **settings})
     assert (study.rounds, study.fold, study.planning_deadline_minutes) == (3, "all", study.deadline_minutes)
+
+
+def test_the_named_trainers_learning_rate_is_its_own_unless_another_is_said() -> None:
+    stock = StudyOptions().settings()
+    assert (stock["trainer"], stock["initial_lr"], stock["momentum"]) == ("nnUNetTrainer", 0.01, 0.99)
+    named = StudyOptions(trainer="nnUNetTrainerAdam", initial_lr=0.5).settings()
+    assert (named["trainer"], named["initial_lr"], named.get("momentum")) == ("nnUNetTrainerAdam", 0.5, None)

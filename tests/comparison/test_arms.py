@@ -82,6 +82,16 @@ def test_every_arm_once_on_one_planning(given: Comparison, trained: Trained) -> 
     assert not list((given.out / "unfinished").iterdir())
 
 
+def test_every_arm_starts_from_the_same_file(given: Comparison, trained: Trained) -> None:
+    file, digest = Path("start.pth"), "0123456789abcdef" * 4
+    given = replace(given, study={**given.study, "pretrained": digest}, pretrained=file)
+    compare(given, quiet())
+    for _, arm in trained.asked[1:]:
+        assert (arm.study.pretrained, arm.pretrained) == (digest, file)
+    with pytest.raises(ConfigurationError, match="pretrained"):
+        compare(replace(given, study={**given.study, "pretrained": None}), quiet())
+
+
 def test_an_interrupted_arm_begins_anew_and_finished_ones_are_kept(given: Comparison, trained: Trained) -> None:
     trained.dies_at = "fedavg-0"
     with pytest.raises(KeyboardInterrupt):
@@ -118,6 +128,13 @@ def test_methods_and_seeds_may_be_added(given: Comparison, trained: Trained) -> 
     with pytest.raises(ConfigurationError, match=r"options\.fedgs\.strength = 1\.0, but now it is 3\.0"):
         remember(replace(more, options={"fedgs": {"strength": 3.0}}))
     remember(given)
+
+
+def test_a_base_trainer_is_that_of_all_arms(given: Comparison, trained: Trained) -> None:
+    named = replace(given, study={**STUDY, "trainer": "nnUNetTrainerDA5"}, seeds=(0,))
+    compare(named, quiet())
+    assert {simulation.study.trainer for _, simulation in trained.asked} == {"nnUNetTrainerDA5"}
+    assert trained.names == ["local-0", "pooled-0", "fedavg-0"]
 
 
 def test_a_method_takes_part_again_with_other_options(given: Comparison, trained: Trained) -> None:
@@ -197,6 +214,7 @@ def test_a_folder_with_something_else_in_it_is_left_alone(given: Comparison) -> 
         ({"methods": ("fedoap",), "options": {"fedoap": {"private_stem": True}}}, "fedoap.private_stem: .*one plan"),
         ({"methods": ("fedoap",), "study": {**STUDY, "rounds": 2}}, "fedoap fine-tunes for 2 epochs"),
         ({"study": {**STUDY, "fold": "all"}}, "--fold all keeps no case"),
+        ({"study": {**STUDY, "folds": [0, "all"]}}, "--fold all keeps no case"),
         ({"study": {**STUDY, "configuration": "3d_cascade_fullres"}}, "second of two trainings.*--config 3d_lowres"),
     ],
 )
@@ -207,6 +225,17 @@ def test_a_wrong_setting_ends_before_anything_starts(
         compare(replace(given, **changes), quiet())
     assert trained.asked == []
     assert not given.out.exists()
+
+
+def test_all_arms_train_the_same_folds(given: Comparison, trained: Trained) -> None:
+    folds = replace(given, study={**STUDY, "folds": [0, 4]})
+    compare(folds, quiet())
+    assert {simulation.study.trained_folds for _, simulation in trained.asked} == {(0, 4)}
+    with pytest.raises(ConfigurationError, match=r"made with study.folds.* but now it is"):
+        compare(given, quiet())
+    beyond = replace(given, out=given.out.with_name("beyond"), study={**STUDY, "folds": [0, 5]})
+    with pytest.raises(ConfigurationError, match="--fold 5: the last fold of site 'a' is 4"):
+        compare(beyond, quiet())
 
 
 def test_fine_tuning_is_taken_from_the_rounds(given: Comparison) -> None:

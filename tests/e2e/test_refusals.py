@@ -41,9 +41,10 @@ def point(folder: Path, address: str) -> None:
     (folder / "site.toml").write_text(text)
 
 
-def refusal(fold: int = 0, method: str = "fedavg") -> str:
+def refusal(fold: int = 0, method: str = "fedavg", pretrained: Path | None = None) -> str:
+    file = None if pretrained is None else str(pretrained)
     with pytest.raises(SystemExit) as refused:
-        run_training("1", "3d_fullres", fold, METHODS[method].own_trainer(), PLANS, device=torch.device("cpu"))
+        run_training("1", "3d_fullres", fold, METHODS[method].own_trainer(), PLANS, file, device=torch.device("cpu"))
     assert isinstance(refused.value.code, str)
     assert refused.value.__cause__ is None
     return refused.value.code
@@ -62,6 +63,29 @@ def test_no_coordinator(site: Path) -> None:
 
 def test_another_fold(site: Path) -> None:
     assert "study trains fold 0, this command fold 3" in refusal(fold=3)
+
+
+def test_pretrained_weights_that_cannot_be_used(site: Path, planned: Planned) -> None:
+    """Before a coordinator is looked for; this one does not answer."""
+    file = site / "pretrained.pth"
+    assert refusal(pretrained=file) == (
+        f"Error: The pretrained weights in {file} cannot be read: No such file or directory. Name a checkpoint of "
+        "nnU-Net."
+    )
+    weights = {"encoder.stages.0.0.convs.0.conv.weight": torch.zeros(3)}
+    torch.save({"network_weights": weights}, file)
+    for method in ("fedavg", "fedoap"):
+        study = Federation.model_validate({**planned.study.model_dump(), "method": {"name": method}})
+        shutil.rmtree(site / "preprocessed")
+        planned.restudy("site_a", study, site / "preprocessed")
+        told = refusal(method=method, pretrained=file)
+        assert "conv.weight' has the shape (3,) there and (8, 1, 3, 3, 3) here (and " in told
+    digest = "0" * 64
+    study = Federation.model_validate({**planned.study.model_dump(), "pretrained": digest})
+    shutil.rmtree(site / "preprocessed")
+    planned.restudy("site_a", study, site / "preprocessed")
+    assert f"digest {digest}, and those that this command names have " in refusal(pretrained=file)
+    assert f"digest {digest}, and this command names none: add -pretrained_weights FILE." in refusal()
 
 
 def test_plans_of_another_federation(site: Path, planned: Planned, serve: Serve) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from harness import PATIENCE, environment, run
 
 pytestmark = pytest.mark.e2e
@@ -22,6 +23,7 @@ def test_a_round_with_forked_augmentation_workers_and_a_site_too_small_for_folds
     sites = ["--site", f"large={phantom / 'site_a'}", "--site", f"small={small / 'site_1'}"]
     words = [sys.executable, "-m", "nnunet_fed", "simulate", *sites, "--method", "fedavg", "--rounds", "1"]
     words += ["--iterations", "3", "--val-iterations", "1", "--lr", "0.05", "--momentum", "0.9", "--cross-site"]
+    words += ["--trainer", "nnUNetTrainerDA5"]
     run([*words, "--out", out], environment(nnUNet_n_proc_DA=2), tmp_path / "log", tmp_path / "printed")
     summary = json.loads((out / "summary.json").read_text())
     assert summary["method"] == "fedavg"
@@ -32,6 +34,8 @@ def test_a_round_with_forked_augmentation_workers_and_a_site_too_small_for_folds
     assert set(large["dice_per_class"]) == {"organ", "lesion"}
     assert summary["mean_dice"] == large["dice"], "who validates on training cases is left out of the mean"
     assert large["bytes_sent"] > 300_000
+    for final in out.glob("sites/*/nnUNet_results/*/nnUNetTrainerFedAvg__*/fold_*/checkpoint_final.pth"):
+        assert torch.load(final, map_location="cpu", weights_only=False)["trainer_name"] == "nnUNetTrainerDA5"
     results_by_lesion_size(out, summary, (tmp_path / "printed").read_text())
     dice = {name: site["dice"]["final"] for name, site in summary["sites"].items()}
     assert summary["cross_site"] == {"large": dice, "small": dice}, "the common model, validated by both ways"

@@ -19,13 +19,17 @@ CUBE = np.zeros((8, 8, 8), np.uint8)
 CUBE[2:5, 2:5, 2:5] = 1
 
 
-def left_by_validation(run: Path, site: str, case: str, fold: str = "fold_0") -> Path:
+def left_by_validation(run: Path, site: str, case: str, fold: str = "fold_0", all_cases: bool = False) -> Path:
     """A site whose model predicts a voxel too far along z; returns the prediction."""
+    file = run / "summary.json"
+    summary = json.loads(file.read_text()) if file.is_file() else {"sites": {}}
+    summary["sites"][site] = {"fold": "all" if all_cases or fold == "fold_all" else 0}
+    file.write_text(json.dumps(summary))
     place = run / "sites" / site
     model = place / "nnUNet_results" / "Dataset001_x" / "T__P__3d_fullres"
     validation, preprocessed = model / fold / "validation", place / "nnUNet_preprocessed" / "Dataset001_x"
     for folder in (validation, preprocessed / "cases", preprocessed / "gt_segmentations"):
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
     plans = {"image_reader_writer": "SimpleITKIO", "configurations": {"3d_fullres": {"data_identifier": "cases"}}}
     (model / "plans.json").write_text(json.dumps(plans))
     labels = {"background": 0, "organ": 1, "lesion": 2}
@@ -48,6 +52,7 @@ def test_each_class_of_each_case_with_the_spacing_of_the_image(tmp_path: Path) -
     left_by_validation(tmp_path, "b", "x")
     left_by_validation(tmp_path, "a", "y")
     left_by_validation(tmp_path, "c", "z", "fold_all")
+    left_by_validation(tmp_path, "d", "z", "fold_1", all_cases=True)
     rows = scores_of_run(tmp_path, "fedavg", 3, 3.0, quiet())
     assert [(row.site, row.case, row.label) for row in rows] == [
         ("a", "y", "organ"), ("a", "y", "lesion"), ("b", "x", "organ"), ("b", "x", "lesion"),
@@ -62,6 +67,13 @@ def test_each_class_of_each_case_with_the_spacing_of_the_image(tmp_path: Path) -
     )
     assert (organ.small_dice, organ.large_dice) == (pytest.approx(0.3), None)
     assert (lesion.dice, lesion.nsd) == (None, None)
+
+
+def test_the_cases_of_all_folds_are_scored(tmp_path: Path) -> None:
+    for number in (0, 3):
+        left_by_validation(tmp_path, "a", f"x{number}", f"fold_{number}")
+    rows = scores_of_run(tmp_path, "fedavg", 0, 3.0, quiet())
+    assert {row.case for row in rows} == {"x0", "x3"}
 
 
 def test_cases_are_scored_once_for_a_tolerance(tmp_path: Path) -> None:

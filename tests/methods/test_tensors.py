@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from dynamic_network_architectures.architectures.primus import Primus
 from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from torch import nn
 
@@ -48,6 +49,13 @@ def test_the_stock_network_is_shared_once() -> None:
     assert size(shared) == pytest.approx(125, abs=1)
     assert size(state) == pytest.approx(354, abs=1)
     assert shared.keys() <= state.keys()
+
+
+def test_a_constant_that_no_checkpoint_has_is_not_shared() -> None:
+    """Primus has one; a mean on a wire of 16 bits would round it, and who predicts would have the exact one."""
+    network = Primus(1, 24, (8, 8, 8), 2, 1, 2, (8, 16, 16))
+    assert "eva.rope.pos_embed" in dict(network.named_buffers())
+    assert shared_tensors(network).keys() == network.state_dict().keys()
 
 
 @pytest.mark.parametrize("norm", [nn.InstanceNorm3d, nn.BatchNorm3d])

@@ -8,7 +8,7 @@ from planning_sites import preprocessed, read, set_paths
 from workers import look_in_threads
 
 from nnunet_fed.agreement.fingerprint import LocalFingerprint
-from nnunet_fed.planners import planning
+from nnunet_fed.planners import joining, planning
 
 
 @pytest.fixture(autouse=True)
@@ -41,6 +41,7 @@ def instant(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         for name in configurations:
             (preprocessed(dataset_id) / plans["configurations"][name]["data_identifier"]).mkdir()
 
-    monkeypatch.setattr(planning, "extract", made_up)
+    for module in (planning, joining):
+        monkeypatch.setattr(module, "extract", made_up)
     monkeypatch.setattr(planning, "preprocess_dataset", preprocess)
     return calls

@@ -31,7 +31,7 @@ from nnunet_fed.study.federation import Federation
 
 DATASETS = {"a": SITE_A, "b": SITE_B, "c": SITE_C}
 CASES = {"a": (0, 2, 4), "b": (1, 3), "c": (5, 6)}
-FILES = ("nnUNetFedPlans.json", "dataset_fingerprint.json", "dataset_fingerprint_local.json", "dataset.json")
+FILES = ("nnUNetFedPlans.json", "dataset_fingerprint.json", "dataset_fingerprint_federation.json", "dataset.json")
 
 
 class KilledError(Exception):
@@ -87,7 +87,7 @@ def assert_as_if_it_had_been_right_at_once(study: Federation) -> None:
     Path(str(nnUNet_preprocessed)).mkdir()
     LocalFederation("abc").run(lambda seat: plan_and_preprocess(seat, study, DATASETS[seat.site], None, 1))
     assert found == left_behind()
-    assert read(SITE_A, FILES[1]) == read(SITE_C, FILES[1])
+    assert read(SITE_A, FILES[2]) == read(SITE_C, FILES[2])
 
 
 def small_voxels(raw: Path) -> Callable[[], None]:

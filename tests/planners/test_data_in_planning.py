@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +23,11 @@ from nnunet_fed.agreement.fingerprint import LocalFingerprint
 from nnunet_fed.agreement.odd_plans import far_from_own, thin_patches
 from nnunet_fed.agreement.plan_digest import comparable
 from nnunet_fed.datasets.findings import FILE
+from nnunet_fed.datasets.folds import FoldChoice, kept_folds
 from nnunet_fed.errors import FederationError
 from nnunet_fed.planners import planning
 from nnunet_fed.planners.dataset import describe as tell
 from nnunet_fed.planners.dataset import find_dataset, looked_at
-from nnunet_fed.planners.leftovers import set_old_folds_aside
 
 
 def write_colours(raw: Path, number: int, cases: tuple[int, ...]) -> None:
@@ -92,24 +95,100 @@ def test_nothing_is_sent_and_all_is_told(raw: Path, instant: list[list[str]]) ->
     assert [finding["kind"] for finding in kept["findings"]] == ["background", "unknown label values"]
 
 
-def test_folds_of_other_cases_are_set_aside(raw: Path, caplog: pytest.LogCaptureFixture) -> None:
-    folder = make(raw / "Dataset021_Test")
+def write_cases(raw: Path, number: int, cases: Sequence[int]) -> Path:
+    shutil.rmtree(raw / f"Dataset{number:03d}_Test", ignore_errors=True)
+    return write_dataset(raw, number, cases, channels=("MRI",))
+
+
+def folds_of(cases: Sequence[int], number: int) -> list[dict[str, list[str]]]:
+    """A cross-validation as nnU-Net makes it."""
+    names = [f"case_{case:03d}" for case in cases]
+    return [
+        {"train": [name for name in names if name not in names[fold::number]], "val": names[fold::number]}
+        for fold in range(number)
+    ]
+
+
+def test_added_and_removed_cases_are_told_and_no_other_case_changes_its_fold(
+    raw: Path, instant: list[list[str]], caplog: pytest.LogCaptureFixture
+) -> None:
+    write_cases(raw, OTHER, range(5))
+    plan({"a": OTHER})
+    assert caplog.text == "", "nothing has changed yet"
+    splits, before = preprocessed(OTHER) / "splits_final.json", folds_of(range(5), 5)
+    splits.write_text(json.dumps(before))
+    write_cases(raw, OTHER, range(8))
+    plan({"a": OTHER})
+    added = {"case_005", "case_006", "case_007"}
+    now = read(OTHER, "splits_final.json")
+    assert [set(fold["val"]) - added for fold in now] == [set(fold["val"]) for fold in before]
+    assert [set(fold["train"]) - added for fold in now] == [set(fold["train"]) for fold in before]
+    assert sorted(case for fold in now for case in fold["val"]) == [f"case_{case:03d}" for case in range(8)]
+    assert all(len(fold["train"]) + len(fold["val"]) == 8 for fold in now)
+    assert "Since the last planning of Dataset021_Test with 5 cases: 3 cases (case_005, case_006, case_007) added" in (
+        caplog.text
+    )
+    assert "3 cases (case_005, case_006, case_007) added to the folds (validated in fold 0, 1, 2)" in caplog.text
+    assert read(OTHER, "splits_final.previous.json") == before
+
+    caplog.clear()
+    write_cases(raw, OTHER, (0, 1, 2, 3, 4, 5, 7))
+    os.utime(raw / "Dataset021_Test/imagesTr/case_004_0000.nii.gz", (1, 1))
+    plan({"a": OTHER})
+    assert sorted(case for fold in read(OTHER, "splits_final.json") for case in fold["val"]) == sorted(
+        f"case_{case:03d}" for case in (0, 1, 2, 3, 4, 5, 7)
+    )
+    assert "1 case (case_006) taken out" in caplog.text
+    assert "1 case (case_006) removed" in caplog.text
+    assert "changed" in caplog.text
+
+
+def test_folds_are_made_anew_if_asked_for(raw: Path, instant: list[list[str]]) -> None:
+    write_cases(raw, OTHER, range(5))
+    plan({"a": OTHER})
     splits = preprocessed(OTHER) / "splits_final.json"
-    splits.parent.mkdir(parents=True)
-    for cases in (["c0", "c1"], ["c0", "c1", "c2", "c3"]):  # one was added, one removed
-        splits.write_text(json.dumps([{"train": cases[1:], "val": cases[:1]}]))
-        set_old_folds_aside(find_dataset(OTHER))
-        assert not splits.exists()
-        assert splits.with_name("splits_final.previous.json").is_file()
-    assert "1 added, 0 removed" in caplog.text
-    assert "0 added, 1 removed" in caplog.text
-    splits.write_text(json.dumps([{"train": ["c0", "c1"], "val": ["c2"]}]))
-    set_old_folds_aside(find_dataset(OTHER))
-    assert splits.is_file(), "they are of these cases"
-    splits.write_text("[]")
-    (folder / "splits_final.json").write_text("[]")
-    set_old_folds_aside(find_dataset(OTHER))
-    assert splits.is_file(), "they are the site's own"
+    splits.write_text(json.dumps(folds_of(range(5), 5)))
+    plan({"a": OTHER}, folds=FoldChoice.new)
+    assert not splits.exists(), "nnU-Net makes them when it trains"
+    assert read(OTHER, "splits_final.previous.json") == folds_of(range(5), 5)
+
+
+def test_folds_that_cannot_be_kept_are_told_before_anything_is_sent(raw: Path, instant: list[list[str]]) -> None:
+    write_cases(raw, OTHER, range(5))
+    plan({"a": OTHER})
+    splits = preprocessed(OTHER) / "splits_final.json"
+    splits.write_text(json.dumps(folds_of(range(5), 5)))
+    write_cases(raw, OTHER, range(3))
+    sent: list[str] = []
+
+    class Listening:
+        site = "a"
+
+        def gather(self, key: str, value: Any) -> None:
+            sent.append(key)
+
+    with pytest.raises(
+        FederationError, match=r"fold 3 would have no case for validation\. Nothing was sent.*--folds new"
+    ):
+        planning.plan_and_preprocess(Listening(), study(["a"]), OTHER)  # type: ignore[arg-type]
+    assert sent == []
+    (raw / "Dataset021_Test" / "splits_final.json").write_text(json.dumps(folds_of(range(3), 3)))
+    with pytest.raises(FederationError, match=r"are not those in .*Give --folds new"):
+        planning.plan_and_preprocess(Listening(), study(["a"]), OTHER)  # type: ignore[arg-type]
+    assert sent == []
+    plan({"a": OTHER}, folds=FoldChoice.new)
+    assert read(OTHER, "splits_final.json") == folds_of(range(3), 3), "they are the site's own"
+
+
+def test_folds_that_are_no_cross_validation_train_on_new_cases() -> None:
+    """What somebody has set apart for validation stays what it is."""
+    one = [{"train": ["a", "b"], "val": ["c"]}]
+    assert kept_folds(one, ["a", "b", "c", "d"]) == [{"train": ["a", "b", "d"], "val": ["c"]}]
+    apart = [{"train": ["a", "b"], "val": ["c"]}, {"train": ["a"], "val": ["c"]}]
+    assert kept_folds(apart, ["a", "b", "c", "d"]) == [
+        {"train": ["a", "b", "d"], "val": ["c"]},
+        {"train": ["a", "d"], "val": ["c"]},
+    ]
 
 
 # -------------------------------------------------------------------------------------------------- odd voxel sizes

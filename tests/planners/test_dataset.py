@@ -82,7 +82,7 @@ def plan(datasets: dict[str, int], maps: dict[str, LabelMap] | None = None) -> d
 
 
 def fingerprint(raw: Path, name: str) -> dict[str, Any]:
-    file = raw.with_name("nnUNet_preprocessed") / name / "dataset_fingerprint_local.json"
+    file = raw.with_name("nnUNet_preprocessed") / name / "dataset_fingerprint.json"
     content: dict[str, Any] = json.loads(file.read_text())
     return content
 

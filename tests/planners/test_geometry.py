@@ -30,6 +30,7 @@ from nnunet_fed.agreement.fingerprint import (
     middle_shapes,
     pooled_geometry,
 )
+from nnunet_fed.agreement.fingerprint_files import OWN
 from nnunet_fed.agreement.plan_digest import comparable
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.exchange.communicator import LocalFederation
@@ -67,6 +68,8 @@ def datasets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[RawDatas
         raw = set_paths(patch, tmp_path_factory.mktemp("geometry"))
         for number in range(1, MANY + 2):
             write_dataset(raw, number, (number,), channels=("CT",), shape=(6, 6, 6))
+            find_dataset(number).preprocessed.mkdir()
+            (find_dataset(number).preprocessed / OWN).write_text("{}")
         yield [find_dataset(number) for number in range(1, MANY + 2)]
 
 
@@ -98,7 +101,7 @@ def federated_plans(
 
         planner = harmonised_planner(seat, sites[number], agreed.geometry, planner_of)
         plans = comparable(planner.plan_experiment())
-        return plans, json.loads((datasets[1 + number].preprocessed / "dataset_fingerprint.json").read_text())
+        return plans, planner.dataset_fingerprint
 
     with redirect_stdout(StringIO()):
         answers = list(LocalFederation(names).run(site).values())
@@ -111,7 +114,7 @@ def stock_plans(
 ) -> dict[str, Any]:
     """What nnU-Net plans from a fingerprint, untouched by us."""
     dataset.preprocessed.mkdir(exist_ok=True)
-    (dataset.preprocessed / "dataset_fingerprint.json").write_text(json.dumps(fingerprint))
+    (dataset.preprocessed / OWN).write_text(json.dumps(fingerprint))
     (dataset.preprocessed / "Stock.json").unlink(missing_ok=True)  # its configurations would live on in the new plans
     stock = STOCK[planner](dataset.id, plans_name="Stock", **options)
     stock.dataset_json["numTraining"] = total

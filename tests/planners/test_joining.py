@@ -12,6 +12,7 @@ from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 from planning_sites import OTHER, SITE_A, SITE_B, preprocessed, read, write_dataset
 from serving import Served, lines, make_study, together
 
+from nnunet_fed.agreement.fingerprint_files import COMMON
 from nnunet_fed.errors import ConfigurationError, DisagreementError, RoundClosedError
 from nnunet_fed.exchange.keys import PUBLISHED
 from nnunet_fed.exchange.outgoing_log import OutgoingLog
@@ -63,7 +64,8 @@ def test_a_site_that_joins_later(serve: Serve, tmp_path: Path, geometry: str) ->
     assert plans["federation"]["plans_digest"] == before["federation"]["plans_digest"] == result.plans_digest
     assert (plans["dataset_name"], plans["image_reader_writer"]) == ("Dataset021_Test", "NibabelIO")
     assert (result.total_cases, result.local_cases) == (5, 1)
-    assert read(OTHER, "dataset_fingerprint.json") == read(SITE_A, "dataset_fingerprint.json")
+    assert read(OTHER, COMMON) == read(SITE_A, COMMON)
+    assert read(OTHER, "dataset_fingerprint.json")["spacings"] == [[1.0, 1.0, 1.0]] * 2, "its own"
     assert read(OTHER, "dataset.json") == content
     identifier = plans["configurations"]["3d_fullres"]["data_identifier"]
     assert identifier != before["configurations"]["3d_fullres"]["data_identifier"]

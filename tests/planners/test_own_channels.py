@@ -30,6 +30,7 @@ from serving import Served, make_study, together
 from workers import workers_as_threads
 
 from nnunet_fed.agreement.fingerprint import INTENSITIES, LocalFingerprint
+from nnunet_fed.agreement.fingerprint_files import COMMON
 from nnunet_fed.agreement.plan_digest import comparable, plans_digest
 from nnunet_fed.errors import DisagreementError, FederationError
 from nnunet_fed.exchange.communicator import LocalFederation
@@ -93,7 +94,7 @@ def test_what_depends_on_the_channels_is_what_nnunet_finds_at_the_site_alone(pla
                 low, median, high
             )  # fmt: skip
             assert properties["mean"] == pytest.approx(np.mean(values, dtype=np.float64))
-        assert read(number, "dataset_fingerprint.json")[INTENSITIES] == plans[INTENSITIES]
+        assert read(number, COMMON)[INTENSITIES] == plans[INTENSITIES]
     schemes = [plans["configurations"]["3d_fullres"]["normalization_schemes"] for plans in planned]
     assert schemes == [["CTNormalization"], ["ZScoreNormalization"], ["CTNormalization", "ZScoreNormalization"]]
 

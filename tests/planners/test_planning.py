@@ -38,6 +38,7 @@ from planning_sites import (
 from workers import workers_as_threads
 
 from nnunet_fed.agreement.fingerprint import LocalFingerprint
+from nnunet_fed.agreement.fingerprint_files import COMMON
 from nnunet_fed.agreement.plan_digest import comparable, differences, plans_digest
 from nnunet_fed.errors import ConfigurationError, DisagreementError, FederationError
 from nnunet_fed.planners import planning
@@ -83,8 +84,8 @@ def pooled(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequ
 
 
 def test_fingerprint_is_that_of_the_pool(pooled: dict[str, Any]) -> None:
-    stock, ours = read(POOL, "dataset_fingerprint.json"), read(SITE_A, "dataset_fingerprint.json")
-    assert ours == read(SITE_B, "dataset_fingerprint.json") == read(SITE_C, "dataset_fingerprint.json")
+    stock, ours = read(POOL, "dataset_fingerprint.json"), read(SITE_A, COMMON)
+    assert ours == read(SITE_B, COMMON) == read(SITE_C, COMMON)
     assert set(ours) == set(stock)
     key = "foreground_intensity_properties_per_channel"
     assert ours[key] == tolerant(stock)[key]
@@ -96,7 +97,25 @@ def test_fingerprint_is_that_of_the_pool(pooled: dict[str, Any]) -> None:
         fullres = read(POOL, "nnUNetPlans.json")["configurations"]["3d_fullres"]
         assert [sorted(spacing) for spacing in ours["spacings"]] == [sorted(fullres["spacing"])] * 2
         assert sorted(np.median(ours["shapes_after_crop"], 0)) == sorted(fullres["median_image_size_in_voxels"])
-    assert len(read(SITE_A, "dataset_fingerprint_local.json")["spacings"]) == 3
+
+
+def test_stock_planning_beside_is_that_of_the_site(pooled: dict[str, Any]) -> None:
+    """nnU-Net plans from the fingerprint that it finds: the site's own, not that of all sites."""
+    name, key = "dataset_fingerprint.json", "foreground_intensity_properties_per_channel"
+    found, plans = [], []
+    for _ in range(2):
+        found.append(read(SITE_A, name))
+        ExperimentPlanner(SITE_A).plan_experiment()
+        plans.append(read(SITE_A, "nnUNetPlans.json"))
+        (preprocessed(SITE_A) / "nnUNetPlans.json").unlink()  # nnU-Net would keep what it says
+        DatasetFingerprintExtractor(SITE_A, 1).run(overwrite_existing=True)
+    for geometry in ("spacings", "shapes_after_crop"):
+        assert sorted(found[0][geometry]) == sorted(found[1][geometry])
+    ours, own = (each.pop(key) for each in plans)
+    assert plans[0] == plans[1]
+    assert ours == found[0][key] != read(SITE_A, COMMON)[key]
+    for channel, properties in own.items():  # of which nnU-Net alone draws more voxels of each case
+        assert ours[channel]["mean"] == pytest.approx(properties["mean"], abs=0.5)
 
 
 def test_plans_are_those_of_the_pool(pooled: dict[str, Any]) -> None:
@@ -119,7 +138,7 @@ def test_study_travels_in_the_plans(pooled: dict[str, Any]) -> None:
         "plans_digest": plans_digest(plans),
     }
     assert pooled["results"]["b"] == PlanningResult(
-        "Dataset012_Test", "nnUNetFedPlans", plans_digest(plans), ("3d_fullres",), 6, 2
+        "Dataset012_Test", "nnUNetFedPlans", plans_digest(plans), ("3d_fullres",), 6, 2, fold="all"
     )
     phases = ["checking", "extracting", "harmonising", "planning", "preprocessing", "planned"]
     assert sorted(pooled["phases"]) == sorted(3 * phases)
@@ -448,8 +467,9 @@ def test_small_planner(raw: Path, shape: tuple[int, int, int], cases: int, patch
         "foreground_intensity_properties_per_channel": {"0": properties},
         "median_relative_size_after_cropping": 1.0,
     }
-    (preprocessed(OTHER) / "dataset_fingerprint.json").write_text(json.dumps(fingerprint))
-    plans = nnUNetPlannerFedSmall(OTHER, total_cases=cases, study={}).plan_experiment()
+    (preprocessed(OTHER) / "dataset_fingerprint.json").write_text("{}")
+    planner = nnUNetPlannerFedSmall(OTHER, fingerprint=fingerprint, total_cases=cases, study={})
+    plans = planner.plan_experiment()
     fullres = plans["configurations"]["3d_fullres"]
     assert list(fullres["patch_size"]) == (patch or [32, 40, 48])
     assert fullres["batch_size"] == 2
@@ -458,6 +478,9 @@ def test_small_planner(raw: Path, shape: tuple[int, int, int], cases: int, patch
 
 
 def test_total_cases_cap_the_batch(pooled: dict[str, Any]) -> None:
-    few, many = (nnUNetPlannerFed(SITE_A, plans_name=f"P{n}", total_cases=n, study={}) for n in (5, 5000))
+    given = read(SITE_A, COMMON)
+    few, many = (
+        nnUNetPlannerFed(SITE_A, plans_name=f"P{n}", fingerprint=given, total_cases=n, study={}) for n in (5, 5000)
+    )
     assert few.plan_experiment()["configurations"]["3d_fullres"]["batch_size"] == 2
     assert many.plan_experiment()["configurations"]["3d_fullres"]["batch_size"] > 2

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from nnunet_fed.methods.familiarity import Familiarity, texture
 from nnunet_fed.methods.fedsm import GLOBAL, Route
 from nnunet_fed.methods.selector import Selector, SelectorConfiguration, draw_patches
 from nnunet_fed.methods.selector_validation import SelectorValidation
+from nnunet_fed.prediction import bundle
 from nnunet_fed.prediction.bundle import (
     BUNDLE,
     SELECTOR_FILE,
@@ -263,6 +266,28 @@ def test_folds_that_do_not_belong_together(tmp_path: Path, facts: dict[str, Any]
     predictor(folder, (1,))
     if what == "gamma":
         assert predictor(folder, None, gamma=0.7).router.gamma == 0.7
+
+
+def test_folds_that_end_at_the_same_time_are_all_in_the_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, read = write_model(tmp_path / "model"), bundle.read_bundle
+    for fold in (1, 2):
+        shutil.copytree(folder / "fold_0", folder / f"fold_{fold}")
+    entry = {"gamma": 0.9, "validation": validation(), "selector": SELECTOR, "selector_min_accuracy": 0.0}
+
+    def slowly(model_folder: Path) -> Any:
+        found = read(model_folder)
+        time.sleep(0.2)
+        return found
+
+    monkeypatch.setattr(bundle, "read_bundle", slowly)
+
+    def write(fold: int) -> None:
+        write_fold(folder, fold, site="a", shared=("b",), **entry)  # type: ignore[arg-type]
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(write, (2, 1)))
+    assert list(read(folder).folds) == ["0", "1", "2"]
+    assert not [*folder.glob("*.lock")]
 
 
 def test_an_inaccurate_selector_is_not_followed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,13 +16,18 @@ from typing import Any
 
 import grpc
 import pytest
+import torch
+from made_sites import raw as made_raw
+from other_users import bound_to_permissions
 from serving import Served, make_study, together
 from typer.testing import CliRunner
 
 from nnunet_fed.agreement.plan_digest import plans_digest
 from nnunet_fed.certificates.authority import Authority
 from nnunet_fed.cli.app import app
-from nnunet_fed.preflight import resources
+from nnunet_fed.datasets.findings import FILE
+from nnunet_fed.errors import ConfigurationError
+from nnunet_fed.preflight import folder_checks, resources
 from nnunet_fed.preflight import site_checks as checks
 from nnunet_fed.preflight.site_checks import Finding, Outcome
 from nnunet_fed.simulation.simulate import plugin_folder
@@ -62,13 +70,13 @@ class AtASite:
 
     def __init__(self, folder: Path, patch: pytest.MonkeyPatch):
         self.folder = folder
-        for name in checks.FOLDERS:
+        for name in folder_checks.FOLDERS:
             (folder / name).mkdir(parents=True)
             patch.setenv(name, str(folder / name))
         patch.setenv(checks.EXTERNAL_TRAINERS, str(plugin_folder()))
         patch.setenv(SITE_FILE_VARIABLE, str(folder / "site.toml"))
-        self.data = folder / checks.PREPROCESSED / "Dataset007_Test"
-        (folder / checks.RAW / self.data.name / "imagesTr").mkdir(parents=True)
+        self.data = folder / folder_checks.PREPROCESSED / "Dataset007_Test"
+        (folder / folder_checks.RAW / self.data.name / "imagesTr").mkdir(parents=True)
 
     def set_up(self, address: str, name: str = "a", keys: Path | None = None) -> None:
         tls = "insecure = true\n"
@@ -95,8 +103,8 @@ class AtASite:
 
 @pytest.fixture
 def at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AtASite:
-    monkeypatch.setattr(checks, "LEAST_RESULTS_GB", 0.001)
-    monkeypatch.setattr(checks, "LEAST_PREPROCESSED_GB", 0.001)
+    monkeypatch.setattr(folder_checks, "LEAST_RESULTS_GB", 0.001)
+    monkeypatch.setattr(folder_checks, "LEAST_PREPROCESSED_GB", 0.001)
     return AtASite(tmp_path / "site", monkeypatch)
 
 
@@ -123,6 +131,7 @@ def test_everything_is_fine(serve: Serve, authority: Authority, at: AtASite) -> 
     at.set_up(served.server.address, keys=files["a"])
     plans = federated_plans(served.study)
     at.plan(plans)
+    made_raw(at.folder / folder_checks.RAW / at.data.name, channels=1)
     seats = {site: served.seat(site, "planning", files=files[site]) for site in "ab"}
     digest = {"digest": plans[PLANS_KEY]["plans_digest"]}
     together(*(lambda seat=seat: seat.gather("planning/plans", digest) for seat in seats.values()))  # type: ignore[misc]
@@ -131,7 +140,7 @@ def test_everything_is_fine(serve: Serve, authority: Authority, at: AtASite) -> 
     assert status == 0
     assert list(found) == [
         "site.toml", "certificates", "name", "port", "TLS", "coordinator", "clock", "versions", "nnU-Net paths",
-        "trainer", "plans", "memory", "disk", "transfer",
+        "fold", "trainer", "plans", "memory", "disk", "transfer",
     ]  # fmt: skip
     assert "agreed with a, b" in found["plans"].text
     assert f"{PARAMETERS / 1e6:.1f} M parameters" in found["memory"].text
@@ -142,7 +151,7 @@ def test_everything_is_fine(serve: Serve, authority: Authority, at: AtASite) -> 
 
 
 def test_nothing_is_there(at: AtASite, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (SITE_FILE_VARIABLE, checks.RAW, checks.EXTERNAL_TRAINERS):
+    for name in (SITE_FILE_VARIABLE, folder_checks.RAW, checks.EXTERNAL_TRAINERS):
         monkeypatch.delenv(name)
     status, found = at()
     assert status == 1
@@ -369,25 +378,97 @@ def test_the_trainer(at: AtASite, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_folders(at: AtASite, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert checks.check_paths().state is Outcome.ok
-    monkeypatch.setenv(checks.RESULTS, str(at.folder / "nowhere"))
-    assert "is no folder" in checks.check_paths().text
+    assert folder_checks.check_paths().state is Outcome.ok
+    monkeypatch.setenv(folder_checks.RESULTS, str(at.folder / "nowhere"))
+    assert "is no folder" in folder_checks.check_paths().text
+
+
+def test_folders_of_another_user(at: AtASite) -> None:
+    """In a process that is bound to permissions, whoever runs the tests."""
+    results = at.folder / folder_checks.RESULTS / at.data.name
+    files = {
+        "": Outcome.ok,
+        str(at.data / "nnUNetFed_3d" / "case.b2nd"): Outcome.warning,
+        str(at.folder / folder_checks.RAW / at.data.name / "imagesTr" / "c0_0000.nii.gz"): Outcome.failed,
+        str(results / "nnUNetTrainerFedAvg__Plans__3d" / "fold_0" / "progress.png"): Outcome.failed,
+        str(results / "nnUNetTrainer__Plans__3d" / "fold_0" / "progress.png"): Outcome.ok,
+    }
+    look = (
+        "from nnunet_fed.preflight.folder_checks import check_paths; found = check_paths([7], 'nnUNetTrainerFedAvg'); "
+        "print(found.state.value, found.line)"
+    )
+    for path, state in files.items():
+        if path:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            Path(path).touch()
+            Path(path).chmod(0 if "imagesTr" in path else 0o444)
+        said = subprocess.run(bound_to_permissions(sys.executable, "-c", look), capture_output=True, text=True)
+        assert said.stdout.split(" ")[0] == state.value, said
+        assert state is Outcome.ok or path in said.stdout
+        if path:
+            Path(path).unlink()
+    at.data.chmod(0o500)
+    said = subprocess.run(bound_to_permissions(sys.executable, "-c", look), capture_output=True, text=True)
+    at.data.chmod(0o700)
+    assert said.stdout.startswith("warning"), said
+    assert f"{at.data} cannot be written by this user" in said.stdout
 
 
 def test_the_disk(at: AtASite) -> None:
-    assert checks.check_disk(0, 0).state is Outcome.ok
+    assert folder_checks.check_disk(0, 0).state is Outcome.ok
     free = shutil.disk_usage(at.folder).free
-    short = checks.check_disk(0.6 * free, 0.6 * free)
+    short = folder_checks.check_disk(0.6 * free, 0.6 * free)
     assert short.state is Outcome.failed, "both folders are on one disk"
     assert "nnUNet_preprocessed and nnUNet_results" in short.text
 
 
+def test_what_the_images_take_once_they_were_looked_at(at: AtASite) -> None:
+    assert folder_checks.voxels_of_images(at.data) is None
+    at.data.mkdir(parents=True)
+    files = [{"facts": {"shape": [10, 20, 30], "planes": 1}}, {"facts": {"shape": [10, 20, 30]}}]
+    (at.data / FILE).write_text(json.dumps({"files": files}))
+    voxels = folder_checks.voxels_of_images(at.data)
+    assert voxels == 12_000
+    raw = at.folder / folder_checks.RAW / at.data.name
+    assert folder_checks.preprocessed_bytes(raw, None, voxels) == 48_000
+
+
+def test_preprocessing_that_was_killed_takes_as_much_again(at: AtASite) -> None:
+    raw = at.folder / folder_checks.RAW / at.data.name
+    half = at.data / "nnUNetFed_3d_fullres_0123"
+    half.mkdir(parents=True)
+    assert folder_checks.preprocessed_bytes(raw, half) > 0
+    (at.data / f"{half.name}.complete.json").write_text("{}")
+    assert folder_checks.preprocessed_bytes(raw, half) == 0
+
+
+@pytest.mark.parametrize(
+    ("cases", "folds", "state", "told"),
+    [
+        (5, None, Outcome.ok, "0, of 5 that nnU-Net makes"),
+        (3, None, Outcome.warning, "3 training cases, too few for nnU-Net's 5 folds"),
+        (3, [["c0", "c1"], ["c2"]], Outcome.ok, "0 of "),
+        (1, None, Outcome.failed, r"at least 2 \(min_cases\)"),
+        (5, [["c0", "c1", "c9"], ["c2"]], Outcome.warning, r"2 cases \(c3, c4\) new, 1 case \(c9\) gone"),
+    ],
+)
+def test_the_fold(at: AtASite, cases: int, folds: list[list[str]] | None, state: Outcome, told: str) -> None:
+    raw = at.folder / folder_checks.RAW / at.data.name
+    if folds is not None:
+        at.data.mkdir(parents=True)
+        (at.data / "splits_final.json").write_text(json.dumps([dict(zip(("train", "val"), folds, strict=True))]))
+    names = [f"c{case}" for case in range(cases)]
+    found = folder_checks.check_fold(make_study("ab", min_cases=2), names, raw, at.data)
+    assert found.state is state
+    assert re.search(told, found.text)
+
+
 def test_what_preprocessing_takes(at: AtASite) -> None:
-    raw = at.folder / checks.RAW / at.data.name
+    raw = at.folder / folder_checks.RAW / at.data.name
     (raw / "imagesTr" / "case").write_bytes(bytes(10**6))
-    assert checks.preprocessed_bytes(raw, at.data / "cases") == checks.PREPROCESSED_PER_RAW * 10**6
+    assert folder_checks.preprocessed_bytes(raw, at.data / "cases") == folder_checks.PREPROCESSED_PER_RAW * 10**6
     (at.data / "cases").mkdir(parents=True)
-    assert checks.preprocessed_bytes(raw, at.data / "cases") == 0
+    assert folder_checks.preprocessed_bytes(raw, at.data / "cases") == 0
 
 
 def test_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -405,3 +486,31 @@ def test_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "hardly fit" in resources.check_memory(one, "cpu").text
     monkeypatch.setattr(resources.torch.cuda, "is_available", lambda: False)
     assert resources.check_memory(one, "cuda").state is Outcome.failed
+
+
+def test_the_memory_of_a_base_trainers_network() -> None:
+    study = make_study("abc", trainer="nnUNetTrainerTinyPrimus")
+    dataset = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "lesion": 1}}
+
+    def build(plans: Any, configuration: Any, channels: int, classes: int, deep_supervision: bool) -> Any:
+        return torch.nn.Conv3d(channels, classes, 1)
+
+    found = resources.footprint(federated_plans(study), "3d_fullres", dataset, study, build)
+    assert (found.parameters, found.step_bytes) == (4, None)
+    finding = resources.check_memory(found, "cpu")
+    assert finding.state is Outcome.ok
+    assert "is not known (0.0 M parameters)" in finding.text
+
+    def fail(*_: Any) -> Any:
+        raise AssertionError("only 3d is supported")
+
+    with pytest.raises(ConfigurationError, match="cannot be built by these plans: AssertionError: only 3d is supp"):
+        resources.footprint(federated_plans(study), "3d_fullres", dataset, study, fail)
+
+
+def test_check_finds_a_base_trainer_that_is_not_there(at: AtASite, serve: Serve) -> None:
+    served = serve(make_study("ab", trainer="nnUNetTrainerThatIsNot"))
+    at.set_up(served.server.address)
+    _, findings = at()
+    assert findings["trainer"].state is Outcome.failed
+    assert "names the trainer 'nnUNetTrainerThatIsNot', and there is none here" in findings["trainer"].text

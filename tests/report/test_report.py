@@ -18,7 +18,7 @@ from made_runs import DICE, SITES, amend, fold_of, make_comparison, make_run, re
 from serving import Served, make_study, together
 
 from nnunet_fed.errors import ConfigurationError
-from nnunet_fed.report.blocks import Figure, Section, Table, evenly, without_paths
+from nnunet_fed.report.blocks import Figure, Paragraph, Section, Table, evenly, without_paths
 from nnunet_fed.report.gather import read_source
 from nnunet_fed.report.page import sections_of, write_report
 from nnunet_fed.report.results_section import bootstrap_interval
@@ -46,6 +46,10 @@ def figures(section: Section) -> list[Figure]:
     return [block for block in section.blocks if isinstance(block, Figure)]
 
 
+def texts(section: Section) -> list[str]:
+    return [block.text for block in section.blocks if isinstance(block, Paragraph)]
+
+
 def told(found: Iterable[Figure]) -> str:
     return " ".join(figure.alternative for figure in found)
 
@@ -54,6 +58,16 @@ def test_sections_of_a_simulation(simulated: dict[str, Section]) -> None:
     assert list(simulated) == ["study", "data", "dice", "training", "traffic", "events"]
     assert ["initial_lr", "0.0123"] in table(simulated["study"], "Settings")
     assert ["nnunetv2", "2.8.1"] in table(simulated["study"], "Versions")
+
+
+def test_the_start_from_pretrained_weights(tmp_path: Path) -> None:
+    """As the study says, or a site's record where only the sites do."""
+    digest, said = "0123456789abcdef" * 4, "The training started from pretrained weights with the digest {}."
+    run = make_run(tmp_path / "run")
+    amend(fold_of(run, SITES[0]) / "federation.json", pretrained=digest)
+    assert said.format(digest) in texts(sections(run)["study"])
+    write(tmp_path / "record.json", {**record(), "study": {**study(), "pretrained": digest}})
+    assert said.format(digest) in texts(sections(tmp_path / "record.json")["study"])
 
 
 def test_data_of_the_sites(simulated: dict[str, Section]) -> None:

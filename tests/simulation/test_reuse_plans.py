@@ -21,7 +21,9 @@ def planned(folder: Path, name: str = "Dataset001_a") -> Path:
     (dataset / "cases").mkdir(parents=True)
     (dataset / "cases" / "case.b2nd").write_text("voxels")
     (dataset / "dataset.json").write_text("{}")
-    plans = {"plans_name": "OldPlans", "federation": {"study": {}, "plans_digest": "p", "small_lesions": {"x": 1.5}}}
+    carried = {"study": {}, "plans_digest": "p", "small_lesions": {"x": 1.5}}
+    configurations = {"3d_fullres": {"data_identifier": "cases"}}
+    plans = {"plans_name": "OldPlans", "configurations": configurations, "federation": carried}
     (dataset / "OldPlans.json").write_text(json.dumps(plans))
     return folder
 

@@ -144,7 +144,7 @@ def test_the_sites_are_those_of_the_study_and_differ_in_more_than_capitals(tmp_p
 
 
 def test_a_site_has_nnunets_folders_its_data_as_a_link_and_a_name_that_nnunet_takes(tmp_path: Path) -> None:
-    place = simulate.Place("site__a.1-x", raw(tmp_path / "raw"), tmp_path / "site", 0)
+    place = simulate.Place("site__a.1-x", raw(tmp_path / "raw"), tmp_path / "site", (0,))
     place.make("127.0.0.1:1234", {})
     assert place.dataset == "Dataset001_site_a_1_x"
     assert (tmp_path / "site" / "nnUNet_raw" / place.dataset).resolve() == tmp_path / "raw"
@@ -156,7 +156,7 @@ def test_a_site_has_nnunets_folders_its_data_as_a_link_and_a_name_that_nnunet_ta
 def test_peers_have_addresses_of_their_own(tmp_path: Path) -> None:
     addresses = [f"127.0.0.1:{port}" for port in simulate.free_ports(2)]
     peers = dict(zip(("a", "b"), addresses, strict=True))
-    place = simulate.Place("b", raw(tmp_path / "raw"), tmp_path / "site", 0)
+    place = simulate.Place("b", raw(tmp_path / "raw"), tmp_path / "site", (0,))
     place.make("127.0.0.1:1234", peers)
     site = Site.read(tmp_path / "site" / "site.toml")  # which refuses two sites with one address
     assert (site.listen, site.peers) == (addresses[1], peers)
@@ -167,7 +167,7 @@ def test_the_data_are_copied_where_links_are_not_possible(tmp_path: Path, monkey
         raise OSError
 
     monkeypatch.setattr(Path, "symlink_to", refuse)
-    place = simulate.Place("a", raw(tmp_path / "raw"), tmp_path / "site", 0)
+    place = simulate.Place("a", raw(tmp_path / "raw"), tmp_path / "site", (0,))
     place.make("127.0.0.1:1234", {})
     copy = tmp_path / "site" / "nnUNet_raw" / "Dataset001_a"
     assert not copy.is_symlink()
@@ -179,6 +179,15 @@ def test_training_is_nnunets_own_command() -> None:
     command = training_command(study, "all", "cpu")
     assert Path(command[0]).name == "nnUNetv2_train"
     assert command[1:] == ["1", "2d", "all", "-tr", "nnUNetTrainerFedAvg", "-p", "P", "-device", "cpu"]
+
+
+def test_all_sites_start_from_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = replace(simulation(tmp_path, {"a": 5, "b": 5}), pretrained=Path("start.pth"))
+    for place in simulate._places(given):
+        planning, training = simulate._steps(given, given.study, place)
+        assert "-pretrained_weights" not in planning.command
+        assert training.command[-2:] == ["-pretrained_weights", str(tmp_path / "start.pth")]
 
 
 def test_a_site_with_a_map_trains_the_mapped_data_set(tmp_path: Path) -> None:
@@ -193,7 +202,7 @@ def test_a_site_with_a_map_trains_the_mapped_data_set(tmp_path: Path) -> None:
     assert plain.trained_dataset == plain.dataset == "Dataset001_b"
     assert mapped.labels == {"background": 0, "lesion": 1, "edge": 2}
     assert plain.labels == FLAT
-    assert [place.results(given.study).parts[-3] for place in (mapped, plain)] == [
+    assert [place.results(given.study, 0).parts[-3] for place in (mapped, plain)] == [
         "Dataset002_a_mapped",
         "Dataset001_b",
     ]
@@ -538,6 +547,47 @@ def test_a_whole_simulation(tmp_path: Path, commands: Callable[..., None]) -> No
     assert set(json.loads((given.out / "record.json").read_text())) >= {"runs", "events", "study"}
     assert Federation.read(given.out / "federation.toml").plans_name == "nnUNetFedSmallPlans"
     assert (given.out / "sites" / "a" / "plan.log").read_text().startswith("planned")
+
+
+VALIDATED = """
+place = site / 'nnUNet_results' / next((site / 'nnUNet_raw').iterdir()).name / MODEL / f'fold_{FOLD}'
+(place / 'validation').mkdir(parents=True)
+with (site / 'order').open('a') as file:
+    file.write(f'{FOLD} ')
+cases = [{'metrics': {'0': {'Dice': 1.0}, '1': {'Dice': dice}}} for dice in ([0.5] if FOLD == 0 else [0.8, 0.8])]
+content = {'metric_per_case': cases, 'mean': {'1': {'Dice': 9.0}}, 'foreground_mean': {'Dice': 9.0}}
+(place / 'validation' / 'summary.json').write_text(json.dumps(content))
+record = {'training_cases': 4, 'bytes_sent': 1, 'bytes_received': 2}
+(place / 'federation.json').write_text(json.dumps(record))
+"""
+
+
+def test_several_folds_one_after_the_other(
+    tmp_path: Path, commands: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A site with too few cases for folds trains each fold on all of them, and counts in no mean."""
+    commands("")
+
+    def training(study: Federation, fold: int, device: str, dataset: int) -> list[str]:
+        return [sys.executable, "-c", f"import json; FOLD, MODEL = {fold}, {MODEL!r}; {NAME}\n{VALIDATED}"]
+
+    monkeypatch.setattr(simulate, "training_command", training)
+    given = simulation(tmp_path, {"a": 6, "c": 4}, folds=[0, 1])
+    summary = simulate.simulate(given, quiet())
+    for name, fold in (("a", [0, 1]), ("c", "all")):
+        folder, site = given.out / "sites" / name, summary["sites"][name]
+        assert (folder / "order").read_text() == "0 1 "
+        assert (folder / "train_0.log").is_file()
+        assert Site.read(folder / "site.toml").fold == (None if name == "a" else "all")
+        assert (site["fold"], site["train_cases"], site["val_cases"], site["bytes_received"]) == (fold, 4, 3, 4)
+        assert site["dice"]["final"] == pytest.approx(0.7), "of the cases, not of the folds"
+        assert list(site["folds"]) == ["0", "1"]
+        assert site["folds"]["1"]["val_cases"] == 2
+    assert summary["folds"] == [0, 1]
+    assert summary["mean_dice"]["final"] == pytest.approx(0.7)
+    shown = text_of(result_table(summary))
+    assert "folds 0, 1" in shown
+    assert "c *" in shown
 
 
 def test_results_of_a_mapped_site_are_in_the_words_of_the_federation(

@@ -33,10 +33,12 @@ OTHER_VALUES: dict[str, tuple[Any, bool]] = {
     "plans_name": ("OtherPlans", False),
     "configuration": ("2d", False),
     "fold": ("all", False),
+    "folds": ((0, 3), False),
     "rounds": (3, True),
     "local_epochs": (2, True),
     "iterations_per_epoch": (251, True),
     "val_iterations_per_epoch": (51, True),
+    "trainer": ("nnUNetTrainerDA5", True),
     "initial_lr": (0.02, True),
     "momentum": (0.9, True),
     "momentum_on_round": ("reset", True),
@@ -44,6 +46,7 @@ OTHER_VALUES: dict[str, tuple[Any, bool]] = {
     "best": ("federation", True),
     "wire_dtype": ("bfloat16", True),
     "seed": (1, True),
+    "pretrained": ("0123456789abcdef" * 4, True),
     "min_sites": (1, False),
     "deadline_minutes": (1.0, False),
     "planning_deadline_minutes": (1.0, False),
@@ -209,6 +212,11 @@ def sentence(model: type[Federation] | type[Site], **changes: Any) -> str:
         ({"method": {"name": "fedgs", "strength": -1}}, "method.strength: input should be greater than or equal to 0"),
         ({"method": {"name": "fedgs", "warm_down": 1}}, "method.warm_down: input should be less than 1"),
         ({"method": {"name": "fedgs", "classes": []}}, "method.classes: "),
+        (
+            {"pretrained": "7c0fadc53d47"},
+            "pretrained: use the 64 hexadecimal digits that 'nnunet_fed digest FILE' prints (found '7c0fadc53d47').",
+        ),
+        ({"pretrained": 7}, "pretrained: use the 64 hexadecimal digits"),
         ({"gpu_memory_target_in_gb": 0}, "gpu_memory_target_in_gb: input should be greater than 0 (found 0)."),
     ],
 )
@@ -342,7 +350,7 @@ def test_templates_show_the_defaults() -> None:
     for name, field in Federation.model_fields.items():
         free_choice = name in (
             "rounds", "local_epochs", "plans_name", "min_sites", "overwrite_target_spacing", "gpu_memory_target_in_gb",
-            "max_update_norm", "keep_every",
+            "max_update_norm", "keep_every", "pretrained", "folds",
         )  # fmt: skip
         if not field.is_required() and not free_choice:
             assert shown[name] == field.default, name

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import pytest
+from pydantic import ValidationError
 from serving import Served, make_study
 
 from nnunet_fed.coordinator.coordinator import Coordinator
@@ -18,6 +19,7 @@ from nnunet_fed.errors import ConfigurationError, RefusedError
 from nnunet_fed.study.federation import Federation
 from nnunet_fed.study.methods import METHODS
 from nnunet_fed.study.table import NEWEST_PROTOCOL, OLDEST_PROTOCOL, Neutral, neutral_of
+from nnunet_fed.study.toml import explain
 from nnunet_fed.transport.proto import federation_pb2 as pb
 
 Serve = Callable[..., Served]
@@ -131,7 +133,7 @@ class NewerFederation(Federation):
     """What a version with two more fields would know."""
 
     OPERATIONAL: ClassVar[frozenset[str]] = Federation.OPERATIONAL | {"watchers"}
-    trainer: Annotated[str, Neutral("nnUNetTrainer", since=NEWEST_PROTOCOL)] = "nnUNetTrainer"
+    sampling: Annotated[str, Neutral("nnU-Net", since=NEWEST_PROTOCOL)] = "nnU-Net"
     watchers: Annotated[int, Neutral(0, since=NEWEST_PROTOCOL)] = 0
 
 
@@ -148,10 +150,10 @@ def test_a_new_field_with_its_neutral_value_changes_nothing() -> None:
 
 
 def test_a_new_field_that_is_used_is_told_to_those_who_know_it() -> None:
-    study = newer(trainer="nnUNetTrainerDA5", watchers=3)
-    assert study.digest == newer(trainer="nnUNetTrainerDA5").digest != newer().digest
+    study = newer(sampling="lesions", watchers=3)
+    assert study.digest == newer(sampling="lesions").digest != newer().digest
     assert NewerFederation.restore(study.stored()) == study
-    with pytest.raises(RefusedError, match=r"sets 'trainer', which nnunet_fed knows since version 0\.2\. Install"):
+    with pytest.raises(RefusedError, match=r"sets 'sampling', which nnunet_fed knows since version 0\.2\. Install"):
         study.stored(OLDEST_PROTOCOL)
     assert newer(watchers=3).stored(OLDEST_PROTOCOL) == newer().stored(), (
         "a reader of 0.1 refuses what it does not know"
@@ -168,8 +170,8 @@ def test_a_method_that_came_later_is_told_to_those_who_know_it() -> None:
 
 def test_an_older_version_ignores_what_is_safe_and_names_what_is_not() -> None:
     assert Federation.restore(newer(watchers=3).stored()) == Federation.restore(newer().stored())
-    with pytest.raises(ConfigurationError, match=r"newer version of nnunet_fed: this one does not know 'trainer'\."):
-        Federation.restore(newer(trainer="nnUNetTrainerDA5", watchers=3).stored())
+    with pytest.raises(ConfigurationError, match=r"newer version of nnunet_fed: this one does not know 'sampling'\."):
+        Federation.restore(newer(sampling="lesions", watchers=3).stored())
     with pytest.raises(ConfigurationError, match="does not know 'pull'"):
         Federation.restore({**newer().stored(), "method": {"name": "fedavg", "pull": 1}})
     with pytest.raises(ConfigurationError, match=r"another version .*there is no 'fednew'; known: "):
@@ -248,7 +250,7 @@ def test_an_older_version_goes_on_with_the_state_of_a_newer_one(tmp_path: Path) 
 
 def test_a_site_of_0_1_joins(serve: Serve) -> None:
     """It names one version of the protocol and no fold, and its replies refuse unknown fields."""
-    served = serve(make_study("ab", fold=2))
+    served = serve(make_study("ab", folds=[2, 1]))
     study = served.study
     stub = served.seat("b")._stub
     old = pb.JoinRequest(
@@ -264,6 +266,8 @@ def test_a_site_of_0_1_joins(serve: Serve) -> None:
     new.digest = study.digest_of_fold(1)
     reply = stub.Join(new, timeout=10)
     assert (reply.protocol, reply.run) == (NEWEST_PROTOCOL, f"{new.digest[:12]}-3d_fullres-T-fold_1-1")
+    old.digest = new.digest  # its plans are of the time when the study's fold was this one
+    assert stub.Join(old, timeout=10).run == reply.run
 
 
 def test_the_fold_is_edited_while_the_sites_plan(tmp_path: Path) -> None:
@@ -284,3 +288,36 @@ def test_a_study_of_fedgs_that_does_not_fine_tune_is_the_one_of_0_1() -> None:
     assert study.digest != tuned.digest
     with pytest.raises(RefusedError, match=r"'finetune_epochs', which nnunet_fed knows since version 0\.2"):
         tuned.stored(OLDEST_PROTOCOL)
+
+
+def test_a_study_that_names_no_base_trainer_is_the_one_of_0_1() -> None:
+    study = make_study(trainer="nnUNetTrainer")
+    assert study == make_study()
+    assert study.digest == make_study().digest
+    assert "trainer" not in study.stored()
+
+
+def test_a_base_trainer_brings_its_own_learning_rate_and_momentum() -> None:
+    study = make_study(trainer="nnUNetTrainerDA5")
+    assert (study.initial_lr, study.momentum) == (None, None)
+    assert study.digest not in (make_study().digest, make_study(trainer="nnUNetTrainerBN").digest)
+    assert study.digest != make_study(trainer="nnUNetTrainerDA5", initial_lr=0.01).digest
+    assert Federation.restore(study.stored()) == study
+    assert study.with_defaults(make_study().defaults()) == study, "they are no defaults of a version's"
+    with pytest.raises(RefusedError, match=r"sets 'trainer', which nnunet_fed knows since version 0\.2"):
+        study.stored(OLDEST_PROTOCOL)
+    said = make_study(trainer="nnUNetTrainerDA5", initial_lr=0.5)
+    assert (said.initial_lr, said.momentum) == (0.5, None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"trainer": "my trainer.py"}, "trainer: use the name of a class of nnU-Net's trainers"),
+        ({"initial_lr": None}, "initial_lr may be left to a trainer that the study names only"),
+    ],
+)
+def test_a_base_trainer_that_is_written_wrongly(settings: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValidationError) as told:
+        make_study(**settings)
+    assert sentence in explain(told.value, Federation)

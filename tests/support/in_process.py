@@ -17,7 +17,7 @@ import pytest
 import torch
 from nnunetv2.training.logging.nnunet_logger import LocalLogger
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from tiny import DESCRIPTION, tiny_plans, write_preprocessed
+from tiny import DESCRIPTION, PATCHES, tiny_plans, write_preprocessed
 
 from nnunet_fed.errors import DeadlineError
 from nnunet_fed.exchange.communicator import Array, LocalCommunicator, LocalFederation
@@ -109,17 +109,28 @@ class InProcess:
         folder: of everything that is written.
         monkeypatch: sets nnU-Net's variables, and puts the threads in the place of the network.
         cases: of each site.
+        configuration: of :func:`tiny.tiny_plans`.
+        folds: that a site trains in the place of fold 0.
     """
 
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, cases: dict[str, int] | None = None):
-        self._folder, self._patch = folder, monkeypatch
+    def __init__(
+        self,
+        folder: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        cases: dict[str, int] | None = None,
+        configuration: str = "2d",
+        folds: dict[str, int | str] | None = None,
+    ):
+        self._folder, self._patch, self._configuration = folder, monkeypatch, configuration
         self.cases = CASES if cases is None else cases
+        self._folds = folds or {}
         self._here = threading.local()
         self._runs = 0
         self.rooms = Rooms(list(self.cases))
         for site, number in self.cases.items():
             if not (folder / site / "preprocessed").exists():
-                write_preprocessed(folder / site / "preprocessed", number)
+                slices = 3 if configuration == "2d" else PATCHES[configuration][0] + 2
+                write_preprocessed(folder / site / "preprocessed", number, slices)
         for name, value in {"nnUNet_n_proc_DA": 0, "nnUNet_raw": folder, SKIP_VALIDATION_VARIABLE: 1}.items():
             monkeypatch.setenv(name, str(value))
         for name in ("plot_network_architecture", "print_plans"):
@@ -153,7 +164,7 @@ class InProcess:
         """One site's trainer, in the current run."""
         self._patch.setenv("nnUNet_preprocessed", str(self._folder / site / "preprocessed"))
         self._patch.setenv("nnUNet_results", str(self._folder / site / f"results_{self._runs}"))
-        return trainer(tiny_plans(study), "2d", 0, DESCRIPTION, CPU)
+        return trainer(tiny_plans(study), self._configuration, self._folds.get(site, 0), DESCRIPTION, CPU)
 
     def run(self, trainers: dict[str, Any], validate: bool = False) -> None:
         """Train at all sites; raises the first error that does not only follow from another site's."""
@@ -164,6 +175,7 @@ class InProcess:
                 trainers[site].run_training()
                 if validate:
                     trainers[site].perform_actual_validation()
+                trainers[site]._leave_folder()  # as the end of a process does
 
         with ThreadPoolExecutor(len(trainers)) as pool:
             futures = [pool.submit(run, site) for site in trainers]

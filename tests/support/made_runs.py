@@ -142,9 +142,9 @@ def _write_site(place: Path, site: str, number: int, dice: tuple[float, ...]) ->
         "spacings": [[2.5, 1.25 + 0.1 * number, 1.25]] * 14, "shapes_after_crop": [[30, 40, 41]] * 14,
         "foreground_intensity_properties_per_channel": {"0": intensities},
     }  # fmt: skip
-    write(prepared / "dataset_fingerprint_local.json", local)
+    write(prepared / "dataset_fingerprint.json", local)
     common = {"foreground_intensity_properties_per_channel": {"0": {**intensities, "mean": 101.75}}}
-    write(prepared / "dataset_fingerprint.json", common)
+    write(prepared / "dataset_fingerprint_federation.json", common)
     write(prepared / "dataset.json", {"labels": {"background": 0, "lesion": 1}})
     configuration = {
         "spacing": [2.5, 1.3, 1.25], "median_image_size_in_voxels": [30, 40, 41], "patch_size": [24, 32, 32],

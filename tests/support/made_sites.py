@@ -15,7 +15,7 @@ LABELS = {"background": 0, "whole": [1, 2], "core": 2, "edge": 3}
 
 def raw(folder: Path, cases: int = 5, channels: int = 2) -> Path:
     for part in ("imagesTr", "labelsTr"):
-        (folder / part).mkdir(parents=True)
+        (folder / part).mkdir(parents=True, exist_ok=True)
     for case in range(cases):
         for channel in range(channels):
             (folder / "imagesTr" / f"case_{case}_{channel:04d}.nii.gz").touch()

@@ -14,6 +14,7 @@ from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor impo
 from nnunetv2.paths import nnUNet_preprocessed
 
 from nnunet_fed.agreement.fingerprint import LocalFingerprint
+from nnunet_fed.datasets.folds import FoldChoice
 from nnunet_fed.exchange.communicator import LocalFederation
 from nnunet_fed.planners.planning import PlanningResult, plan_and_preprocess
 from nnunet_fed.study.federation import Federation
@@ -70,10 +71,11 @@ def plan(datasets: dict[str, int], **options: Any) -> dict[str, PlanningResult]:
     """Plan at each site, with one worker; the others wait so many seconds for one that fails."""
     configurations = options.pop("configurations", None)
     report = options.pop("report", lambda phase: None)
+    folds = options.pop("folds", FoldChoice.keep)
     deadline = options.pop("deadline", 60)
     agreed = study(list(datasets), **options)
     return LocalFederation(list(datasets), deadline=deadline).run(
-        lambda seat: plan_and_preprocess(seat, agreed, datasets[seat.site], configurations, 1, report)
+        lambda seat: plan_and_preprocess(seat, agreed, datasets[seat.site], configurations, 1, report, folds=folds)
     )
 
 

@@ -12,6 +12,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunet_fed.study.federation import PLANS_KEY, Federation
 
 DATASET = "Dataset001_Tiny"
+PATCHES = {"2d": [16, 16], "3d_fullres": [8, 16, 16]}
 DESCRIPTION: dict[str, Any] = {
     "channel_names": {"0": "MR"}, "labels": {"background": 0, "organ": 1, "lesion": 2}, "numTraining": 4,
     "file_ending": ".nii.gz",
@@ -26,30 +27,36 @@ def tiny_plans(study: Federation | None = None) -> dict[str, Any]:
         for what in ("data", "seg", "probabilities")
         for suffix, value in (("", "resample_data_or_seg_to_shape"), ("_kwargs", resampling))
     }
-    architecture = {
-        "network_class_name": "dynamic_network_architectures.architectures.unet.PlainConvUNet",
-        "arch_kwargs": {
-            "n_stages": 3, "features_per_stage": [4, 6, 8], "conv_op": "torch.nn.modules.conv.Conv2d",
-            "kernel_sizes": [[3, 3]] * 3, "strides": [[1, 1], [2, 2], [2, 2]], "n_conv_per_stage": [1, 1, 1],
-            "n_conv_per_stage_decoder": [1, 1], "conv_bias": True,
-            "norm_op": "torch.nn.modules.instancenorm.InstanceNorm2d", "norm_op_kwargs": {"affine": True},
-            "dropout_op": None, "dropout_op_kwargs": None, "nonlin": "torch.nn.LeakyReLU",
-            "nonlin_kwargs": {"inplace": True},
-        },
-        "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
-    }  # fmt: skip
     carried = {} if study is None else {PLANS_KEY: {"study": study.model_dump(mode="json")}}
     return {
         "dataset_name": DATASET, "plans_name": "nnUNetFedPlans", "image_reader_writer": "SimpleITKIO",
         "transpose_forward": [0, 1, 2], "transpose_backward": [0, 1, 2], "continue_training": False,
+        "original_median_spacing_after_transp": [1.0, 1.0, 1.0], "original_median_shape_after_transp": [3, 20, 20],
         "foreground_intensity_properties_per_channel": {"0": {}}, **carried,
         "configurations": {
-            "2d": {
+            name: {
                 "data_identifier": "tiny", "preprocessor_name": "DefaultPreprocessor", "batch_size": 2,
-                "patch_size": [16, 16], "spacing": [1.0, 1.0], "normalization_schemes": ["NoNormalization"],
-                "use_mask_for_norm": [False], "batch_dice": False, "architecture": architecture, **resample,
+                "patch_size": patch, "spacing": [1.0] * len(patch), "normalization_schemes": ["NoNormalization"],
+                "use_mask_for_norm": [False], "batch_dice": False, "architecture": architecture(len(patch)), **resample,
             }
+            for name, patch in PATCHES.items()
         },
+    }  # fmt: skip
+
+
+def architecture(dimensions: int) -> dict[str, Any]:
+    """Of a U-Net with three stages."""
+    return {
+        "network_class_name": "dynamic_network_architectures.architectures.unet.PlainConvUNet",
+        "arch_kwargs": {
+            "n_stages": 3, "features_per_stage": [4, 6, 8], "conv_op": f"torch.nn.modules.conv.Conv{dimensions}d",
+            "kernel_sizes": [[3] * dimensions] * 3, "strides": [[stride] * dimensions for stride in (1, 2, 2)],
+            "n_conv_per_stage": [1, 1, 1], "n_conv_per_stage_decoder": [1, 1], "conv_bias": True,
+            "norm_op": f"torch.nn.modules.instancenorm.InstanceNorm{dimensions}d", "norm_op_kwargs": {"affine": True},
+            "dropout_op": None, "dropout_op_kwargs": None, "nonlin": "torch.nn.LeakyReLU",
+            "nonlin_kwargs": {"inplace": True},
+        },
+        "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
     }  # fmt: skip
 
 
@@ -62,7 +69,7 @@ def tiny_cascade(study: Federation | None = None) -> dict[str, Any]:
     return plans
 
 
-def write_preprocessed(folder: Path, cases: int = 5) -> None:
+def write_preprocessed(folder: Path, cases: int = 5, slices: int = 3) -> None:
     """Write ``folder`` as nnU-Net's folder of preprocessed data."""
     dataset = folder / DATASET
     (dataset / "tiny").mkdir(parents=True)
@@ -71,7 +78,7 @@ def write_preprocessed(folder: Path, cases: int = 5) -> None:
     (dataset / "splits_final.json").write_text(json.dumps([{"train": names[1:], "val": names[:1]}]))
     random = np.random.default_rng(0)
     for name in names:
-        labels = np.zeros((1, 3, 20, 20), np.int16)
+        labels = np.zeros((1, slices, 20, 20), np.int16)
         row, column = random.integers(2, 8, 2)
         labels[:, :, row : row + 10, column : column + 10] = 1
         labels[:, :, row + 3 : row + 7, column + 3 : column + 7] = 2

@@ -25,7 +25,13 @@ from nnunet_fed.trainers.nnUNetTrainerDitto import nnUNetTrainerDitto
 from nnunet_fed.trainers.nnUNetTrainerFedAvg import nnUNetTrainerFedAvg
 from nnunet_fed.trainers.nnUNetTrainerFedOAP import nnUNetTrainerFedOAP
 from nnunet_fed.trainers.nnUNetTrainerLocal import nnUNetTrainerLocal
-from nnunet_fed.trainers.parts import connected_trainer, cross_site_evaluation, further_validation, study_trainer
+from nnunet_fed.trainers.parts import (
+    connected_trainer,
+    cross_site_evaluation,
+    further_validation,
+    sentences,
+    study_trainer,
+)
 from nnunet_fed.trainers.parts.checkpoint import network_weights
 from nnunet_fed.trainers.parts.coordinator_session import Membership
 from nnunet_fed.trainers.parts.study_trainer import SKIP_VALIDATION_VARIABLE
@@ -67,7 +73,7 @@ class Validations:
 def sites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> InProcess:
     sites = InProcess(tmp_path, monkeypatch)
     monkeypatch.delenv(SKIP_VALIDATION_VARIABLE)
-    monkeypatch.setenv(study_trainer.DEBUG_VARIABLE, "1")  # errors as they are
+    monkeypatch.setenv(sentences.DEBUG_VARIABLE, "1")  # errors as they are
     for module in (study_trainer, further_validation):
         monkeypatch.setattr(module, "evaluate_lesions", lambda trainer: None)
     monkeypatch.setattr(nnUNetTrainerFedSM, "validate_global_and_super", lambda trainer, save: None)

@@ -13,8 +13,9 @@ import pytest
 import torch
 from nnunetv2.training.logging.nnunet_logger import LocalLogger
 from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as module_of_nnunet  # noqa: N813
+from postman import Postman, deliver
 from serving import Served, make_study
-from test_gcml_trainer import Postman, deliver, foreign
+from test_gcml_trainer import foreign
 from tiny import DESCRIPTION, tiny_plans, write_preprocessed
 from torch import distributed as dist
 from torch import multiprocessing
@@ -50,15 +51,17 @@ TRAINERS: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "fedsm": (nnUNetTrainerFedSM, {"selector_steps_per_round": 1}),
     "fedoap": (nnUNetTrainerFedOAP, {"finetune_epochs": 1}),
     "gcml": (nnUNetTrainerGCML, {"keep": "best", "topology": "ring"}),
+    "ditto on nnUNetTrainer_warmup": (nnUNetTrainerDitto, {}),
 }
-"""Trainer and options of each method."""
+"""Trainer and options of each method, and one on a base trainer."""
 
 
 def study_of(method: str) -> Federation:
     """Of this site alone, or with one that never comes, for methods that are nothing without a second."""
+    name, _, base = method.partition(" on ")
     return make_study(
-        ("a", "b") if method in ("fedsm", "gcml") else ("a",),
-        method={"name": method, **TRAINERS[method][1]}, rounds=ROUNDS, min_sites=1, deadline_minutes=0.02,
+        ("a", "b") if method in ("fedsm", "gcml") else ("a",), **({"trainer": base} if base else {}),
+        method={"name": name, **TRAINERS[method][1]}, rounds=ROUNDS, min_sites=1, deadline_minutes=0.02,
         iterations_per_epoch=2, val_iterations_per_epoch=1, initial_lr=0.05,
     )  # fmt: skip
 
@@ -119,40 +122,25 @@ def _postman() -> Any:
     return lambda trainer: postman(trainer)
 
 
-Found = dict[str, dict[str, Any]]
-
-
-@pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Found]]:
-    """What both ranks have found of every method, and the folder of the trainings."""
-    folder = tmp_path_factory.mktemp("distributed")
-    write_preprocessed(folder / "preprocessed")
+def test_both_ranks_train_the_same_models(tmp_path: Path) -> None:
+    """One test, since each pair of processes would import PyTorch again."""
+    write_preprocessed(tmp_path / "preprocessed")
     with ExitStack() as stack:
         addresses = {
             method: "127.0.0.1:1" if method == "gcml"
-            else Served(study_of(method), folder / f"coordinator_{method}", stack).server.address
+            else Served(study_of(method), tmp_path / f"coordinator_{method}", stack).server.address
             for method in TRAINERS
         }  # fmt: skip
-        multiprocessing.spawn(_rank, (folder, addresses), nprocs=2)
-    return folder, [pickle.loads((folder / f"found{rank}").read_bytes()) for rank in range(2)]
-
-
-@pytest.mark.parametrize("method", TRAINERS)
-def test_both_ranks_have_trained_the_same_model(both: tuple[Path, list[Found]], method: str) -> None:
-    folder, (zero, one) = both
-    np.testing.assert_equal(zero[method]["models"], one[method]["models"])
-    assert zero[method]["epoch"] == one[method]["epoch"] >= ROUNDS
-    assert np.isfinite(zero[method]["losses"]["train_losses"]).all()
-    fold = next((folder / method).glob("*/*/fold_0"))
-    assert (fold / "checkpoint_final.pth").is_file()
-
-
-def test_ranks_of_which_one_has_less_memory_do_the_same_step(both: tuple[Path, list[Found]]) -> None:
-    for found in both[1]:
-        assert [(phase["from"], phase["plan"]) for phase in found["gcml"]["phases"]] == [("b", "two_pass")]
-
-
-def test_the_ranks_choose_the_same_model_by_the_patches_of_both(both: tuple[Path, list[Found]]) -> None:
-    zero, one = (found["gcml"]["phases"][0] for found in both[1])
-    assert zero["scores"] == one["scores"]
-    assert zero["scores"].keys() >= {"local", "incoming", "before"}
+        multiprocessing.spawn(_rank, (tmp_path, addresses), nprocs=2)
+    zero, one = (pickle.loads((tmp_path / f"found{rank}").read_bytes()) for rank in range(2))
+    for method in TRAINERS:
+        assert zero[method]["models"] == one[method]["models"], method
+        assert zero[method]["epoch"] == one[method]["epoch"] >= ROUNDS, method
+        assert np.isfinite(zero[method]["losses"]["train_losses"]).all(), method
+        fold = next((tmp_path / method).glob("*/*/fold_0"))
+        assert (fold / "checkpoint_final.pth").is_file(), method
+    phases = [found["gcml"]["phases"] for found in (zero, one)]
+    for phase in (phase for (phase,) in phases):
+        assert (phase["from"], phase["plan"]) == ("b", "two_pass"), "one of the ranks has less memory"
+        assert phase["scores"].keys() >= {"local", "incoming", "before"}
+    assert phases[0][0]["scores"] == phases[1][0]["scores"], "by the patches of both"

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from in_process import InProcess, Killed, same_arrays, same_training, weights
+from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_fed.errors import ConfigurationError
@@ -32,7 +33,8 @@ def rate(schedule: TwoPhaseLRScheduler, optimizer: torch.optim.Optimizer, epoch:
 @given(epochs=st.integers(1, 50), alone=st.integers(1, 10), factor=st.floats(0.01, 1), order=st.randoms())
 def test_9_the_learning_rate_is_a_function_of_the_epoch(epochs: int, alone: int, factor: float, order: Any) -> None:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.01)
-    schedule = TwoPhaseLRScheduler(optimizer, 0.01, epochs, factor * 0.01, alone)
+    rounds = PolyLRScheduler(optimizer, 0.01, epochs)
+    schedule = TwoPhaseLRScheduler(rounds, epochs, optimizer, factor * 0.01, alone)
     assert optimizer.param_groups[0]["lr"] == 0.01, "as nnU-Net's own at the start"
     chosen = list(range(epochs + alone))
     order.shuffle(chosen)

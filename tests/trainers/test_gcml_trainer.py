@@ -21,18 +21,21 @@ from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.training.logging.nnunet_logger import LocalLogger
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from postman import Postman, deliver
 from pydantic import ValidationError
 from serving import Served, make_study
 from tiny import DATASET, DESCRIPTION, tiny_cascade, tiny_plans, write_preprocessed
 
+from nnunet_fed import leases
 from nnunet_fed.exchange.payload import Array, encode, measure
-from nnunet_fed.gossip.mailbox import Letter, Mailbox, State, described
+from nnunet_fed.gossip.mailbox import Letter, Mailbox, State
 from nnunet_fed.gossip.schedule import Version
 from nnunet_fed.methods.gcml import Plan, divergence
 from nnunet_fed.methods.tensors import digest_of_tensors, load_arrays, shared_tensors, to_arrays
 from nnunet_fed.study.federation import Federation
 from nnunet_fed.study.site import SITE_FILE_VARIABLE
 from nnunet_fed.trainers.gossip import mutual_phase
+from nnunet_fed.trainers.gossip.gossip_session import Standing
 from nnunet_fed.trainers.gossip.mutual_learning import PLAN_VARIABLE
 from nnunet_fed.trainers.gossip.patch_dice import foreground_dice
 from nnunet_fed.trainers.gossip.peer_model import with_non_finite_replaced
@@ -52,53 +55,6 @@ def study(rounds: int = EPOCHS, **options: Any) -> Federation:
         method=method, rounds=rounds, iterations_per_epoch=STEPS, val_iterations_per_epoch=2, initial_lr=0.05,
         momentum=0.9,
     )  # fmt: skip
-
-
-class Postman:
-    """Does what the peer process does, when the training looks whether that still runs: between two rounds."""
-
-    def __init__(self) -> None:
-        self.posted: list[tuple[Letter, tuple[str, ...]]] = []
-        self.bring: Callable[[Mailbox, State], None] = lambda mailbox, state: None
-        self.mailbox: Mailbox | None = None
-
-    def __call__(self, trainer: Any) -> Postman:
-        self.mailbox = Mailbox(Path(trainer.output_folder) / "mailbox")
-        self.mailbox.publish_contacts({}, {"b": 4})
-        self.exit_status()
-        return self
-
-    def exit_status(self) -> None:
-        self.collect()
-        assert self.mailbox is not None
-        state = self.mailbox.state()
-        assert state is not None
-        self.bring(self.mailbox, state)
-
-    def ask_to_end(self) -> bool:
-        self.collect()
-        return False
-
-    def collect(self) -> None:
-        assert self.mailbox is not None
-        outgoing = self.mailbox.outgoing()
-        if outgoing is not None and outgoing[2]:
-            self.posted.append((outgoing[0], outgoing[2]))
-            self.mailbox.served(outgoing[0])
-
-
-def deliver(mailbox: Mailbox, state: State, weights: Weights, counter: int, epoch: int, **changes: Any) -> None:
-    """A letter of site b."""
-    if counter <= mailbox.received().get("b", 0):
-        return
-    payload = mailbox.arriving / "payload"
-    payload.write_bytes(b"".join(encode(weights)))
-    digest, size = measure(encode(weights))
-    facts = {"run": state.run, "initial": state.initial, "schema": described(weights)[0], **changes}
-    mailbox.deliver(
-        Letter(version=Version("b", {"b": counter}, epoch), training_cases=4, digest=digest, size=size, **facts),
-        payload,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -706,6 +662,28 @@ def test_what_cannot_work_is_refused_before_the_training(
     with pytest.raises(SystemExit, match="names no peers"):
         make(study()).run_training()
     assert postman.mailbox is None
+
+
+def test_folds_are_trained_one_after_the_other(postman: Postman, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The peer process has one address; and no coordinator says which folds there are."""
+    monkeypatch.setattr(leases, "BEAT_SECONDS", 0.1)
+    both = make_study(folds=[0, 1], method={"name": "gcml"}, rounds=1, iterations_per_epoch=1)
+    first = nnUNetTrainerGCML(tiny_plans(both), "2d", 1, DESCRIPTION, CPU)
+    first._take_address()
+    with pytest.raises(SystemExit, match=r"^Error: GCML trains one fold .* \(127\.0\.0\.1:2\): process"):
+        make(both).run_training()
+    first._close()
+    with pytest.raises(SystemExit, match=r"^Error: The study in the plans trains fold 0, this command fold 1\."):
+        nnUNetTrainerGCML(tiny_plans(study()), "2d", 1, DESCRIPTION, CPU).run_training()
+    assert postman.mailbox is None
+    runs = set()
+    for fold in (0, 1):
+        trainer = nnUNetTrainerGCML(tiny_plans(both), "2d", fold, DESCRIPTION, CPU)
+        monkeypatch.setattr(trainer, "_training_cases", 4)
+        trainer.initialize()
+        trainer._standing = Standing(Version("a", {}, 0), "")
+        runs.add(trainer._open_session()._state.run)
+    assert len(runs) == 2, "no model of a fold comes into another one"
 
 
 def test_more_rounds_after_the_end(postman: Postman, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from nnunet_fed.exchange.payload import Tensors
 from nnunet_fed.trainers.nnUNetTrainerFedAdam import nnUNetTrainerFedAdam
 from nnunet_fed.trainers.nnUNetTrainerFedSM import nnUNetTrainerFedSM
 from nnunet_fed.trainers.parts.publishing import from_next_source, publish, publish_computed, require_equal
-from nnunet_fed.trainers.parts.study_trainer import DEBUG_VARIABLE
+from nnunet_fed.trainers.parts.sentences import DEBUG_VARIABLE
 
 
 def state(value: float) -> dict[str, Array]:
@@ -56,7 +56,7 @@ def test_the_next_source_is_asked_until_one_answers() -> None:
 
 def test_all_have_told_the_same() -> None:
     require_equal({"a": "1", "b": "1"}, "They differ")
-    with pytest.raises(DisagreementError, match=r"They differ \(a: 1, b: None\)\. Install the same versions"):
+    with pytest.raises(DisagreementError, match=r"They differ \(a: 1, b: none\)\. Install the same versions"):
         require_equal({"a": "1", "b": None}, "They differ")
 
 

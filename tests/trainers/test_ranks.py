@@ -8,11 +8,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
+import torch
 from torch import distributed as dist
 from torch import multiprocessing
 
@@ -21,6 +23,7 @@ from nnunet_fed.errors import FederationError, RefusedError
 from nnunet_fed.exchange.communicator import Array, LocalFederation
 from nnunet_fed.exchange.payload import Tensors
 from nnunet_fed.trainers.parts import ranks
+from nnunet_fed.trainers.parts.pretrained_weights import read_weights, take_weights
 from nnunet_fed.trainers.parts.ranks import (
     RankZeroCommunicator,
     from_rank_zero,
@@ -28,9 +31,10 @@ from nnunet_fed.trainers.parts.ranks import (
     patient_group,
     tensors_from_rank_zero,
 )
+from nnunet_fed.trainers.parts.study_trainer import StudyTrainer
 
 Body = Callable[[], Any]
-Answers = tuple[dict[str, Any], list[tuple[str, str]], list[Any], tuple[str, str]]
+Answers = tuple[dict[str, Any], list[tuple[str, str]], dict[str, bytes], list[Any], tuple[str, str]]
 ERRORS = [getattr(errors, name) for name in sorted(vars(errors)) if name.endswith("Error")]
 
 
@@ -205,9 +209,29 @@ def test_ranks_wait_for_rank_0_as_long_as_it_is_busy(answers: list[Answers]) -> 
     assert one == ("patience", "gave up"), "the second shows that the default group's timeout was at work"
 
 
+def _pretrained() -> dict[str, bytes]:
+    """A distributed network that has taken the weights of a file, in one rank's eyes, after a step."""
+    torch.manual_seed(dist.get_rank())
+    network = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))
+    optimizer = torch.optim.SGD(network.parameters(), 0.1)
+    with NamedTemporaryFile(suffix=".pth") as file:
+        torch.save({"network_weights": {"module.weight": torch.ones(2, 2), "module.bias": torch.ones(2)}}, file.name)
+        take_weights(StudyTrainer.bare(network), read_weights(Path(file.name)))
+    before = network.module.weight.detach().numpy().tobytes()
+    network(torch.full((1, 2), float(dist.get_rank()))).sum().backward()
+    optimizer.step()
+    return {"before": before, "after": network.module.weight.detach().numpy().tobytes()}
+
+
+def test_every_rank_starts_from_pretrained_weights(answers: list[Answers]) -> None:
+    for *_, found, _, _ in answers:
+        assert found["before"] == np.ones((2, 2), np.float32).tobytes()
+        assert found["after"] == np.full((2, 2), 0.95, np.float32).tobytes(), "a step on the mean of the gradients"
+
+
 def _everything() -> Answers:
     # the last leaves the default group broken
-    return _every_verb(), _every_error(), _tensors_and_errors(), _wait_with_and_without_patience()
+    return _every_verb(), _every_error(), _pretrained(), _tensors_and_errors(), _wait_with_and_without_patience()
 
 
 @pytest.fixture(scope="module")

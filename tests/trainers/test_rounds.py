@@ -14,7 +14,7 @@ from nnunetv2.training.logging.nnunet_logger import MetaLogger
 from nnunet_fed.errors import DisagreementError, NoContributionError
 from nnunet_fed.exchange.communicator import Array, LocalCommunicator, LocalFederation
 from nnunet_fed.trainers.parts import checkpoint
-from nnunet_fed.trainers.parts.rounds import common_start, fit_log, require_agreement
+from nnunet_fed.trainers.parts.rounds import PRETRAINED, common_start, fit_log, require_agreement
 
 # ------------------------------------------------------------------------------------------------------------ the start
 
@@ -89,6 +89,19 @@ def test_a_disagreement_names_what_and_who() -> None:
         assert f"differ in their plans (a: {'1' * 12}, b: {'2' * 12}, c: {'1' * 12})" in sentence
         assert "initial weights" not in sentence
         assert "plan_and_preprocess" in sentence
+
+
+def test_a_site_of_version_0_1_tells_of_no_pretrained_weights() -> None:
+    """It is refused where the others have some, at every site; the remedy is another one than for plans."""
+
+    def check(seat: LocalCommunicator) -> str:
+        digests = {"plans": "1" * 64, "initial weights": "2" * 64}
+        with pytest.raises(DisagreementError) as told:
+            require_agreement(seat, "start", {PRETRAINED: "3" * 64, **digests} if seat.site == "b" else digests)
+        return str(told.value)
+
+    for sentence in LocalFederation("ab").run(check).values():
+        assert f"differ in their pretrained weights (a: none, b: {'3' * 12}). Start all sites with the same" in sentence
 
 
 # -------------------------------------------------------------------------------------------------------------- the log
@@ -187,16 +200,17 @@ def equal(one: Any, other: Any) -> bool:
     return torch.equal(one, other) if isinstance(one, torch.Tensor) else bool(one == other)
 
 
-def test_an_amended_checkpoint_is_the_old_one_with_additions(tmp_path: Path) -> None:
-    stock, filename = tmp_path / "checkpoint.pth.nnunet.part", tmp_path / "checkpoint.pth"
+def test_a_checkpoint_is_nnunets_with_additions(tmp_path: Path) -> None:
+    filename = tmp_path / "checkpoint.pth"
     saved(filename, 1)
-    content = saved(stock, 2)
-    plain_size = stock.stat().st_size
-    checkpoint.amend(stock, filename, {checkpoint.FEDERATION: {"pending": None}, "current_epoch": 5})
-    amended = torch.load(filename, weights_only=False)
-    assert equal(amended, {**content, checkpoint.FEDERATION: {"pending": None}, "current_epoch": 5})
+    plain_size, save = filename.stat().st_size, torch.save
+    with checkpoint.written_with({checkpoint.FEDERATION: {"pending": None}, "current_epoch": 5}, filename) as part:
+        content = saved(part, 2)
+    assert torch.save is save
+    written = torch.load(filename, weights_only=False)
+    assert equal(written, {**content, checkpoint.FEDERATION: {"pending": None}, "current_epoch": 5})
     assert filename.stat().st_size < 1.5 * plain_size, "a tensor of two names is written once"
-    assert amended["network_weights"]["w"].data_ptr() == amended["network_weights"]["alias"].data_ptr()
+    assert written["network_weights"]["w"].data_ptr() == written["network_weights"]["alias"].data_ptr()
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pth"]
     assert checkpoint.federation_state(filename) == {"pending": None}
 
@@ -210,24 +224,27 @@ def test_a_checkpoint_of_nnunet_has_no_state_of_ours(tmp_path: Path) -> None:
 def test_a_failing_write_leaves_the_old_checkpoint_intact(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: int | None
 ) -> None:
-    stock, filename = tmp_path / "checkpoint.pth.nnunet.part", tmp_path / "checkpoint.pth"
+    filename = tmp_path / "checkpoint.pth"
     saved(filename, 1)
     old = filename.read_bytes()
-    saved(stock, 2)
     save = torch.save
 
-    def fail(content: Any, file: Any) -> None:
+    def fail(content: Any, file: str) -> None:
         save(content, file)
-        file.seek(0)
-        file.truncate(written)
+        with Path(file).open("r+b") as partial:
+            partial.truncate(written)
         raise OSError("No space left on device")
 
     monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(OSError, match="No space left"):
-        checkpoint.amend(stock, filename, {checkpoint.FEDERATION: {}})
+    with (
+        pytest.raises(OSError, match="No space left"),
+        checkpoint.written_with({checkpoint.FEDERATION: {}}, filename) as part,
+    ):
+        saved(part, 2)
+    assert torch.save is fail
     assert filename.read_bytes() == old
     monkeypatch.undo()
-    saved(stock, 3)
-    checkpoint.amend(stock, filename, {checkpoint.FEDERATION: {}})
+    with checkpoint.written_with({checkpoint.FEDERATION: {}}, filename) as part:
+        saved(part, 3)
     assert torch.load(filename, weights_only=False)["current_epoch"] == 3, "and the next one goes well"
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pth"]

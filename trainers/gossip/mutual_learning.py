@@ -25,6 +25,7 @@ class MutualTrainer(MoreRoundsTrainer):
 
     Options: ClassVar[type[MethodTable]] = GCML
     options: GCML
+    HOLDS_OPTIMIZER = "trains a second model with an optimizer like the first one"
     loss: Any
 
     def configure_study(self) -> None:
@@ -46,7 +47,7 @@ class MutualTrainer(MoreRoundsTrainer):
         """Give the incoming model the site's learning rate."""
         super().on_train_epoch_start()
         if self._peer_model is not None:
-            self._peer_model.begin_epoch(self.current_epoch)
+            self._peer_model.begin_epoch(self)
 
     def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
         """Note, once, what a plain step needs."""
@@ -96,9 +97,15 @@ class MutualTrainer(MoreRoundsTrainer):
 
         self.loss = loss
         try:
-            return super().train_step(batch), said[0]
+            result = super().train_step(batch)
         finally:
             self.loss = mutual
+        if not said:
+            raise ConfigurationError(
+                f"The trainer '{self.base_trainer.__name__}' does not call its loss (self.loss) in a step of training, "
+                "and GCML teaches a model by its loss. Plan for a study of another method or trainer."
+            )
+        return result, said[0]
 
     def _on_device(self, tensors: Any) -> Any:
         if isinstance(tensors, list):

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 
 from nnunet_fed.trainers.parts.study_trainer import StudyTrainer
+from nnunet_fed.trainers.parts.warm_up import as_at_first
 
 B = TypeVar("B", bound="Branch")
 
@@ -42,7 +43,8 @@ class Branch:
             network = torch.compile(network)
         own, trainer.network = trainer.network, network
         try:
-            optimizer, lr_scheduler = trainer.configure_optimizers()
+            with as_at_first(trainer):
+                optimizer, lr_scheduler = trainer.configure_optimizers()
         finally:
             trainer.network = own
         if trainer.is_ddp:
@@ -75,10 +77,12 @@ class Branch:
         finally:
             own.hand_to(trainer)
 
-    def begin_epoch(self, epoch: int) -> None:
-        """What nnU-Net does for its own network when an epoch of training starts."""
+    def begin_epoch(self, trainer: StudyTrainer) -> None:
+        """What nnU-Net does for its own network when an epoch of training starts, with the learning rates that it then
+        has: a schedule of the base trainer's may know one optimizer only."""
         self.network.train()
-        self.lr_scheduler.step(epoch)
+        for group, own in zip(self.optimizer.param_groups, trainer.optimizer.param_groups, strict=True):
+            group["lr"] = own["lr"]
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""

@@ -16,7 +16,7 @@ from nnunet_fed.prediction.checkpoint_files import LATEST_CHECKPOINT
 from nnunet_fed.trainers.parts import checkpoint
 from nnunet_fed.trainers.parts.connected_trainer import ConnectedTrainer
 from nnunet_fed.trainers.parts.coordinator_session import Membership
-from nnunet_fed.trainers.parts.rounds import common_start, fit_log, require_agreement
+from nnunet_fed.trainers.parts.rounds import PRETRAINED, common_start, fit_log, require_agreement
 from nnunet_fed.trainers.parts.starting_anew import begin_anew, is_finite, set_aside
 
 NOT_FINITE = "the state of this site is not finite"
@@ -53,17 +53,33 @@ class CatchingUpTrainer(ConnectedTrainer):
 
     def _start_together(self) -> None:
         """Agree on initial weights; a site that comes late starts with the newest model."""
+        if self.pretrained is not None:
+            self.note_facts(pretrained=self.pretrained)
         try:
             scope, arrays = common_start(self.communicator, self.MODEL, self.shared_arrays)
             self.load_shared(arrays)
             digests = {
                 "plans": plans_digest(self.plans_manager.plans),
                 "initial weights": digest_of_tensors(self.shared()),
+                **self.compared_of_base(),
             }
+            if self.pretrained is not None:
+                digests = {PRETRAINED: self.pretrained, **digests}
             require_agreement(self.communicator, scope, digests)
+            if self.pretrained is not None:
+                self.happened(f"starts from the pretrained weights {self.pretrained}, as the other sites do")
         except RoundClosedError:
+            self._forget_pretrained()
             self._take_newest()
         self.prepare()
+
+    def _forget_pretrained(self) -> None:
+        """The start is over: weights that nobody has compared with the others' are in nothing of this site."""
+        if self.pretrained is not None and self.named_weights is None:
+            self.happened(f"came late: the pretrained weights {self.pretrained} are not used")
+            self.note_facts(pretrained=None)
+            self.pretrained = self._weights = None
+            begin_anew(self)
 
     def _continue(self) -> None:
         """Go on from a checkpoint, or from the newest model when the federation has moved on meanwhile."""

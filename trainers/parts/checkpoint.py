@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
 import threading
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,10 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from nnunet_fed.files import replacing
+from nnunet_fed.files import no_room, replacing
 
 FEDERATION = "federation"
 """Key of a checkpoint under which our state stands; stock nnU-Net ignores it."""
+_READ_WHOLE = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+"""PyTorch's own variable for who does not say what to read."""
 
 
 def random_states() -> dict[str, Any]:
@@ -78,8 +82,29 @@ def written_with(additions: Mapping[str, Any], filename: Path) -> Iterator[Path]
         torch.save = save_with_additions  # type: ignore[assignment]
         try:
             yield part
+        except RuntimeError as error:
+            if "inline_container" in str(error):  # PyTorch's writer does not say why it could not write
+                raise no_room(filename) from error
+            raise
         finally:
             torch.save = save
+
+
+@contextmanager
+def read_whole() -> Iterator[None]:
+    """Let ``torch.load`` read a checkpoint that this site has written: nnU-Net's warm-up trainers, Primus among them,
+    ask for weights only, and in nnU-Net's own checkpoints, too, is more."""
+    given = os.environ.get(_READ_WHOLE)
+    os.environ[_READ_WHOLE] = "1"
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=f".*{_READ_WHOLE}")  # PyTorch warns of it
+            yield
+    finally:
+        if given is None:
+            del os.environ[_READ_WHOLE]
+        else:
+            os.environ[_READ_WHOLE] = given
 
 
 def network_weights(filename: Path) -> dict[str, torch.Tensor]:

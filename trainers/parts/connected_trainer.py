@@ -67,10 +67,12 @@ class ConnectedTrainer(MoreRoundsTrainer):
 
     def _catch_up_with_rounds(self) -> None:
         """Have as many rounds as the others, where these have gone on with more than this site began with."""
+
+        def newest() -> str | None:
+            return None if self._session is None else self._session.communicator.newest(MODEL)
+
         if self.operational.more_rounds > self.study.more_rounds:
-            key = from_rank_zero(
-                lambda: None if self._session is None else self._session.communicator.newest(MODEL), self._group
-            )
+            key = from_rank_zero(newest, self._group)
             if key is not None and last_round(key) >= self.study.all_rounds:
                 self._go_on(self.operational.more_rounds, None if self._resumed is None else self._loaded)
 
@@ -78,13 +80,13 @@ class ConnectedTrainer(MoreRoundsTrainer):
         """Join the run, on rank 0, and let every rank know as what."""
 
         def on_rank_zero() -> Membership:
-            self.require_own_fold()
             resumed = self._resumed or {}
             self._session = CoordinatorSession(
                 self.study,
                 self.own_site(),
                 self.configuration_name,
                 type(self).__name__,
+                self.fold_of_study(),
                 Path(self.output_folder),
                 continues=self._continues,
                 attempt=resumed.get("attempt"),

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.exchange.communicator import Held
 from nnunet_fed.exchange.outgoing_log import FILE, OutgoingLog
-from nnunet_fed.study.federation import Federation
+from nnunet_fed.study.federation import Federation, Fold
 from nnunet_fed.study.site import Site
 from nnunet_fed.trainers.parts.training_record import RECORD, TrainingRecord
 from nnunet_fed.transport.site.client import GrpcCommunicator
@@ -65,6 +65,7 @@ class CoordinatorSession:
         site: this site's settings.
         configuration: of nnU-Net.
         trainer: name of the trainer class.
+        fold: of the study.
         folder: where the record and the list of all that is sent go.
         continues: the command said ``--c``.
         attempt: the attempt of the checkpoint from which the training continues; ``None``: there is no checkpoint.
@@ -82,14 +83,16 @@ class CoordinatorSession:
         site: Site,
         configuration: str,
         trainer: str,
+        fold: Fold,
         folder: Path,
         continues: bool,
         attempt: int | None,
         held: Held | None,
     ):
+        self._fold = fold
         self.communicator = GrpcCommunicator(site, outgoing=OutgoingLog(folder / FILE))
         self.study = self.communicator.join(
-            "training", study.digest_of_fold(study.fold), configuration, trainer, not continues, study.fold, held
+            "training", study.digest_of_fold(fold), configuration, trainer, not continues, fold, held
         )
         """The study as the coordinator has it now."""
         if attempt is not None and attempt != self.communicator.attempt:
@@ -105,8 +108,9 @@ class CoordinatorSession:
     def describe(self, training_cases: int) -> None:
         """Begin or continue the record."""
         self._record.describe(
-            study=self.study.stored(), digest=self.study.digest_of_fold(self.study.fold), run=self.communicator.run,
-            attempt=self.communicator.attempt, site=self.communicator.site, training_cases=training_cases,
+            study=self.study.stored(), digest=self.study.digest_of_fold(self._fold), fold=self._fold,
+            run=self.communicator.run, attempt=self.communicator.attempt, site=self.communicator.site,
+            training_cases=training_cases,
         )  # fmt: skip
 
     @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from nnunet_fed.files import replacing
 from nnunet_fed.prediction.checkpoint_files import FINAL_CHECKPOINT, GLOBAL_CHECKPOINT
 from nnunet_fed.trainers.parts.cross_site_evaluation import evaluate_across_sites, is_complete
 from nnunet_fed.trainers.parts.federation_best import FederationBestTrainer
-from nnunet_fed.trainers.parts.study_trainer import sentences_for_users
+from nnunet_fed.trainers.parts.sentences import sentences_for_users
 from nnunet_fed.trainers.parts.training_record import logged_by
 
 
@@ -75,7 +75,9 @@ class FederatedTrainer(FederationBestTrainer):
                 except _TrainingOver:
                     self.on_train_end()
             except BaseException:
-                self._report("failed", wait=True)  # not why: an error's text may name files and cases
+                with suppress(OSError):  # a full disk, to which what is sent could not be written
+                    self._report("failed", wait=True)  # not why: an error's text may name files and cases
+                self._leave_folder()
                 raise
 
     def on_train_start(self) -> None:
@@ -152,11 +154,18 @@ class FederatedTrainer(FederationBestTrainer):
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """The validation, watched by those who watch."""
+        try:
+            with sentences_for_users():
+                self._validate_with_others(save_probabilities)
+        finally:
+            self._leave_folder()
+
+    def _validate_with_others(self, save_probabilities: bool) -> None:
         if not self.skips_validation:
             self._report("validating")
         super().perform_actual_validation(save_probabilities)
         if self._evaluates_across_sites and not self.skips_validation:
-            with sentences_for_users(), logged_by(self.print_to_log_file):
+            with logged_by(self.print_to_log_file):
                 self._evaluate_across_sites(save_probabilities)
         self._report("done", wait=True)
         if self.validates_together:

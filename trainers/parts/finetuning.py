@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,34 +27,31 @@ BEST_CHECKPOINT = "checkpoint_finetuned.pth"
 
 
 class TwoPhaseLRScheduler:
-    """nnU-Net's learning rate, once over the rounds and once more, lower, over the fine-tuning.
+    """The base trainer's learning rate over the rounds, and nnU-Net's, lower, over the fine-tuning.
 
     Args:
-        optimizer: whose learning rate it sets.
-        initial_lr: at the start of the rounds.
+        rounds: the base trainer's schedule.
         epochs: of the rounds.
+        optimizer: whose learning rate it sets.
         finetune_lr: at the start of the fine-tuning.
         finetune_epochs: of the fine-tuning, at least 1.
     """
 
     def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        initial_lr: float,
-        epochs: int,
-        finetune_lr: float,
-        finetune_epochs: int,
+        self, rounds: Any, epochs: int, optimizer: torch.optim.Optimizer, finetune_lr: float, finetune_epochs: int
     ):
-        self._border = epochs
-        self._second = PolyLRScheduler(optimizer, finetune_lr, finetune_epochs)
-        self._first = PolyLRScheduler(optimizer, initial_lr, epochs)  # last, since each sets the rate when it is made
+        self._rounds, self._border = rounds, epochs
+        self._finetuning: PolyLRScheduler | None = None
+        self._make = partial(PolyLRScheduler, optimizer, finetune_lr, finetune_epochs)
 
     def step(self, epoch: int) -> None:
         """Set the learning rate of an epoch, counted from the start of the training."""
         if epoch < self._border:
-            self._first.step(epoch)
-        else:
-            self._second.step(epoch - self._border)
+            self._rounds.step(epoch)
+            return
+        if self._finetuning is None:  # not before: it sets the learning rate when it is made
+            self._finetuning = self._make()
+        self._finetuning.step(epoch - self._border)
 
 
 class FineTuningTrainer(FederatedTrainer):
@@ -76,14 +74,16 @@ class FineTuningTrainer(FederatedTrainer):
         """Whether the current epoch comes after the rounds."""
         return self.current_epoch >= self.study.epochs
 
-    def configure_optimizers(self) -> Any:
-        """nnU-Net's, with a schedule of two phases."""
-        optimizer, schedule = super().configure_optimizers()
+    def configure_optimizers(self, *stage: Any) -> Any:
+        """The base trainer's, with a schedule of two phases."""
+        in_all, self.num_epochs = self.num_epochs, self.study.epochs
+        try:
+            optimizer, schedule = super().configure_optimizers(*stage)
+        finally:
+            self.num_epochs = in_all
         epochs, factor = self.options.finetune_epochs, self.options.finetune_lr_factor
-        if epochs:
-            schedule = TwoPhaseLRScheduler(
-                optimizer, self.initial_lr, self.study.epochs, factor * self.initial_lr, epochs
-            )
+        if epochs and not isinstance(schedule, TwoPhaseLRScheduler):  # nnU-Net's warm-up hands out the one that it has
+            schedule = TwoPhaseLRScheduler(schedule, self.study.epochs, optimizer, factor * self.initial_lr, epochs)
         return optimizer, schedule
 
     def on_train_epoch_start(self) -> None:

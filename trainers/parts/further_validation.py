@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_fed.evaluation.foreground import foreground_dice
 from nnunet_fed.trainers.parts.cascade import without_next_stages
@@ -47,13 +46,12 @@ def mean_dice(folder: Path) -> float | None:
 
 def predict_cases(trainer: StudyTrainer, cases: Sequence[str], save_probabilities: bool) -> None:
     """nnU-Net's validation of some of the cases, with a network that a cascade's next stage does not go on from."""
-    split = trainer.do_split
-    trainer.do_split = lambda: ([], list(cases))
+    trainer.__dict__["do_split"] = lambda: ([], list(cases))
     try:
         with without_next_stages(trainer):
-            nnUNetTrainer.perform_actual_validation(trainer, save_probabilities)
+            trainer.base_trainer.perform_actual_validation(trainer, save_probabilities)
     finally:
-        trainer.do_split = split
+        del trainer.__dict__["do_split"]
 
 
 @contextmanager

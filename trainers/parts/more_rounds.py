@@ -16,6 +16,7 @@ from nnunet_fed.trainers.parts.checkpoint import federation_state
 from nnunet_fed.trainers.parts.coordinator_session import Course, course_of
 from nnunet_fed.trainers.parts.own_best import OwnBestTrainer
 from nnunet_fed.trainers.parts.ranks import from_rank_zero
+from nnunet_fed.trainers.parts.sentences import sentences_for_users
 from nnunet_fed.trainers.parts.starting_anew import begin_anew, set_aside
 
 
@@ -45,6 +46,8 @@ class MoreRoundsTrainer(OwnBestTrainer):
 
     def load_checkpoint(self, filename_or_checkpoint: Any) -> None:
         """nnU-Net's checkpoint, with the number of rounds that it was written with."""
+        with sentences_for_users():
+            self._take_folder()
         self._loaded = Path(filename_or_checkpoint)
         state = federation_state(self._loaded) or {}
         more_rounds = state.get("more_rounds", self.study.more_rounds)

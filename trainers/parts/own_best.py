@@ -10,14 +10,16 @@ import math
 from pathlib import Path
 
 from nnunet_fed.prediction.checkpoint_files import BEST_CHECKPOINT
-from nnunet_fed.trainers.parts.study_trainer import StudyTrainer
+from nnunet_fed.trainers.parts.pretrained_start import PretrainedTrainer
 
 
-class OwnBestTrainer(StudyTrainer):
+class OwnBestTrainer(PretrainedTrainer):
     """nnU-Net's choice of the best epoch, in which an epoch without a pseudo Dice does not count.
 
     Where every epoch has one, the choice is nnU-Net's, bit for bit.
     """
+
+    _best_ema: float | None
 
     def on_epoch_end(self) -> None:
         """nnU-Net's; as long as no epoch had a pseudo Dice, the newest model is kept as the best."""

@@ -15,6 +15,7 @@ from nnunet_fed.trainers.parts.federated_trainer import FederatedTrainer
 class ProximalTrainer(FederatedTrainer):
     """Holds the optimizer's steps to the shared tensors as they were last received."""
 
+    HOLDS_OPTIMIZER = "holds the steps of the first one"
     proximal: Proximal
 
     def hold(self, network: torch.nn.Module, strength: float) -> None:

@@ -121,5 +121,5 @@ def require_equal(told: Mapping[str, str | None], complaint: str, remedy: str = 
         DisagreementError: says who has told what.
     """
     if len(set(told.values())) > 1:
-        listed = ", ".join(f"{site}: {str(value)[:12]}" for site, value in told.items())
+        listed = ", ".join(f"{site}: {(value or 'none')[:12]}" for site, value in told.items())
         raise DisagreementError(f"{complaint} ({listed}). {remedy}")

@@ -11,6 +11,7 @@ from typing import Any
 from nnunet_fed.exchange.communicator import Collectives
 from nnunet_fed.exchange.keys import key_of, start_scope
 from nnunet_fed.exchange.payload import Array, Tensors
+from nnunet_fed.trainers.parts.base_trainer import BASE_TRAINER, SAME_TRAINER
 from nnunet_fed.trainers.parts.publishing import from_next_source, publish, require_equal
 
 NO_START = "No site contributed initial weights."
@@ -37,6 +38,18 @@ def common_start(communicator: Collectives, name: str, tensors: Callable[[], Ten
     return from_next_source(enumerate(communicator.sites), from_source, NO_START)
 
 
+PRETRAINED = "pretrained weights"
+"""What the sites compare that start from a file; where none does, nobody tells of it."""
+_REMEDIES = {
+    PRETRAINED: "Start all sites with the same file, -pretrained_weights FILE ('nnunet_fed digest FILE' prints its "
+    "digest), or all without one, once the coordinator has opened a new attempt (nnunet_fed new-attempt STATE).",
+    BASE_TRAINER: SAME_TRAINER,
+}
+_REMEDY = (
+    "Run 'nnunet_fed plan_and_preprocess' at all sites again, with the same versions of nnunet_fed, nnunetv2 and torch."
+)
+
+
 def require_agreement(communicator: Collectives, scope: str, digests: dict[str, str]) -> None:
     """Compare what must be equal at all sites before training.
 
@@ -45,12 +58,8 @@ def require_agreement(communicator: Collectives, scope: str, digests: dict[str, 
     """
     gathered = communicator.gather(key_of(scope, "agreement"), digests)
     for what in dict.fromkeys(name for told in gathered.values() for name in told):
-        require_equal(
-            {site: values.get(what) for site, values in gathered.items()},
-            f"The sites differ in their {what}",
-            "Run 'nnunet_fed plan_and_preprocess' at all sites again, with the same versions of nnunet_fed, nnunetv2 "
-            "and torch.",
-        )
+        told = {site: values.get(what) for site, values in gathered.items()}
+        require_equal(told, f"The sites differ in their {what}", _REMEDIES.get(what, _REMEDY))
 
 
 def fit_log(log: dict[str, list[Any]], epochs: int) -> None:

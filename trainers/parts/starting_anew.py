@@ -15,6 +15,7 @@ import torch
 
 from nnunet_fed.files import move
 from nnunet_fed.prediction.checkpoint_files import LATEST_CHECKPOINT
+from nnunet_fed.trainers.parts import warm_up
 
 if TYPE_CHECKING:
     from nnunet_fed.trainers.parts.catching_up import CatchingUpTrainer
@@ -26,11 +27,12 @@ UNDONE = "undone"
 
 def begin_anew(trainer: StudyTrainer) -> None:
     """Give a trainer the network, the optimizer and the method's state that it has before the first epoch."""
-    trainer.configure_study()
+    trainer.take_study()
     trainer._best_ema = None
     if trainer.grad_scaler is not None:
         trainer.grad_scaler = torch.amp.GradScaler(trainer.device.type)
     trainer.was_initialized = False
+    warm_up.forget(trainer)
     trainer.initialize()
     trainer.set_deep_supervision_enabled(trainer.enable_deep_supervision)
 

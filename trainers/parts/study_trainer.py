@@ -4,59 +4,64 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, nullcontext, suppress
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
 
 import torch
 from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
+from filelock import SoftFileLease
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from pydantic import ValidationError
 from torch._dynamo import OptimizedModule
 
+from nnunet_fed.agreement.fingerprint_files import OWN, put_own_in_place, without_cases
+from nnunet_fed.datasets.folds import SPLITS
 from nnunet_fed.errors import ConfigurationError, FederationError
 from nnunet_fed.exchange.payload import Array
+from nnunet_fed.files import write_json
+from nnunet_fed.leases import in_turn, take
 from nnunet_fed.methods.fedavg import site_weight
 from nnunet_fed.methods.tensors import load_arrays, shared_tensors, to_arrays
-from nnunet_fed.study.federation import Federation, study_in
+from nnunet_fed.study.federation import Federation, Fold, study_in
 from nnunet_fed.study.method_table import MethodTable
 from nnunet_fed.study.methods.custom_options import Custom
 from nnunet_fed.study.site import Site
 from nnunet_fed.study.toml import explain
-from nnunet_fed.trainers.parts import checkpoint
+from nnunet_fed.study.trained_fold import trained_fold
+from nnunet_fed.trainers.parts import checkpoint, warm_up
+from nnunet_fed.trainers.parts.base_trainer import BASE_TRAINER, STOCK, base_of, code_digest, compose
 from nnunet_fed.trainers.parts.cascade import predicting_next_stages, require_previous_stage
 from nnunet_fed.trainers.parts.lesion_report import evaluate_lesions
+from nnunet_fed.trainers.parts.own_cases import require_fold, require_preprocessed
+from nnunet_fed.trainers.parts.ranks import from_rank_zero
+from nnunet_fed.trainers.parts.sentences import sentences_for_users
 from nnunet_fed.trainers.parts.site_tracker import SiteTracker
 from nnunet_fed.trainers.parts.training_record import logged_by
 
-DEBUG_VARIABLE = "nnUNet_fed_debug"
 THREADS_VARIABLE = "nnUNet_fed_threads"
 """Number of torch's threads; stock nnU-Net takes every core for each process on the CPU."""
 SKIP_VALIDATION_VARIABLE = "nnUNet_fed_skip_validation"
-
-
-@contextmanager
-def sentences_for_users() -> Iterator[None]:
-    """End the process with the error's sentence instead of a traceback, unless ``nnUNet_fed_debug`` is set."""
-    try:
-        yield
-    except FederationError as error:
-        if os.environ.get(DEBUG_VARIABLE):
-            raise
-        raise SystemExit(f"Error: {error}") from None
+LEASE = "training.lock"
+"""In the folder of the fold: which process trains, or validates, there (:mod:`nnunet_fed.leases`)."""
 
 
 def _all_in(transform: Any) -> Iterator[Any]:
     """A transform, and those that it is made of."""
     yield transform
-    for part in (*getattr(transform, "transforms", ()), getattr(transform, "transform", None)):
+    several = (*getattr(transform, "transforms", ()), *getattr(transform, "list_of_transforms", ()))
+    for part in (*several, getattr(transform, "transform", None)):
         if part is not None:
             yield from _all_in(part)
 
 
 class StudyTrainer(nnUNetTrainer):
-    """What a federated trainer is without the other sites: what averaging and gossip share."""
+    """What a federated trainer is without the other sites: what averaging and gossip share.
+
+    It builds on :attr:`base_trainer`: whatever it does not do itself goes there, by ``super()``.
+    """
 
     method: ClassVar[str]
     """Name of the method, as in the study's table."""
@@ -64,15 +69,27 @@ class StudyTrainer(nnUNetTrainer):
     """The method's table. A trainer that sets it says with ``options: ...`` what it is, for whoever reads types."""
     options: MethodTable
     """The method's options, as the study has them."""
-    PREDICTED_AS: ClassVar[str] = nnUNetTrainer.__name__
-    """The trainer that checkpoints name: the one whose network it is. The stock one predicts without nnunet_fed."""
+    PREDICTED_AS: ClassVar[str | None] = None
+    """The trainer that checkpoints name, for a network of the method's own; ``None``: it is the base trainer's, and so
+    nnU-Net predicts without nnunet_fed."""
+    HOLDS_OPTIMIZER: ClassVar[str | None] = None
+    """Why no other optimizer may take the place of the first one while the training runs, to go on after "it"."""
 
     current_epoch: int
+    fold: Fold
     network: Any
     optimizer: Any
     lr_scheduler: Any
     grad_scaler: Any
+    preprocessed_dataset_folder_base: str
+    _cleanup: ExitStack
+    """What ends once nnU-Net has copied the fingerprint."""
     _best_ema: float | None
+
+    def __new__(cls, plans: dict[str, Any], *arguments: Any, **named: Any) -> Any:
+        """A trainer that builds on the base trainer of the study in the plans."""
+        with sentences_for_users():
+            return super().__new__(compose(cls, base_of(study_in(plans))))
 
     def __init__(
         self,
@@ -85,7 +102,11 @@ class StudyTrainer(nnUNetTrainer):
         with sentences_for_users():
             self.study = study_in(plans)
             self.options = self.options_of(self.study)
-        super().__init__(plans, configuration, fold, dataset_json, device)
+        with sentences_for_users():
+            super().__init__(
+                plans=plans, configuration=configuration, fold=fold, dataset_json=dataset_json, device=device
+            )  # fmt: skip
+        own_epochs = self.num_epochs
         if self.device.type == "cpu" and os.environ.get(THREADS_VARIABLE):
             torch.set_num_threads(int(os.environ[THREADS_VARIABLE]))
         self.tracker: SiteTracker | None = None
@@ -93,9 +114,39 @@ class StudyTrainer(nnUNetTrainer):
         """This site's settings, which are read once in a training: somebody may edit site.toml meanwhile. A function:
         nnU-Net writes all other attributes down, and ``--val`` needs no site.toml."""
         self._training_cases = 0
+        self._takes_folder = True
+        self._lease: SoftFileLease | None = None
         self._resumed: dict[str, Any] | None = None
         with sentences_for_users():
-            self.configure_study()
+            self.take_study()
+        if self.base_trainer is not STOCK:
+            self.print_to_log_file(
+                f"This training builds on {self.base_trainer.__name__}, whose own {own_epochs} epochs do not count: it "
+                f"is the study that decides, {self.num_epochs} epochs of {self.num_iterations_per_epoch} iterations."
+            )
+
+    @property
+    def base_trainer(self) -> type[Any]:
+        """nnU-Net's trainer on which this one builds."""
+        return next(part for part in type(self).__mro__ if not issubclass(part, StudyTrainer))
+
+    @classmethod
+    def check_base(cls, base: type[Any]) -> None:
+        """See that the method goes with a base trainer; raises :class:`ConfigurationError` that says why not.
+
+        Args:
+            base: a class of nnU-Net's.
+        """
+        compose(cls, base)
+
+    def compared_of_base(self) -> dict[str, str]:
+        """What must be equal at all sites of the base trainer that the study names; nothing of nnU-Net's own."""
+        return {BASE_TRAINER: code_digest(self.base_trainer)} if self.study.names_trainer else {}
+
+    def take_study(self) -> None:
+        """Begin with the study: :meth:`configure_study`, and note the number of epochs that it gave."""
+        self.configure_study()
+        self._epochs: int = self.num_epochs
 
     def configure_study(self) -> None:
         """Take what the trainer needs from the study; raises :class:`FederationError`.
@@ -103,7 +154,8 @@ class StudyTrainer(nnUNetTrainer):
         It is called at the end of construction, and again before a second :meth:`initialize`, when a site starts anew
         (:mod:`nnunet_fed.trainers.parts.starting_anew`): all that a method keeps begins in these two.
         """
-        self.initial_lr = self.study.initial_lr
+        if self.study.initial_lr is not None:
+            self.initial_lr = self.study.initial_lr
         self.num_iterations_per_epoch = self.study.iterations_per_epoch
         self.num_val_iterations_per_epoch = self.study.val_iterations_per_epoch
         self.num_epochs = self.study.epochs
@@ -132,13 +184,20 @@ class StudyTrainer(nnUNetTrainer):
                 f"The options of '{cls.__name__}' in the study '{study.name}': {explain(error, cls.Options)}"
             ) from None
 
-    def require_own_fold(self) -> None:
-        """Raise :class:`ConfigurationError` if site.toml is missing or wrong, or if this site trains another fold."""
-        if self.fold not in (self.study.fold, "all", self.own_site().fold):
-            raise ConfigurationError(
-                f"The study trains fold {self.study.fold}, this command fold {self.fold}. Train fold "
-                f"{self.study.fold} or 'all', or set 'fold = {self.fold}' in site.toml."
-            )
+    def fold_of_study(self) -> Fold:
+        """The fold of the study that this command trains.
+
+        Raises:
+            ConfigurationError: site.toml is missing or wrong, or this site does not train the command's fold.
+        """
+        return trained_fold(self.fold, self.study, self.own_site()).study
+
+    @property
+    def trains_on_all_cases(self) -> bool:
+        """Whether this site trains on all its cases in a fold with a number, as it did when it began."""
+        if self._resumed is not None:
+            return bool(self._resumed.get("all_cases"))
+        return self.fold != "all" and trained_fold(self.fold, self.study, self.own_site()).all_cases
 
     # ------------------------------------------------------------------------------------------- for the methods
 
@@ -151,7 +210,11 @@ class StudyTrainer(nnUNetTrainer):
 
     def training_state(self) -> dict[str, Any]:
         """What a checkpoint holds besides nnU-Net's own."""
-        return {"random": checkpoint.random_states(), "method": self.method_state()}
+        return {
+            "random": checkpoint.random_states(),
+            "method": self.method_state(),
+            "all_cases": self.trains_on_all_cases,
+        }
 
     def load_training_state(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`training_state`; the random states wait until the training has started."""
@@ -191,40 +254,168 @@ class StudyTrainer(nnUNetTrainer):
         """From which the network is built and everything else is drawn."""
         return self.study.seed
 
+    # ------------------------------------------------------------------------------------------- one process
+
+    def _take_folder(self) -> None:
+        """Be the one process that trains into this folder, before anything is read from it or sent; for all ranks.
+
+        Raises:
+            ConfigurationError: another one does.
+        """
+
+        def on_rank_zero() -> None:
+            doing = f"Fold {self.fold} is trained or validated already in {self.output_folder}"
+            self._lease = take(Path(self.output_folder) / LEASE, doing)
+
+        if self._takes_folder:
+            from_rank_zero(on_rank_zero)
+            self._takes_folder = False
+
+    def _leave_folder(self) -> None:
+        """Let another process train here; without it, the end of this process does."""
+        self._takes_folder = True
+        if self._lease is not None:
+            self._lease.release()
+            self._lease = None
+
+    def _require_folder(self) -> None:
+        lost = None if self._lease is None else self._lease.compromise
+        if lost is not None and lost.reason == "owner-changed":
+            raise FederationError(
+                f"Another process trains in {self.output_folder} now: this one was not heard of for so long that it "
+                "counted as ended. This one ends."
+            )
+
     # ------------------------------------------------------------------------------------------- nnU-Net's hooks
 
-    def initialize(self) -> None:
-        """Build the network from the study's seed."""
-        checkpoint.seed_everything(self.initial_seed + self.local_rank)
-        super().initialize()
+    def run_training(self) -> None:
+        """nnU-Net's loop, in one process at a time for a folder."""
+        self._take_folder()
+        super().run_training()
 
-    def configure_optimizers(self) -> Any:
-        """nnU-Net's optimizer and schedule, with the study's momentum."""
-        optimizer, schedule = super().configure_optimizers()
-        for group in optimizer.param_groups:
-            group["momentum"] = self.study.momentum
+    def on_epoch_start(self) -> None:
+        """See that the folder is still this process's."""
+        self._require_folder()
+        super().on_epoch_start()
+
+    def initialize(self) -> None:
+        """Build the network from the study's seed, once it is sure that there are preprocessed cases.
+
+        A base trainer that does not go with the plans ends the process with a sentence.
+        """
+        with sentences_for_users():
+            require_preprocessed(self)
+            checkpoint.seed_everything(self.initial_seed + self.local_rank)
+            self.num_epochs = self._epochs  # whatever a class has set since that stands before this one
+            try:
+                super().initialize()
+            except FederationError:
+                raise
+            except Exception as error:  # whatever a class of the user's does
+                if self.base_trainer is STOCK:
+                    raise
+                raise ConfigurationError(
+                    f"The trainer '{self.base_trainer.__name__}', which the study names, cannot train the "
+                    f"configuration {self.configuration_name} of these plans: {type(error).__name__}: {error}. Plan "
+                    "for a study that names another trainer or configuration."
+                ) from error
+
+    def configure_optimizers(self, *stage: Any) -> Any:
+        """The base trainer's optimizer and schedule, with the study's momentum.
+
+        Args:
+            stage: what the base trainer's takes besides.
+
+        Raises:
+            ConfigurationError: the study says a momentum, and the optimizer has none.
+        """
+        optimizer, schedule = super().configure_optimizers(*stage)
+        if self.study.momentum is not None:
+            if not all("momentum" in group for group in optimizer.param_groups):
+                raise ConfigurationError(
+                    f"The study sets momentum = {self.study.momentum:g}, but {type(optimizer).__name__}, the optimizer "
+                    f"of '{self.base_trainer.__name__}', has none. Leave momentum out of federation.toml."
+                )
+            for group in optimizer.param_groups:
+                group["momentum"] = self.study.momentum
         return optimizer, schedule
 
-    @staticmethod
-    def get_training_transforms(*arguments: Any, **options: Any) -> Any:
-        """nnU-Net's augmentation, the same whenever it is repeated (rule 7 of the protocol).
+    def get_training_transforms(self, *arguments: Any, **options: Any) -> Any:
+        """The base trainer's augmentation, the same whenever it is repeated (rule 7 of the protocol).
 
         nnU-Net's blur takes the faster of two ways by a stopwatch, and their results differ in the last bits. Here it
         takes the direct one, which is the faster one for nnU-Net's kernels of at most 7 voxels.
         """
-        transforms = nnUNetTrainer.get_training_transforms(*arguments, **options)
+        transforms = super().get_training_transforms(*arguments, **options)
         for transform in _all_in(transforms):
             if isinstance(transform, GaussianBlurTransform):
                 transform.benchmark = False
         return transforms
 
+    def on_train_epoch_start(self) -> None:
+        """The base trainer's.
+
+        Raises:
+            ConfigurationError: it takes another optimizer, which the method does not follow.
+        """
+        warm_up.leave_if_over(self)
+        before = self.optimizer
+        super().on_train_epoch_start()
+        if self.HOLDS_OPTIMIZER and self.optimizer is not before:
+            raise ConfigurationError(
+                f"The trainer '{self.base_trainer.__name__}' takes a new optimizer in epoch {self.current_epoch}, "
+                f"which '{type(self).__name__}' cannot follow: it {self.HOLDS_OPTIMIZER}. Plan for a study of another "
+                "method or trainer."
+            )
+
     def on_train_start(self) -> None:
         """nnU-Net's start, then TensorBoard if site.toml asks for it: its thread must not be there at a fork."""
+        if self.local_rank == 0:
+            with suppress(OSError):  # the folder may be another user's
+                put_own_in_place(Path(self.preprocessed_dataset_folder_base))
         super().on_train_start()
         going_on = self.current_epoch < self.num_epochs  # a finished training needs no site.toml
         if self.local_rank == 0 and going_on and self.own_site().tensorboard:
             self.tracker = SiteTracker(Path(self.output_folder), self.current_epoch)
             self.logger.loggers.append(self.tracker)
+
+    def do_split(self) -> Any:
+        """nnU-Net's split; all cases for training and for validation where ``site.toml`` says so.
+
+        nnU-Net makes the split if there is none. Two folds may start at once, and one would find half a file.
+        """
+        if self.trains_on_all_cases:
+            self.print_to_log_file(f"This site trains on all its cases in fold {self.fold}, as site.toml says.")
+            fold, self.fold = self.fold, "all"
+            try:
+                return super().do_split()
+            finally:
+                self.fold = fold
+        splits = Path(self.preprocessed_dataset_folder_base) / SPLITS
+        being_made = splits.with_suffix(".lock")
+        with nullcontext() if splits.is_file() and not being_made.exists() else in_turn(being_made):
+            return super().do_split()
+
+    def print_plans(self) -> None:
+        """nnU-Net's. What it does next is to copy the fingerprint of this site's cases into the results.
+
+        These may leave the site, so it is shown a fingerprint of no single case, until it plots the architecture.
+        """
+        super().print_plans()
+        self._cleanup = ExitStack()
+        self._cleanup.callback(setattr, self, "preprocessed_dataset_folder_base", self.preprocessed_dataset_folder_base)
+        self.preprocessed_dataset_folder_base = self._cleanup.enter_context(TemporaryDirectory())
+        write_json(Path(self.preprocessed_dataset_folder_base) / OWN, without_cases(self.plans_manager.plans), indent=4)
+
+    def plot_network_architecture(self) -> None:
+        """nnU-Net's, once the fingerprint is copied."""
+        self._cleanup.close()
+        super().plot_network_architecture()
+
+    def get_dataloaders(self) -> Any:
+        """nnU-Net's, once it is sure that there are the fold's cases; raises :class:`ConfigurationError` if not."""
+        require_fold(self)
+        return super().get_dataloaders()
 
     def get_tr_and_val_datasets(self) -> Any:
         """nnU-Net's data sets; notes the number of training cases.
@@ -250,7 +441,7 @@ class StudyTrainer(nnUNetTrainer):
     def save_for_prediction(self, filename: str, additions: dict[str, Any] | None = None) -> None:
         """nnU-Net's checkpoint of the current network.
 
-        It names the trainer :attr:`PREDICTED_AS`.
+        It names the base trainer, or :attr:`PREDICTED_AS`.
 
         Args:
             filename: replaced once the new file is complete.
@@ -259,13 +450,16 @@ class StudyTrainer(nnUNetTrainer):
         if self.local_rank != 0 or self.disable_checkpointing:
             super().save_checkpoint(filename)
             return
-        entries = {**(additions or {}), "trainer_name": self.PREDICTED_AS}
+        entries = {**(additions or {}), "trainer_name": self.PREDICTED_AS or self.base_trainer.__name__}
         with checkpoint.written_with(entries, Path(filename)) as part:
             super().save_checkpoint(str(part))
 
     def load_checkpoint(self, filename_or_checkpoint: Any) -> None:
         """nnU-Net's checkpoint and our state."""
-        super().load_checkpoint(filename_or_checkpoint)
+        with sentences_for_users():
+            self._take_folder()
+        with checkpoint.read_whole():
+            super().load_checkpoint(filename_or_checkpoint)
         self._resumed = checkpoint.federation_state(Path(filename_or_checkpoint))
         if self._resumed is not None:
             self.load_training_state(self._resumed)
@@ -282,6 +476,7 @@ class StudyTrainer(nnUNetTrainer):
             self._stop_tracking()
             return
         with sentences_for_users(), logged_by(self.print_to_log_file):
+            self._take_folder()
             self.validate(save_probabilities)
         self._stop_tracking()
 

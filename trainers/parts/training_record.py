@@ -86,6 +86,12 @@ class TrainingRecord:
         write_json(self._path, self._content)
 
 
+def noted_in(folder: Path, fact: str) -> Any:
+    """A fact in the record that an earlier training has left in a fold's folder; ``None``: it has not noted it."""
+    path = folder / RECORD
+    return json.loads(path.read_text(encoding="utf-8")).get(fact) if path.is_file() else None
+
+
 @contextmanager
 def logged_by(write: Callable[[str], None]) -> Iterator[None]:
     """Let nnU-Net's training log have what nnunet_fed logs."""

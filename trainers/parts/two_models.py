@@ -24,6 +24,7 @@ class TwoModelTrainer(FederatedTrainer):
     A method says in its ``train_step`` when which of them trains.
     """
 
+    HOLDS_OPTIMIZER = "trains a second model with an optimizer like the first one"
     _global: Branch
 
     def initialize(self) -> None:
@@ -56,7 +57,7 @@ class TwoModelTrainer(FederatedTrainer):
     def on_train_epoch_start(self) -> None:
         """nnU-Net's, for both branches."""
         super().on_train_epoch_start()
-        self._global.begin_epoch(self.current_epoch)
+        self._global.begin_epoch(self)
 
     def save_models(self, folder: Path) -> None:
         """Write the global model."""

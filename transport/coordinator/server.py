@@ -211,7 +211,7 @@ class _Service(CoordinatorServicer):  # type: ignore[misc]
     def Report(self, request: pb.ReportRequest, context: grpc.ServicerContext) -> pb.Empty:  # noqa: N802
         with Refusals(context, "The coordinator's disk"):
             if request.progress:
-                self._coordinator.report(request.site, _progress_of(request, context))
+                self._coordinator.report(request.site, _progress_of(request, context), request.run)
             if request.note:
                 self._coordinator.note(request.run, request.site, printable(request.note))
             return pb.Empty()
