@@ -86,6 +86,8 @@ class Simulation:
     """GPUs that the sites take in turn (:mod:`nnunet_fed.simulation.devices`); none: all sites see all."""
     training_program: tuple[str, ...] = ()
     """What trains in place of the command ``nnUNetv2_train``, with the same arguments."""
+    variables: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """By site: what its processes have in their environment besides."""
 
 
 def simulate(simulation: Simulation, console: Console) -> dict[str, Any]:
@@ -169,13 +171,17 @@ def planning_command(study: Federation) -> list[str]:
 
 def training_command(study: Federation, fold: Fold, device: str, dataset: int = DATASET) -> list[str]:
     """A site's command to train: nnU-Net's own."""
-    name = "nnUNetv2_train"
+    trainer = ["-tr", study.method.trainer_name, "-p", str(study.plans_name), "-device", device]
+    return [nnunet_command("nnUNetv2_train"), str(dataset), study.configuration, str(fold), *trainer]
+
+
+def nnunet_command(name: str) -> str:
+    """A command of nnU-Net's, of this environment first; raises :class:`ConfigurationError` if there is none."""
     beside = Path(sys.executable).parent / name
     command = str(beside) if beside.is_file() else shutil.which(name)
     if command is None:
         raise ConfigurationError(f"The command {name} is not on the PATH: install nnunetv2 in this environment.")
-    trainer = ["-tr", study.method.trainer_name, "-p", str(study.plans_name), "-device", device]
-    return [command, str(dataset), study.configuration, str(fold), *trainer]
+    return command
 
 
 def require_trainer(study: Federation) -> str | None:
@@ -313,7 +319,7 @@ def _steps(simulation: Simulation, study: Federation, place: Place) -> list[Step
     folder = place.folder
     threads = simulation.threads or max(1, (os.cpu_count() or 1) // len(simulation.sites))
     on_device = visible_devices(simulation.sites, simulation.devices, os.environ)[place.name]
-    common = {**site_environment(folder, threads), **on_device}
+    common = {**site_environment(folder, threads), **on_device, **simulation.variables.get(place.name, {})}
     planning = dict(common)
     if planning.get(AUGMENTATION_VARIABLE) == "0":  # stock planning fails with it
         del planning[AUGMENTATION_VARIABLE]
