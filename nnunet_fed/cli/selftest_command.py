@@ -39,12 +39,13 @@ def selftest(
 ) -> None:
     """Does everything work here? Made-up images, every method, a kill; exit status 0 all passed, 1 something failed."""
     from nnunet_fed.selftest import outcome
-    from nnunet_fed.selftest.parts import TRIED, SelfTest
+    from nnunet_fed.selftest.parts import TRIED, SelfTest, require_methods
 
     kind = _present(device)
+    chosen = TRIED if methods is None else tuple(name.strip() for name in methods.split(","))
+    require_methods(chosen)
     folder = Path(tempfile.mkdtemp(prefix="nnunet_fed_selftest_")) if out is None else out.resolve()
     new_folder(folder)
-    chosen = TRIED if methods is None else tuple(name.strip() for name in methods.split(","))
     test, console, rows = SelfTest(folder, kind, chosen), error_console(), []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     logging.getLogger("nnunet_fed").setLevel(logging.WARNING)  # the bar says what goes on
