@@ -22,9 +22,9 @@ from nnunet_fed.errors import ConfigurationError, FederationError
 from nnunet_fed.processes import Step, Worker, raise_first, signals_interrupt, stop_workers
 from nnunet_fed.selftest.measured_training import KILL_VARIABLE, MEASURED_VARIABLE, STEPS_VARIABLE, Measured
 from nnunet_fed.selftest.outcome import PLAIN, Row
+from nnunet_fed.simulation.first_look import SITES
 from nnunet_fed.simulation.simulate import (
     AUGMENTATION_VARIABLE,
-    SITES,
     Simulation,
     nnunet_command,
     simulate,
@@ -71,7 +71,8 @@ class SelfTest:
         Args:
             begin: told the name of each part that begins.
         """
-        bodies = [self._plan, self._train_plain, *(partial(self._train, method) for method in self.methods)]
+        bodies: list[Callable[[], list[Measured]]] = [self._plan, self._train_plain]
+        bodies += [partial(self._train, method) for method in self.methods]
         for name, body in zip(self.names, [*bodies, self._kill_and_continue], strict=True):
             begin(name)
             row = self._row(name, body)
