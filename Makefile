@@ -8,7 +8,7 @@ DATA ?=
 # process would compile it anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test lint proto clean
+.PHONY: demo test test-gpu lint proto clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -25,6 +25,10 @@ demo: $(VENV)/.installed
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore tests/e2e --numprocesses auto --dist worksteal
 	$(BIN)/python -m pytest tests/e2e --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+# Does everything work on this machine's GPU? A few minutes; the end is text for a report.
+test-gpu: $(VENV)/.installed
+	$(BIN)/nnunet_fed selftest --device cuda
 
 # mypy does not see through an editable install of mapped packages: it checks an ordinary one, from another folder. What
 # it has found out about PyTorch and the others it keeps between runs, outside that folder.

@@ -31,7 +31,7 @@ FOLDERS = {
 ROOMS = (
     "base", "exchange", "study", "methods", "agreement", "coordinator", "certificates", "gossip", "prediction",
     "datasets", "evaluation", "inspection", "preflight", "transport", "planners", "trainers", "report", "simulation",
-    "comparison", "cli",
+    "comparison", "selftest", "cli",
 )  # fmt: skip
 """From the ground up: each imports from rooms below it only."""
 

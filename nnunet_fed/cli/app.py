@@ -24,6 +24,7 @@ from nnunet_fed.cli.plan_command import plan_and_preprocess
 from nnunet_fed.cli.plugin_path_command import plugin_path
 from nnunet_fed.cli.predict_command import predict
 from nnunet_fed.cli.report_command import report
+from nnunet_fed.cli.selftest_command import selftest
 from nnunet_fed.cli.simulate_command import simulate
 from nnunet_fed.cli.state_commands import new_attempt, rewind
 from nnunet_fed.cli.status_command import status
@@ -108,4 +109,5 @@ app.command()(compare)
 app.command()(report)
 app.command()(peer)
 app.command()(simulate)
+app.command()(selftest)
 app.add_typer(certs_command.app)

@@ -53,8 +53,8 @@ def compare(
     names, variants = _methods(methods)
     comparison = Comparison(
         sites.folders(), out, names, tuple(range(seed, seed + seeds)), study_options.settings(),
-        _by_method(option or []), variants, sites.label_maps(), machine.device, machine.threads,
-        study_options.pretrained,
+        _by_method(option or []), variants, sites.label_maps(), machine.kind, machine.threads,
+        study_options.pretrained, machine.gpus,
     )  # fmt: skip
     require_monai()
     console = error_console()

@@ -13,6 +13,8 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from nnunet_fed.cli.option_values import named_folders, named_labels, whole_number
+from nnunet_fed.errors import ConfigurationError
+from nnunet_fed.simulation.devices import cuda_devices
 from nnunet_fed.study.federation import STOCK_TRAINER, Federation
 
 
@@ -144,8 +146,24 @@ class SiteOptions:
 class MachineOptions:
     """What sites on this machine may take of it."""
 
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu"
+    device: Annotated[str, typer.Option(help="cpu, cuda or mps.")] = "cpu"
+    devices: Annotated[
+        str | None,
+        typer.Option(metavar="cuda:0,cuda:1", help="GPUs that the sites take in turn, in place of --device."),
+    ] = None
     threads: Annotated[int | None, typer.Option(help="Threads of each site; default: its share of the cores.")] = None
+
+    @property
+    def kind(self) -> str:
+        """As nnU-Net names it; raises :class:`ConfigurationError`."""
+        if self.device not in ("cpu", "cuda", "mps"):
+            raise ConfigurationError(f"--device {self.device}: cpu, cuda or mps. A GPU's number goes into --devices.")
+        return "cuda" if self.gpus else self.device
+
+    @property
+    def gpus(self) -> tuple[int, ...]:
+        """Their numbers, if the sites take them in turn; raises :class:`ConfigurationError`."""
+        return cuda_devices(self.devices) if self.devices is not None else ()
 
 
 @dataclass(frozen=True)

@@ -63,8 +63,8 @@ def simulate(
     console = error_console()
     maps = sites.label_maps()
     simulation = Simulation(
-        folders, out, study, until.value, machine.device, machine.threads, planned, maps,
-        pretrained=study_options.pretrained,
+        folders, out, study, until.value, machine.kind, machine.threads, planned, maps,
+        pretrained=study_options.pretrained, devices=machine.gpus,
     )  # fmt: skip
     summary = run(simulation, console)
     for table in (result_table(summary), lesion_table(summary)):

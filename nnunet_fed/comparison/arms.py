@@ -66,6 +66,8 @@ class Comparison:
     threads: int | None = None
     pretrained: Path | None = None
     """The checkpoint whose digest the study names."""
+    devices: tuple[int, ...] = ()
+    """As for a :class:`Simulation`."""
 
     def study_of(self, method: str, seed: int) -> Federation:
         """The study of an arm; raises :class:`ConfigurationError` if there is none with this budget."""
@@ -246,7 +248,7 @@ def _train(comparison: Comparison, method: str, seed: int, console: Console, fol
         sites = {pooled_data.SITE: planned / pooled_data.DATA}
     arm = Simulation(
         sites, folder, study, "validate", comparison.device, comparison.threads, planned, labels,
-        pretrained=comparison.pretrained,
+        pretrained=comparison.pretrained, devices=comparison.devices,
     )  # fmt: skip
     console.print(result_table({**simulate(arm, console), "method": method}))
 

@@ -30,6 +30,7 @@ from nnunet_fed.evaluation.across_folds import summary_across_folds
 from nnunet_fed.evaluation.summary import lesion_table, result_table, site_summary, summarise
 from nnunet_fed.files import write_json, write_text
 from nnunet_fed.processes import Process, Step, Worker, raise_first, signals_interrupt, stop, stop_workers
+from nnunet_fed.simulation.devices import visible_devices
 from nnunet_fed.simulation.first_look import (
     PLANNING_LOG,
     SITES,
@@ -81,6 +82,12 @@ class Simulation:
     """Folder that keeps what is found in the sites' data, a folder for each; ``None``: that of the sites in ``out``."""
     pretrained: Path | None = None
     """The checkpoint whose digest the study names, from whose weights all sites start."""
+    devices: tuple[int, ...] = ()
+    """GPUs that the sites take in turn (:mod:`nnunet_fed.simulation.devices`); none: all sites see all."""
+    training_program: tuple[str, ...] = ()
+    """What trains in place of the command ``nnUNetv2_train``, with the same arguments."""
+    variables: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """By site: what its processes have in their environment besides."""
 
 
 def simulate(simulation: Simulation, console: Console) -> dict[str, Any]:
@@ -164,13 +171,17 @@ def planning_command(study: Federation) -> list[str]:
 
 def training_command(study: Federation, fold: Fold, device: str, dataset: int = DATASET) -> list[str]:
     """A site's command to train: nnU-Net's own."""
-    name = "nnUNetv2_train"
+    trainer = ["-tr", study.method.trainer_name, "-p", str(study.plans_name), "-device", device]
+    return [nnunet_command("nnUNetv2_train"), str(dataset), study.configuration, str(fold), *trainer]
+
+
+def nnunet_command(name: str) -> str:
+    """A command of nnU-Net's, of this environment first; raises :class:`ConfigurationError` if there is none."""
     beside = Path(sys.executable).parent / name
     command = str(beside) if beside.is_file() else shutil.which(name)
     if command is None:
         raise ConfigurationError(f"The command {name} is not on the PATH: install nnunetv2 in this environment.")
-    trainer = ["-tr", study.method.trainer_name, "-p", str(study.plans_name), "-device", device]
-    return [command, str(dataset), study.configuration, str(fold), *trainer]
+    return command
 
 
 def require_trainer(study: Federation) -> str | None:
@@ -307,7 +318,8 @@ def _label_maps(simulation: Simulation) -> dict[str, LabelMap]:
 def _steps(simulation: Simulation, study: Federation, place: Place) -> list[Step]:
     folder = place.folder
     threads = simulation.threads or max(1, (os.cpu_count() or 1) // len(simulation.sites))
-    common = site_environment(folder, threads)
+    on_device = visible_devices(simulation.sites, simulation.devices, os.environ)[place.name]
+    common = {**site_environment(folder, threads), **on_device, **simulation.variables.get(place.name, {})}
     planning = dict(common)
     if planning.get(AUGMENTATION_VARIABLE) == "0":  # stock planning fails with it
         del planning[AUGMENTATION_VARIABLE]
@@ -319,9 +331,13 @@ def _steps(simulation: Simulation, study: Federation, place: Place) -> list[Step
         *first, last = stages_of(study.configuration)
         for stage, fold in ((stage, fold) for stage in (*first, last) for fold in place.folds):
             skips = simulation.until == "train" and stage == last  # what a stage predicts is what the next one needs
-            training = {AUGMENTATION_VARIABLE: "0", **common, "nnUNet_fed_skip_validation": "1" if skips else ""}
+            # without a GPU to keep busy, processes that augment would only compete with the training
+            augmentation = {AUGMENTATION_VARIABLE: "0"} if simulation.device == "cpu" else {}
+            training = {**augmentation, **common, "nnUNet_fed_skip_validation": "1" if skips else ""}
             of_stage = study.model_copy(update={"configuration": stage})
             command = training_command(of_stage, fold, simulation.device, dataset)
+            if simulation.training_program:
+                command[:1] = simulation.training_program
             if simulation.pretrained is not None and stage == last:
                 command += ["-pretrained_weights", str(simulation.pretrained.resolve())]
             of = [f"fold {fold}"] if len(place.folds) > 1 else []

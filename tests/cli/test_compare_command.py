@@ -29,6 +29,8 @@ def sites(tmp_path: Path) -> list[str]:
         (["--option", "strength=2"], "--option strength: name the method too"),
         (["--rounds", "0"], "rounds"),
         (["--methods", "local,gcml", "--cross-site"], "The study of 'gcml': the file: cross_site = true needs"),
+        (["--devices", "0,1"], "--devices 0,1: name GPUs with commas between them, as in cuda:0,cuda:1"),
+        (["--device", "cuda:1"], "--device cuda:1: cpu, cuda or mps"),
         (["--fold", "first"], "--fold must be a whole number or 'all'"),
         (["--config", "3d_fullres", "--lr", "-1"], "initial_lr"),
         (["--trainer", "nnUNetTrainerThatIsNot"], "names the trainer 'nnUNetTrainerThatIsNot', and there is none here"),

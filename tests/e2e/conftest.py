@@ -12,7 +12,8 @@ from nnunet_fed.study.federation import Federation
 
 LONGEST_FIRST = (
     "campaign", "faults", "training", "readme", "fedoap_training", "gcml_training", "fedsm_training", "folds",
-    "fedgs_training", "tutorial", "compare", "version_0_1", "cascade", "planning_processes", "simulation", "refusals",
+    "fedgs_training", "selftest", "tutorial", "compare", "version_0_1", "cascade", "planning_processes",
+    "simulation", "refusals",
 )  # fmt: skip
 
 
