@@ -18,6 +18,7 @@ from nnunet_fed.study.method_table import MethodTable
 from nnunet_fed.study.methods.fedoap_options import FedOAP
 from nnunet_fed.trainers.nnUNetTrainerFedAvg import nnUNetTrainerFedAvg
 from nnunet_fed.trainers.parts.base_trainer import base_of
+from nnunet_fed.trainers.parts.study_trainer import Step
 
 
 class nnUNetTrainerFedOAP(nnUNetTrainerFedAvg):  # noqa: N801
@@ -96,6 +97,19 @@ class nnUNetTrainerFedOAP(nnUNetTrainerFedAvg):  # noqa: N801
             return self._boundary_loss
 
         return with_perturbed_boundary(super()._build_loss(), make)
+
+    def steps(self) -> dict[str, Step]:
+        """Those of the fine-tuning have the loss twice, once of perturbed logits."""
+        plain = super().steps()
+
+        def perturbed(data: torch.Tensor, target: Any) -> Any:
+            self._boundary_loss.weight, self._boundary_loss.generator = (
+                self.options.perturbation_weight,
+                torch.Generator(),
+            )
+            return plain["training"](data, target)
+
+        return {**plain, "fine-tuning": perturbed} if self.options.finetune_epochs else plain
 
     def on_train_epoch_start(self) -> None:
         """Perturb in the fine-tuning only, with noise of this epoch's own."""

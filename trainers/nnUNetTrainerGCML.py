@@ -47,6 +47,8 @@ class nnUNetTrainerGCML(PhaseTrainer):  # noqa: N801
         """Take from the study how long a site stays alone."""
         super().configure_study()
         self._address: SoftFileLease | None = None
+        self._has_address = False
+        """On every rank, while rank 0 has the lease."""
         self._warm_up = self.options.warm_up(self.study.rounds * self.study.local_epochs)
 
     # ------------------------------------------------------------------------------------------- start and end
@@ -102,7 +104,7 @@ class nnUNetTrainerGCML(PhaseTrainer):  # noqa: N801
 
     def _require_gossip(self) -> None:
         self._require_fold_of_plans()
-        if self._address is None:
+        if not self._has_address:
             self._take_address()
         require_peers(self.own_site(), self.study.sites)
         self._plan_of_choice()
@@ -118,6 +120,7 @@ class nnUNetTrainerGCML(PhaseTrainer):  # noqa: N801
             self._address = take(Path(self.output_folder_base) / ADDRESS_LEASE, doing)
 
         from_rank_zero(on_rank_zero)
+        self._has_address = True
 
     def _require_fold_of_plans(self) -> None:
         """See that this site trains a fold of the study; no coordinator is there to say so."""
@@ -184,6 +187,7 @@ class nnUNetTrainerGCML(PhaseTrainer):  # noqa: N801
         if self._address is not None:
             self._address.release()
             self._address = None
+        self._has_address = False
 
     # ------------------------------------------------------------------------------------------- rounds
 

@@ -44,6 +44,8 @@ METHODS: dict[str, tuple[dict[str, Any], float, dict[str, Any]]] = {
     "nnUNetTrainerFedSM": ({"name": "fedsm"}, 2.1, BESIDE_ANOTHER),
 }
 """Of each trainer that can be measured, a module in nnunet_fed.trainers: method table, target, and sites."""
+HOOKS = {"nnUNetTrainerFedAvg": 0.01, "nnUNetTrainerFedGS": 0.03}
+"""Target of a trainer: CPU seconds inside our hooks of the training steps, as a share of those of nnU-Net's own."""
 
 
 @dataclass
@@ -56,7 +58,10 @@ class Clock:
 
     def watch(self, owner: Any, function: str, name: str, outer: bool = True) -> None:
         """Replace ``owner.function`` by one that is timed; with ``outer``, what it calls counts as part of it only."""
-        original: Callable[..., Any] = getattr(owner, function)
+        setattr(owner, function, self.timed(getattr(owner, function), name, outer))
+
+    def timed(self, original: Callable[..., Any], name: str, outer: bool = True) -> Callable[..., Any]:
+        """The function that :meth:`watch` has in the place of another."""
 
         def timed(*args: Any, **kwargs: Any) -> Any:
             if self._within:
@@ -68,12 +73,36 @@ class Clock:
                 self._within = False
                 self.spent[name] = self.spent.get(name, 0.0) + self.now() - started
 
-        setattr(owner, function, timed)
+        return timed
 
     def take(self) -> dict[str, float]:
         """What was spent since the last call."""
         spent, self.spent = self.spent, {}
         return spent
+
+
+class HooksOfSteps:
+    """CPU seconds that our code takes within the training steps, and those of nnU-Net's own steps.
+
+    Ours are what a federated trainer's step takes beyond the steps of nnU-Net's within it, and the hooks that the
+    optimizers call within those. Only the thread that trains counts.
+    """
+
+    def __init__(self, federated: Any):
+        from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+        self._whole, self._nnunet, self._optimizer = (Clock(time.thread_time) for _ in range(3))
+        self._nnunet.watch(nnUNetTrainer, "train_step", "seconds")
+        self._whole.watch(federated, "train_step", "seconds")
+        for optimizer in federated.optimizers:
+            for hooks in (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks):
+                hooks.update({key: self._optimizer.timed(hook, "seconds") for key, hook in hooks.items()})
+
+    def take(self) -> dict[str, float]:
+        """What was spent since the last call."""
+        clocks = (self._whole, self._nnunet, self._optimizer)
+        whole, nnunet, optimizer = (clock.take().get("seconds", 0.0) for clock in clocks)
+        return {"hooks": whole - nnunet + optimizer, "nnU-Net": nnunet - optimizer}
 
 
 @contextmanager
@@ -188,6 +217,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
             plans, dataset, configuration = prepare(folder, arguments)
             serve(folder, plans, stack)
             plain, federated = trainers(arguments, plans, dataset, configuration)
+        hooks = HooksOfSteps(federated)
         # the exchange, and what else an epoch does; nothing counts twice
         exchange, cpu, inside = Clock(), Clock(time.process_time), {"plain": Clock(), "federated": Clock()}
         for clock in (exchange, cpu):
@@ -206,11 +236,12 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 order = [("plain", plain), ("federated", federated)]
                 pair: dict[str, Any] = {}
                 for name, trainer in order if number % 2 else reversed(order):
+                    hooks.take()
                     seconds, cpu_seconds = run_epoch(trainer)
                     spent, cpu_spent = (exchange.take(), cpu.take()) if name == "federated" else ({}, {})
                     pair[name] = {
                         "epoch": seconds - sum(spent.values()), "cpu": cpu_seconds - sum(cpu_spent.values()),
-                        "excluded": spent, "parts": inside[name].take(),
+                        "excluded": spent, "parts": inside[name].take(), "steps": hooks.take(),
                     }  # fmt: skip
                 if number >= arguments.warmup:
                     pairs.append(pair)
@@ -220,6 +251,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "arguments": {k: str(v) for k, v in vars(arguments).items()},
         "parameters": sum(tensor.numel() for tensor in federated.network.parameters()),
         "diagnostics": federated.diagnostics,
+        "load": os.getloadavg()[0],
     }
     return {**about, "pairs": pairs, **summary(pairs)}
 
@@ -255,6 +287,9 @@ def summary(pairs: list[dict[str, Any]]) -> dict[str, Any]:
         "ratio of CPU time": spread([pair["federated"]["cpu"] / pair["plain"]["cpu"] for pair in pairs]),
         "ratio without checkpoints": spread(without),
         "ratio of steps": spread(in_steps),
+        "hooks of steps": spread(
+            [p["federated"]["steps"]["hooks"] / p["federated"]["steps"]["nnU-Net"] for p in pairs]
+        ),
         "ratio of all epochs": sum(p["federated"]["epoch"] for p in pairs) / sum(p["plain"]["epoch"] for p in pairs),
         "medians": medians,
         "excluded": excluded,
@@ -294,6 +329,14 @@ def show(result: dict[str, Any], trainer: str, console: Console) -> None:
         target = METHODS[trainer][1]
         met = result[what]["median"] <= target
         console.print(f"Target: {what}, median of at most {target}: {'met' if met else 'missed'}.")
+    shares = result["hooks of steps"]
+    console.print(
+        f"CPU time of our hooks within the training steps, beside that of nnU-Net's own in them: "
+        f"{shares['median']:.3%} ({shares['min']:.3%} to {shares['max']:.3%}), at a load of {result['load']:.1f}"
+    )
+    if trainer in HOOKS:
+        met = shares["median"] <= HOOKS[trainer]
+        console.print(f"Target: median of at most {HOOKS[trainer]:.0%}: {'met' if met else 'missed'}.")
 
 
 def main() -> None:

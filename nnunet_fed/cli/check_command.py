@@ -238,15 +238,28 @@ class _Check:
         from nnunet_fed.preflight.resources import check_memory, footprint
 
         folder = self._preprocessed()
-        if self.plans and folder and self._wanted() in self.plans["configurations"]:
-            dataset = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
-            study, build = study_in(self.plans), None
-            if study.names_trainer:
-                from nnunet_fed.trainers.parts.named_trainers import network_builder
+        if not (self.plans and folder and self._wanted() in self.plans["configurations"]):
+            return check_memory(None, self.device)
+        from nnunet_fed.trainers.parts.named_trainers import network_builder
 
-                build = network_builder(study)
-            self.footprint = footprint(self.plans, self._wanted(), dataset, study, build)
-        return check_memory(self.footprint, self.device)
+        dataset = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
+        study, trained, remark = study_in(self.plans), None, ""
+        build = network_builder(study) if study.names_trainer else None
+        try:
+            trained = self._really_trained(study, dataset)
+        except FederationError as error:
+            remark = f"; by nnU-Net's own reckoning of the plans, since: {error}"
+        self.footprint = footprint(self.plans, self._wanted(), dataset, study, build, trained)
+        return check_memory(self.footprint, self.device, study.gpu_memory_target_in_gb, remark)
+
+    def _really_trained(self, study: Federation, dataset: dict[str, Any]) -> Any:
+        from nnunet_fed.trainers.parts.base_trainer import find_trainer
+        from nnunet_fed.trainers.parts.named_trainers import method_trainer
+        from nnunet_fed.trainers.parts.step_memory import reckon
+
+        assert self.plans is not None
+        named: Any = find_trainer(self.trainer) if self.trainer else None
+        return reckon(named or method_trainer(study), self.plans, self._wanted(), dataset, self.device)
 
     def _check_disk(self) -> Finding:
         raw = None if self.dataset is None else folder_checks.dataset_folder(folder_checks.RAW, self.dataset)

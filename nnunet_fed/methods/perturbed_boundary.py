@@ -65,13 +65,13 @@ class PerturbedBoundaryLoss(nn.Module):
         self.softmax = softmax
         self.ignore_label = ignore_label
         self._seed = 0
-        self._generator = generator
+        self.generator = generator
 
     def reseed(self, seed: int) -> None:
         """Let the noise depend on ``seed`` only: on the study's seed, the site and the epoch, mixed by the caller."""
         self._seed = seed
-        if self._generator is not None:
-            self._generator.manual_seed(seed)
+        if self.generator is not None:
+            self.generator.manual_seed(seed)
 
     def forward(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """The loss of one resolution, a scalar.
@@ -88,9 +88,9 @@ class PerturbedBoundaryLoss(nn.Module):
 
     def perturb(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """E14: the logits with noise where they are selected, float32 so that half precision does not round it away."""
-        if self._generator is None:
-            self._generator = torch.Generator(logits.device).manual_seed(self._seed)
-        noise = torch.randn(logits.shape, generator=self._generator, device=logits.device)
+        if self.generator is None:
+            self.generator = torch.Generator(logits.device).manual_seed(self._seed)
+        noise = torch.randn(logits.shape, generator=self.generator, device=logits.device)
         # of two independent logits the difference has twice the variance
         noise *= self.sigma / math.sqrt(2) if self.softmax else self.sigma
         return logits + noise.mul_(self.selection(logits, target))

@@ -1,7 +1,8 @@
 """What a training takes of memory and disk, reckoned from the plans. The only part of ``nnunet_fed check`` with torch.
 
-Source: the memory of a step is nnU-Net's own reckoning, by which its planner chooses patch and batch size
-(``ExperimentPlanner``: 8 GB for so many elements of feature maps); what methods add is ours, from what they hold.
+Source: ours. What a step keeps for its backward pass is told (:mod:`nnunet_fed.trainers.parts.step_memory`). Where it
+is not, the memory of a step is nnU-Net's own reckoning, by which its planner chooses patch and batch size
+(``ExperimentPlanner``: 8 GB for so many elements of feature maps); what methods hold is added to either.
 """
 
 from __future__ import annotations
@@ -31,20 +32,38 @@ CHECKPOINTS = 5
 
 
 @dataclass(frozen=True)
+class StepMemory:
+    """Of the network and the loss that a trainer trains."""
+
+    parameters: int
+    """Of one network."""
+    saved_bytes: dict[str, int]
+    """What a step keeps for its backward pass, by phase of the training."""
+
+
+@dataclass(frozen=True)
 class Footprint:
     """Of a training."""
 
     parameters: int
     """Of one network."""
-    step_bytes: float | None
-    """Device memory of a training step; ``None``: nnU-Net has no reckoning for such a network."""
+    sent: int
+    """Parameters of the plans' network, of which one model on the wire has about as many."""
+    steps: dict[str, float]
+    """Device memory of a training step, in bytes, by phase; of one phase only, ``training``, if it is nnU-Net's own
+    reckoning; none: nnU-Net has no reckoning for such a network."""
     results_bytes: float
     """Disk for checkpoints."""
 
     @property
+    def step_bytes(self) -> float:
+        """Device memory of the largest step."""
+        return max(self.steps.values())
+
+    @property
     def payload_bytes(self) -> int:
         """Of one model on the wire, in float32."""
-        return FLOAT * self.parameters
+        return FLOAT * self.sent
 
 
 def footprint(
@@ -53,6 +72,7 @@ def footprint(
     dataset: Mapping[str, Any],
     study: Federation,
     build: Callable[..., torch.nn.Module] | None = None,
+    trained: StepMemory | None = None,
 ) -> Footprint:
     """Reckon from plans.
 
@@ -62,6 +82,7 @@ def footprint(
         dataset: ``dataset.json``.
         study: its method may hold several models.
         build: builds the network, as ``build_network_architecture`` of nnU-Net's trainers; ``None``: it is the plans'.
+        trained: what is really trained; ``None``: not known, then nnU-Net's own reckoning of the plans' network.
 
     Raises:
         ConfigurationError: what ``build`` raises, whatever it is.
@@ -82,16 +103,19 @@ def footprint(
                 heads,
                 allow_init=False,
             )
-    parameters = sum(parameter.numel() for parameter in network.parameters())
-    method, patch = study.method, chosen.patch_size
-    step = _step_bytes(network, patch, chosen.batch_size)
-    # nnU-Net's reckoning has weights, gradients and momentum of one model
-    held = 3 * (method.MODELS - 1) + method.DEVICE_FLOATS
-    step = None if step is None else step + FLOAT * held * parameters
+    sent = sum(parameter.numel() for parameter in network.parameters())
+    parameters = sent if trained is None else trained.parameters
+    method = study.method
+    held = FLOAT * parameters * (3 * (method.MODELS - 1) + method.DEVICE_FLOATS)
+    if trained is None:  # nnU-Net's reckoning has weights, gradients and momentum of one model
+        step = _step_bytes(network, chosen.patch_size, chosen.batch_size)
+        steps = {} if step is None else {"training": step + held}
+    else:
+        steps = {phase: size + 3 * FLOAT * parameters + held for phase, size in trained.saved_bytes.items()}
     kept = CHECKPOINTS * (2 * method.MODELS + method.DEVICE_FLOATS + method.HOST_FLOATS)  # no gradients
     kept += method.kept_models(len(study.sites))
     kept *= len(study.trained_folds)
-    return Footprint(parameters, step, FLOAT * kept * parameters)
+    return Footprint(parameters, sent, steps, FLOAT * kept * parameters)
 
 
 def _built(build: Callable[..., torch.nn.Module], manager: Any, chosen: Any, channels: int, heads: int) -> Any:
@@ -116,12 +140,14 @@ def _step_bytes(network: Any, patch: Sequence[int], batch: int) -> float | None:
     return float(REFERENCE_GB * GB * elements / REFERENCE[kind][len(patch)])
 
 
-def check_memory(known: Footprint | None, device: str) -> Finding:
+def check_memory(known: Footprint | None, device: str, target: float | None = None, remark: str = "") -> Finding:
     """Compare the memory of a training with what the device has.
 
     Args:
         known: of the training; ``None``: not known, then only the device is looked at.
         device: ``cuda`` or ``cpu``.
+        target: the study's ``gpu_memory_target_in_gb``; ``None``: the planner's own.
+        remark: on how it was reckoned.
     """
     if device == "cuda":
         if not torch.cuda.is_available():
@@ -139,12 +165,19 @@ def check_memory(known: Footprint | None, device: str) -> Finding:
     has = f"{place} has {free / GB:.1f} GB free of {total / GB:.1f} GB"
     if known is None:
         return Finding("memory", Outcome.ok, f"{has}; with plans (-d) it would be compared with what a training needs")
-    if known.step_bytes is None:
-        text = f"{has}; what a step of this network needs is not known ({known.parameters / 1e6:.1f} M parameters)"
+    if not known.steps:
+        text = (
+            f"{has}; what a step of this network needs is not known ({known.parameters / 1e6:.1f} M parameters{remark})"
+        )
         return Finding("memory", Outcome.ok, text)
-    text = f"{has}, a step needs about {known.step_bytes / GB:.1f} GB ({known.parameters / 1e6:.1f} M parameters)"
+    steps = ", ".join(f"{size / GB:.1f} GB in {phase}" for phase, size in known.steps.items())
+    text = f"{has}, a step needs about {steps} ({known.parameters / 1e6:.1f} M parameters{remark})"
     if known.step_bytes > total:
-        remedy = "Plan with a smaller 'gpu_memory_target_in_gb' in federation.toml, or use a larger GPU."
+        share = total / known.step_bytes
+        smaller = (
+            f"{share:.0%} of the planner's own" if target is None else f"{share * target:.2g} instead of {target:g}"
+        )
+        remedy = f"Plan with a smaller 'gpu_memory_target_in_gb' in federation.toml ({smaller}), or use a larger GPU."
         return Finding("memory", Outcome.warning, f"{text}: it will hardly fit.", remedy)
     if known.step_bytes > free:
         return Finding("memory", Outcome.warning, f"{text}.", "End what else uses it before the training starts.")

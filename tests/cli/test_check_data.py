@@ -76,11 +76,11 @@ def test_a_cascade_trains_on_what_is_preprocessed_for_full_resolution(
 ) -> None:
     looked_at: list[Path | None] = []
 
-    def preprocessed_bytes(raw: Path | None, done: Path | None) -> float:
+    def preprocessed_bytes(raw: Path | None, done: Path | None, voxels: float | None) -> float:
         looked_at.append(done)
         return 0.0
 
-    monkeypatch.setattr(check_command.checks, "preprocessed_bytes", preprocessed_bytes)
+    monkeypatch.setattr(check_command.folder_checks, "preprocessed_bytes", preprocessed_bytes)
     monkeypatch.setattr(check_command._Check, "_preprocessed", lambda check: tmp_path)
     with ExitStack() as stack:
         check = check_command._Check(stack, 1, None, "3d_cascade_fullres", None, "cpu", 1, False)

@@ -484,8 +484,31 @@ def test_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "End what else uses it" in resources.check_memory(one, "cpu").remedy
     monkeypatch.setattr(resources, "host_memory", lambda: (one.step_bytes / 3, one.step_bytes / 2))
     assert "hardly fit" in resources.check_memory(one, "cpu").text
+    assert "(50% of the planner's own)" in resources.check_memory(one, "cpu").remedy
+    assert "(4 instead of 8)" in resources.check_memory(one, "cpu", target=8).remedy
     monkeypatch.setattr(resources.torch.cuda, "is_available", lambda: False)
     assert resources.check_memory(one, "cuda").state is Outcome.failed
+
+
+def test_memory_is_of_what_is_really_trained(at: AtASite, serve: Serve) -> None:
+    """FedOAP's adapter and its fine-tuning, not the plans' network alone; where that fails, it is said."""
+    network = {**ARCHITECTURE["arch_kwargs"], "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d"}
+    network = {**network, "norm_op_kwargs": {"affine": True}}
+    study = make_study("ab", method={"name": "fedoap"})
+    served = serve(study)
+    at.set_up(served.server.address)
+    plans = federated_plans(study)
+    configuration = {"spacing": [1, 1, 1], "batch_dice": False, **plans["configurations"]["3d_fullres"]}
+    names = [*ARCHITECTURE["_kw_requires_import"]]
+    configuration["architecture"] = {**ARCHITECTURE, "arch_kwargs": network, "_kw_requires_import": names}
+    plans["configurations"]["3d_fullres"] = {**configuration, "normalization_schemes": ["CTNormalization"]}
+    at.plan({"dataset_name": at.data.name, "image_reader_writer": "SimpleITKIO", **plans})
+    memory = at("-d", "7")[1]["memory"]
+    assert "GB in training, 0.0 GB in fine-tuning" in memory.text
+    assert "nnU-Net's own" not in memory.text
+    assert list((at.folder / folder_checks.RESULTS).iterdir()) == []
+    other = at("-d", "7", "-tr", "nnUNetTrainerFedAvg")[1]["memory"]
+    assert "by nnU-Net's own reckoning of the plans, since: " in other.text
 
 
 def test_the_memory_of_a_base_trainers_network() -> None:
@@ -496,7 +519,7 @@ def test_the_memory_of_a_base_trainers_network() -> None:
         return torch.nn.Conv3d(channels, classes, 1)
 
     found = resources.footprint(federated_plans(study), "3d_fullres", dataset, study, build)
-    assert (found.parameters, found.step_bytes) == (4, None)
+    assert (found.parameters, found.steps) == (4, {})
     finding = resources.check_memory(found, "cpu")
     assert finding.state is Outcome.ok
     assert "is not known (0.0 M parameters)" in finding.text

@@ -175,6 +175,7 @@ class InProcess:
                 trainers[site].run_training()
                 if validate:
                     trainers[site].perform_actual_validation()
+                trainers[site]._leave_folder()  # as the end of a process does
 
         with ThreadPoolExecutor(len(trainers)) as pool:
             futures = [pool.submit(run, site) for site in trainers]

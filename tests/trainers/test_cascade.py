@@ -27,6 +27,7 @@ from nnunet_fed.trainers.nnUNetTrainerFedOAP import nnUNetTrainerFedOAP
 from nnunet_fed.trainers.nnUNetTrainerFedProx import nnUNetTrainerFedProx
 from nnunet_fed.trainers.nnUNetTrainerLocal import nnUNetTrainerLocal
 from nnunet_fed.trainers.parts import further_validation, study_trainer
+from nnunet_fed.trainers.parts.sentences import DEBUG_VARIABLE
 from nnunet_fed.trainers.parts.study_trainer import SKIP_VALIDATION_VARIABLE
 
 FIRST, SECOND = "3d_lowres", "3d_cascade_fullres"
@@ -106,7 +107,7 @@ def score(trainer: Any) -> float:
 def sites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cascade:
     sites = Cascade(tmp_path, monkeypatch, {"a": 5, "b": 6})
     monkeypatch.delenv(SKIP_VALIDATION_VARIABLE)
-    monkeypatch.setenv(study_trainer.DEBUG_VARIABLE, "1")  # errors as they are
+    monkeypatch.setenv(DEBUG_VARIABLE, "1")  # errors as they are
     for module in (study_trainer, further_validation):
         monkeypatch.setattr(module, "evaluate_lesions", lambda trainer: None)
     monkeypatch.setattr(

@@ -122,40 +122,25 @@ def _postman() -> Any:
     return lambda trainer: postman(trainer)
 
 
-Found = dict[str, dict[str, Any]]
-
-
-@pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Found]]:
-    """What both ranks have found of every method, and the folder of the trainings."""
-    folder = tmp_path_factory.mktemp("distributed")
-    write_preprocessed(folder / "preprocessed")
+def test_both_ranks_train_the_same_models(tmp_path: Path) -> None:
+    """One test, since each pair of processes would import PyTorch again."""
+    write_preprocessed(tmp_path / "preprocessed")
     with ExitStack() as stack:
         addresses = {
             method: "127.0.0.1:1" if method == "gcml"
-            else Served(study_of(method), folder / f"coordinator_{method}", stack).server.address
+            else Served(study_of(method), tmp_path / f"coordinator_{method}", stack).server.address
             for method in TRAINERS
         }  # fmt: skip
-        multiprocessing.spawn(_rank, (folder, addresses), nprocs=2)
-    return folder, [pickle.loads((folder / f"found{rank}").read_bytes()) for rank in range(2)]
-
-
-@pytest.mark.parametrize("method", TRAINERS)
-def test_both_ranks_have_trained_the_same_model(both: tuple[Path, list[Found]], method: str) -> None:
-    folder, (zero, one) = both
-    np.testing.assert_equal(zero[method]["models"], one[method]["models"])
-    assert zero[method]["epoch"] == one[method]["epoch"] >= ROUNDS
-    assert np.isfinite(zero[method]["losses"]["train_losses"]).all()
-    fold = next((folder / method).glob("*/*/fold_0"))
-    assert (fold / "checkpoint_final.pth").is_file()
-
-
-def test_ranks_of_which_one_has_less_memory_do_the_same_step(both: tuple[Path, list[Found]]) -> None:
-    for found in both[1]:
-        assert [(phase["from"], phase["plan"]) for phase in found["gcml"]["phases"]] == [("b", "two_pass")]
-
-
-def test_the_ranks_choose_the_same_model_by_the_patches_of_both(both: tuple[Path, list[Found]]) -> None:
-    zero, one = (found["gcml"]["phases"][0] for found in both[1])
-    assert zero["scores"] == one["scores"]
-    assert zero["scores"].keys() >= {"local", "incoming", "before"}
+        multiprocessing.spawn(_rank, (tmp_path, addresses), nprocs=2)
+    zero, one = (pickle.loads((tmp_path / f"found{rank}").read_bytes()) for rank in range(2))
+    for method in TRAINERS:
+        assert zero[method]["models"] == one[method]["models"], method
+        assert zero[method]["epoch"] == one[method]["epoch"] >= ROUNDS, method
+        assert np.isfinite(zero[method]["losses"]["train_losses"]).all(), method
+        fold = next((tmp_path / method).glob("*/*/fold_0"))
+        assert (fold / "checkpoint_final.pth").is_file(), method
+    phases = [found["gcml"]["phases"] for found in (zero, one)]
+    for phase in (phase for (phase,) in phases):
+        assert (phase["from"], phase["plan"]) == ("b", "two_pass"), "one of the ranks has less memory"
+        assert phase["scores"].keys() >= {"local", "incoming", "before"}
+    assert phases[0][0]["scores"] == phases[1][0]["scores"], "by the patches of both"

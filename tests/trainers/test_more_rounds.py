@@ -192,6 +192,7 @@ def test_again_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         validated = sites.command(trainer, study, "a", continues=True)  # --val loads it in the same way
         assert validated.num_epochs == 1 + number
         assert validated.current_epoch == 1 + number
+        validated._leave_folder()  # as the end of its process does
     assert {path.name for path in sites.results("a").glob("after_*")} == {"after_1_rounds", "after_2_rounds"}
     with pytest.raises(ConfigurationError, match=r"more_rounds was 2, and is 1 now: rounds cannot be taken back"):
         sites.go(trainer, study, more(study, 1), continues=True)

@@ -468,8 +468,10 @@ def test_nonsense_is_refused_and_changes_nothing(
             kind, special = MESSAGES[method]
             names = [field.name for field in kind.DESCRIPTOR.fields if field.name not in special]
             values: dict[str, Any] = {
-                name: data.draw(WORDS) for name in names if name not in ("record", "held", "returns")
+                name: data.draw(WORDS) for name in names if name not in ("record", "held", "returns", "correct")
             }
+            if "correct" in names:
+                values["correct"] = data.draw(st.booleans())
             if "held" in names and data.draw(st.booleans()):
                 values["held"] = pb.Held(key=data.draw(WORDS), digest=data.draw(WORDS))
             values.update({name: data.draw(strategy) for name, strategy in special.items()})

@@ -15,6 +15,7 @@ from nnunet_fed.study.methods.gcml_options import GCML
 from nnunet_fed.trainers.gossip.peer_model import Computed, PeerModel, with_non_finite_replaced
 from nnunet_fed.trainers.parts.more_rounds import MoreRoundsTrainer
 from nnunet_fed.trainers.parts.ranks import of_all_ranks
+from nnunet_fed.trainers.parts.study_trainer import Step
 
 PLAN_VARIABLE = "nnUNet_fed_mutual_plan"
 """``simultaneous`` or ``two_pass``: how mutual steps run, whatever memory is free."""
@@ -54,6 +55,17 @@ class MutualTrainer(MoreRoundsTrainer):
         super().on_train_epoch_end(train_outputs)
         if self._peer_model is None and self._step_bytes is None and self.device.type == "cuda":
             self._step_bytes = torch.cuda.max_memory_allocated(self.device)
+
+    def steps(self) -> dict[str, Step]:
+        """Those of a mutual phase run one graph after the other, unless the variable wants both at once."""
+
+        def mutual(data: torch.Tensor, target: Any) -> Any:
+            with torch.set_grad_enabled(os.environ.get(PLAN_VARIABLE) == "simultaneous"):
+                outputs = self.network(data)  # the other model's, which has the same network
+            self.loss.weight = self.options.mutual_weight
+            return outputs, self.loss(self.network(data), target, self.loss.lesson(outputs))
+
+        return {**super().steps(), "mutual learning": mutual}
 
     def _plan_of_choice(self) -> Plan:
         chosen: Any = os.environ.get(PLAN_VARIABLE)

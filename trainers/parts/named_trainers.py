@@ -23,7 +23,7 @@ def check_named_trainers(study: Federation) -> str | None:
         ConfigurationError: a trainer is not there or is none, the method's is of another method or does not take the
             study's options, or does not go with the base trainer.
     """
-    method = _method_trainer(study)
+    method = method_trainer(study)
     if not study.names_trainer:
         return None
     base = base_of(study)
@@ -33,13 +33,14 @@ def check_named_trainers(study: Federation) -> str | None:
 
 def network_builder(study: Federation) -> Callable[..., Any]:
     """What builds the network of a study that names a base trainer; raises :class:`ConfigurationError`."""
-    method, base = _method_trainer(study), base_of(study)
+    method, base = method_trainer(study), base_of(study)
     method.check_base(base)
     build: Callable[..., Any] = compose(method, base).build_network_architecture
     return build
 
 
-def _method_trainer(study: Federation) -> type[StudyTrainer]:
+def method_trainer(study: Federation) -> type[StudyTrainer]:
+    """The trainer of a study's method; raises :class:`ConfigurationError`."""
     if isinstance(study.method, Custom):
         return _check_custom(study.method.trainer, study)
     name = study.method.trainer_name

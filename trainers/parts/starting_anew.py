@@ -30,7 +30,7 @@ def begin_anew(trainer: StudyTrainer) -> None:
     trainer.take_study()
     trainer._best_ema = None
     if trainer.grad_scaler is not None:
-        trainer.grad_scaler = torch.amp.GradScaler("cuda")
+        trainer.grad_scaler = torch.amp.GradScaler(trainer.device.type)
     trainer.was_initialized = False
     warm_up.forget(trainer)
     trainer.initialize()

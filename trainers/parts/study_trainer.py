@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext, suppress
 from functools import cache
 from pathlib import Path
@@ -44,6 +44,7 @@ from nnunet_fed.trainers.parts.training_record import logged_by
 THREADS_VARIABLE = "nnUNet_fed_threads"
 """Number of torch's threads; stock nnU-Net takes every core for each process on the CPU."""
 SKIP_VALIDATION_VARIABLE = "nnUNet_fed_skip_validation"
+Step = Callable[[torch.Tensor, Any], Any]
 LEASE = "training.lock"
 """In the folder of the fold: which process trains, or validates, there (:mod:`nnunet_fed.leases`)."""
 
@@ -253,6 +254,14 @@ class StudyTrainer(nnUNetTrainer):
     def initial_seed(self) -> int:
         """From which the network is built and everything else is drawn."""
         return self.study.seed
+
+    def steps(self) -> dict[str, Step]:
+        """What a training step computes before its backward pass, by the name of the phase that has such steps.
+
+        ``nnunet_fed check`` reckons their memory (:mod:`nnunet_fed.trainers.parts.step_memory`). Each is called with
+        images and targets, and returns all that waits for a backward pass at once.
+        """
+        return {"training": lambda data, target: self.loss(self.network(data), target)}
 
     # ------------------------------------------------------------------------------------------- one process
 
