@@ -27,6 +27,7 @@ from nnunet_fed.simulation.simulate import (
     AUGMENTATION_VARIABLE,
     Simulation,
     nnunet_command,
+    plugin_folder,
     simulate,
     site_environment,
 )
@@ -49,6 +50,8 @@ SETTINGS = {
 }  # fmt: skip
 OPTIONS = {"fedoap": {"finetune_epochs": 1}}
 """Of methods whose defaults take more than this test needs."""
+OWN_NETWORK = ("fedoap",)
+"""Methods whose network nnU-Net does not build without our trainers, because of an adapter: it predicts with them."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +154,10 @@ class SelfTest:
         command = [nnunet_command("nnUNetv2_predict"), "-i", str(self.out / "data" / "test" / "imagesTs")]
         command += ["-o", str(out), "-d", "1", "-c", "3d_fullres", "-f", "0", "-tr", trainer, "-p", self._plans]
         command += ["-device", self.device, "--disable_tta", "-npp", "1", "-nps", "1"]
-        step = Step("nnU-Net's prediction", command, self._stock_environment(folder), self.out / method / "predict.log")
+        environment = self._stock_environment(folder)
+        if method in OWN_NETWORK:
+            environment[EXTERNAL_TRAINERS] = str(plugin_folder())
+        step = Step("nnU-Net's prediction", command, environment, self.out / method / "predict.log")
         _run({SITE_NAMES[0]: step})
         if not list(out.glob("*.nii.gz")):
             raise FederationError(f"nnU-Net's prediction wrote nothing.\n(log: {step.log})")
