@@ -19,6 +19,7 @@ from pathlib import Path
 from filelock import SoftFileLease, Timeout
 
 from nnunet_fed.errors import ConfigurationError
+from nnunet_fed.files import in_words
 
 logger = logging.getLogger(__name__)
 
@@ -118,6 +119,9 @@ def _explained(path: Path) -> Iterator[None]:
     except Timeout:
         raise
     except OSError as error:
+        told = in_words(error, str(path))
+        if told is not None:
+            raise told from None
         raise ConfigurationError(
             f"{path}, which says who works there, cannot be written: {error.strerror or error}. Look at the folder's "
             "owner, at how it is mounted, and at the room on its disk."

@@ -61,10 +61,6 @@ def test_no_coordinator(site: Path) -> None:
     assert refusal().startswith("Error: The coordinator at 127.0.0.1:9 does not answer")
 
 
-def test_another_fold(site: Path) -> None:
-    assert "study trains fold 0, this command fold 3" in refusal(fold=3)
-
-
 def test_pretrained_weights_that_cannot_be_used(site: Path, planned: Planned) -> None:
     """Before a coordinator is looked for; this one does not answer."""
     file = site / "pretrained.pth"
