@@ -52,7 +52,7 @@ class Measured:
 
 def main() -> None:
     """Train; where this site's training is to be killed, in a process of its own, and again."""
-    site, _, number = os.environ.get(KILL_VARIABLE, "").partition(":")
+    site, _, number = os.environ.get(KILL_VARIABLE, "").partition(" ")
     if not site or ARMED_VARIABLE in os.environ or Site.from_environment().name != site:
         train()
         return

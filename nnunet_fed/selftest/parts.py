@@ -165,7 +165,7 @@ class SelfTest:
     def _kill_and_continue(self) -> list[Measured]:
         site = SITE_NAMES[1]
         step = ITERATIONS[self.device] * 3 // 2  # in the middle of the second round
-        measured = self._simulate("killed", "fedavg", **{KILL_VARIABLE: f"{site}:{step}"})
+        measured = self._simulate("killed", "fedavg", **{KILL_VARIABLE: f"{site} {step}"})
         log = self.out / "killed" / SITES / site / "train.log"
         if not _sound(measured[1], log).continued_in_epoch:
             raise FederationError(f"The training that was killed did not go on where it was.\n(log: {log})")

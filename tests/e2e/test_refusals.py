@@ -41,10 +41,10 @@ def point(folder: Path, address: str) -> None:
     (folder / "site.toml").write_text(text)
 
 
-def refusal(fold: int = 0, method: str = "fedavg", pretrained: Path | None = None) -> str:
+def refusal(method: str = "fedavg", pretrained: Path | None = None) -> str:
     file = None if pretrained is None else str(pretrained)
     with pytest.raises(SystemExit) as refused:
-        run_training("1", "3d_fullres", fold, METHODS[method].own_trainer(), PLANS, file, device=torch.device("cpu"))
+        run_training("1", "3d_fullres", 0, METHODS[method].own_trainer(), PLANS, file, device=torch.device("cpu"))
     assert isinstance(refused.value.code, str)
     assert refused.value.__cause__ is None
     return refused.value.code

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
 import pytest
 from harness import environment, run
 
-pytestmark = pytest.mark.e2e
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.skipif(
+        not os.environ.get("NNUNET_FED_SELFTEST"), reason="takes a minute or two: set NNUNET_FED_SELFTEST to run it"
+    ),
+]
 
 
 def test_one_method(tmp_path: Path) -> None:

@@ -118,8 +118,11 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name)
 
 
-@pytest.mark.parametrize("labels", [{}, REGIONS, IGNORED], ids=["labels", "regions", "ignored"])
-@pytest.mark.parametrize("method", OWN)
+@pytest.mark.parametrize(
+    ("method", "labels"),
+    [*((method, {}) for method in OWN), ("fedoap", REGIONS), ("gcml", IGNORED)],
+    ids=[*OWN, "fedoap, regions", "gcml, ignored"],
+)
 def test_what_is_reckoned_is_what_real_steps_save(method: str, labels: dict[str, Any], tmp_path: Path) -> None:
     study = study_of(method)
     saved = reckoned(study, labels).saved_bytes
@@ -153,8 +156,7 @@ def test_what_a_method_adds() -> None:
     assert list(reckoned(study_of("fedoap", finetune_epochs=0)).saved_bytes) == ["training"]
 
 
-@pytest.mark.parametrize("method", ["fedavg", "fedoap", "gcml"])
-@pytest.mark.parametrize("labels", [{}, REGIONS, IGNORED], ids=["labels", "regions", "ignored"])
+@pytest.mark.parametrize(("method", "labels"), [("fedavg", {}), ("fedoap", REGIONS), ("gcml", IGNORED)])
 def test_mixed_precision_is_reckoned_without_a_gpu(method: str, labels: dict[str, Any]) -> None:
     study = study_of(method)
     full, half = reckoned(study, labels).saved_bytes, reckoned(study, labels, "cuda").saved_bytes

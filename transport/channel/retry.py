@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import random
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from datetime import datetime
-from typing import TypeVar
+from queue import Empty, SimpleQueue
+from typing import Any, TypeVar
 
 import grpc
 
@@ -40,6 +42,50 @@ SURE = 3
 
 class DamagedError(Exception):
     """A download did not match its digest."""
+
+
+class LostCallError(grpc.RpcError):  # type: ignore[misc]  # gRPC has no types
+    """A call was neither answered nor ended."""
+
+    def code(self) -> grpc.StatusCode:
+        """As of a server that does not answer."""
+        return grpc.StatusCode.UNAVAILABLE
+
+    def details(self) -> str:
+        """For the log."""
+        return "a call was lost"
+
+
+def first_reply(replies: Any, seconds: float) -> Any:
+    """The first reply of a call that streams.
+
+    Something on the way may answer pings, and serve nobody; and gRPC itself was seen to lose a call when its server
+    stopped: it neither ended nor could be cancelled. So nobody but a thread that can be left alone waits in gRPC.
+
+    Args:
+        replies: of the call.
+        seconds: after which it is given up.
+
+    Raises:
+        grpc.RpcError: that of the call, or :class:`LostCallError`.
+    """
+    answered: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
+
+    def take() -> None:
+        try:
+            answered.put((next(replies), None))
+        except BaseException as error:
+            answered.put((None, error))
+
+    threading.Thread(target=take, name="first reply", daemon=True).start()
+    try:
+        reply, error = answered.get(timeout=seconds)
+    except Empty:
+        replies.cancel()
+        raise LostCallError from None
+    if error is not None:
+        raise error
+    return reply
 
 
 def call_with_retries(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import random
-import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from datetime import datetime
@@ -36,7 +35,7 @@ from nnunet_fed.study.federation import Federation, Fold, canonical_json
 from nnunet_fed.study.site import Site
 from nnunet_fed.study.table import NEWEST_PROTOCOL, OLDEST_PROTOCOL
 from nnunet_fed.transport.channel.options import message_bytes
-from nnunet_fed.transport.channel.retry import DamagedError, call_with_retries
+from nnunet_fed.transport.channel.retry import DamagedError, call_with_retries, first_reply
 from nnunet_fed.transport.channel.tls import check_name, check_security, diagnose, open_channel
 from nnunet_fed.transport.channel.transfer import Inbound, Outbound, seconds_allowed
 from nnunet_fed.transport.channel.zero_copy_streams import Stub
@@ -49,8 +48,7 @@ T = TypeVar("T")
 LONG_POLL = 15.0
 """Seconds for which one call asks the coordinator to wait."""
 OVERDUE = 60.0
-"""Seconds after which a call is given up that should have been answered: something on the way may answer pings, and
-serve nobody."""
+"""Seconds after which a call is given up that should have been answered."""
 LONGEST_TRANSFER = 3600.0
 """Seconds after which a download is asked for again; it goes on where it is."""
 
@@ -389,13 +387,7 @@ class GrpcCommunicator:
             run=self.run, key=key, site=self.site, wait_seconds=wait, digest=inbound.digest, position=inbound.reached
         )
         replies = self._stub.Result(request, timeout=LONGEST_TRANSFER)
-        overdue = threading.Timer(wait + OVERDUE, lambda: replies.cancel())
-        overdue.daemon = True
-        overdue.start()
-        try:
-            header: pb.ResultHeader = next(replies).header
-        finally:
-            overdue.cancel()
+        header: pb.ResultHeader = first_reply(replies, wait + OVERDUE).header
         if header.status == "closed":
             inbound.start(header)
         before = inbound.reached
