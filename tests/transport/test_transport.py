@@ -21,6 +21,7 @@ from nnunet_fed.errors import (
 )
 from nnunet_fed.exchange.communicator import Array, LocalFederation
 from nnunet_fed.study.site import Site
+from nnunet_fed.transport.channel.retry import first_reply
 from nnunet_fed.transport.coordinator.server import CoordinatorServer
 from nnunet_fed.transport.proto import federation_pb2 as pb
 from nnunet_fed.transport.proto.federation_pb2_grpc import CoordinatorStub
@@ -328,6 +329,27 @@ def test_a_connection_that_nobody_serves_is_given_up(serve: Serve, monkeypatch: 
         assert seat.gather("r/x", 1) == {"a": 1}
     finally:
         held.set()
+
+
+def test_a_call_that_neither_ends_nor_can_be_cancelled_is_given_up() -> None:
+    """gRPC was seen to lose one, when its server stopped."""
+    cancelled, never = [], threading.Event()
+
+    class Lost:
+        def __next__(self) -> Any:
+            never.wait(30)
+
+        def cancel(self) -> None:
+            cancelled.append(True)
+
+    try:
+        with pytest.raises(grpc.RpcError) as given_up:
+            first_reply(Lost(), 0.05)
+    finally:
+        never.set()
+    assert given_up.value.code() == grpc.StatusCode.UNAVAILABLE, "so that another try follows"
+    assert cancelled == [True]
+    assert first_reply(iter([1, 2]), 5) == 1
 
 
 class Guarded:
