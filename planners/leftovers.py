@@ -10,7 +10,7 @@ from typing import Any
 from nnunet_fed.datasets.folds import SPLITS, FoldChoice, Folds, cases_of, kept_folds, read_folds, shown
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.files import move, write_json
-from nnunet_fed.planners.dataset import RawDataset
+from nnunet_fed.planners.dataset import RawDataset, file_states
 from nnunet_fed.planners.mapping import PROVENANCE
 
 logger = logging.getLogger(__name__)
@@ -49,19 +49,11 @@ def note_cases(dataset: RawDataset) -> None:
 
 
 def _states(dataset: RawDataset) -> dict[str, Any]:
-    # the label files of a mapped data set are all written anew when one is
-    return {
-        case: [
-            *(_state(Path(file), True) for file in files["images"]),
-            _state(Path(files["label"]), PROVENANCE not in dataset.json),
-        ]
-        for case, files in dataset.cases.items()
-    }
-
-
-def _state(path: Path, with_time: bool) -> list[int]:
-    state = path.stat()
-    return [state.st_size, state.st_mtime_ns] if with_time else [state.st_size]
+    states: dict[str, Any] = file_states(dataset.cases)
+    if PROVENANCE not in dataset.json:
+        return states
+    # the label files of a mapped data set are all written anew when one is: their times tell nothing
+    return {case: [*images, label[:-1]] for case, (*images, label) in states.items()}
 
 
 def look_at_old_folds(dataset: RawDataset, choice: FoldChoice) -> None:

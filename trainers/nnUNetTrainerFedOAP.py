@@ -103,10 +103,8 @@ class nnUNetTrainerFedOAP(nnUNetTrainerFedAvg):  # noqa: N801
         plain = super().steps()
 
         def perturbed(data: torch.Tensor, target: Any) -> Any:
-            self._boundary_loss.weight, self._boundary_loss.generator = (
-                self.options.perturbation_weight,
-                torch.Generator(),
-            )
+            self._boundary_loss.weight = self.options.perturbation_weight
+            self._boundary_loss.generator = torch.Generator()
             return plain["training"](data, target)
 
         return {**plain, "fine-tuning": perturbed} if self.options.finetune_epochs else plain

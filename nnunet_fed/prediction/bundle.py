@@ -26,6 +26,7 @@ from nnunet_fed.methods.fedsm import GLOBAL
 from nnunet_fed.methods.selector import Selector, SelectorConfiguration
 from nnunet_fed.methods.selector_validation import SelectorValidation
 from nnunet_fed.prediction.checkpoint_files import FINAL_CHECKPOINT, GLOBAL_CHECKPOINT
+from nnunet_fed.prediction.safe_loading import read_checkpoint
 from nnunet_fed.study.federation import SITE_NAME
 from nnunet_fed.study.table import Table
 from nnunet_fed.study.toml import explain
@@ -224,16 +225,16 @@ def write_checkpoint(path: Path, like: Path, network_weights: Mapping[str, torch
         like: a checkpoint of this training, from which all but the weights come.
         network_weights: the whole ``state_dict`` of the network.
     """
-    training = torch.load(like, map_location="cpu", weights_only=False, mmap=True)
+    training = read_checkpoint(like)
     content = {name: training[name] for name in READ_BY_NNUNET} | {"network_weights": dict(network_weights)}
     with replacing(path) as part:
         torch.save(content, part)
 
 
 def load_tensors(path: Path) -> dict[str, Any]:
-    """What :func:`write_selector` or :func:`write_checkpoint` wrote, memory-mapped; runs no code that a file holds."""
+    """A checkpoint, or what :func:`write_selector` wrote, memory-mapped; runs no code that a file holds."""
     try:
-        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content: dict[str, Any] = read_checkpoint(path)
     except (OSError, RuntimeError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0]
         raise FederationError(f"{path} cannot be read ({reason}). Copy the model folder again.") from None

@@ -22,7 +22,7 @@ from nnunet_fed.prediction.bundle import (
     read_bundle,
     verify_fold,
 )
-from nnunet_fed.prediction.checkpoint_files import FINAL_CHECKPOINT, GLOBAL_CHECKPOINT
+from nnunet_fed.prediction.checkpoint_files import GLOBAL_CHECKPOINT
 from nnunet_fed.prediction.routing import Router, RoutingLog
 
 ROUTING = "routing.json"
@@ -208,12 +208,7 @@ class SuperModelPredictor(nnUNetPredictor):
         checkpoints = []
         for fold, entry in folds.items():
             path = folder / f"fold_{fold}" / entry.personal_checkpoints[site]
-            # this site's own holds its optimizer and log too, and is read as nnU-Net reads it
-            checkpoint = (
-                torch.load(path, map_location="cpu", weights_only=False, mmap=True)
-                if path.name == FINAL_CHECKPOINT
-                else load_tensors(path)
-            )
+            checkpoint = load_tensors(path)
             if {name: tensor.shape for name, tensor in checkpoint["network_weights"].items()} != expected:
                 raise FederationError(f"{path} is of another network than the global model; train the fold anew.")
             checkpoints.append(checkpoint)

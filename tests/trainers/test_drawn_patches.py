@@ -89,7 +89,8 @@ def test_the_disk_holds_no_more_than_is_said(cases: Path, monkeypatch: pytest.Mo
     for case in ("one", "two", "one", "two"):
         store.of(case, draws)
     assert draws.number == 3
-    assert [path.name for path in kept(cases)] == ["one.npz"]
+    DrawnPatches(cases, CONFIGURATION).of("two", draws)
+    assert [path.name for path in kept(cases)] == ["one.npz"], "nor does another training add to it"
 
 
 def test_without_a_place_to_write_it_is_drawn_each_time(cases: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -18,7 +18,7 @@ from nnunet_fed.study.federation import Federation
 from nnunet_fed.study.site import SITE_FILE_VARIABLE
 from nnunet_fed.trainers.nnUNetTrainerFedAvg import nnUNetTrainerFedAvg
 from nnunet_fed.trainers.parts import study_trainer
-from nnunet_fed.trainers.parts.study_trainer import LEASE
+from nnunet_fed.trainers.parts.one_process import LEASE
 
 Act = Callable[[Any], None]
 

@@ -39,8 +39,9 @@ class DrawnPatches:
         drawn_by = {**asdict(configuration), "classes": None, "header_features": None}
         digest = hashlib.sha256(to_json(drawn_by).encode()).hexdigest()[:12]
         # beside the folder, in which nnU-Net would take them for cases
-        self._folder: Path | None = preprocessed.with_name(f"{preprocessed.name}_selector") / digest
-        self._bytes = 0
+        self._folder: Path | None
+        self._folder = preprocessed.with_name(f"{preprocessed.name}_selector") / digest
+        self._bytes = sum(file.stat().st_size for file in self._folder.glob("*.npz"))
 
     def of(self, case: str, draw: Callable[[], torch.Tensor]) -> torch.Tensor:
         """The patches of a case in float32, the same bits whether they were drawn before or not.

@@ -95,9 +95,7 @@ class FineTuningTrainer(FederatedTrainer):
     def begin_finetuning(self) -> None:
         """Keep the model of the rounds, and start with a fresh optimizer and a fresh measure of what is best."""
         self.save_every = 1
-        self.current_epoch -= 1  # nnU-Net writes the number of the next epoch, and --c may begin here again
-        self.save_checkpoint(str(self._federated_checkpoint))
-        self.current_epoch += 1
+        self.save_at_epoch_start(self._federated_checkpoint.name)  # --c may begin here again
         for optimizer in self.optimizers:
             optimizer.state.clear()
         if self.grad_scaler is not None:

@@ -13,6 +13,7 @@ from nnunet_fed.datasets.preprocessed import is_complete
 from nnunet_fed.errors import ConfigurationError
 
 if TYPE_CHECKING:
+    from nnunet_fed.trainers.parts.fold_trainer import FoldTrainer
     from nnunet_fed.trainers.parts.study_trainer import StudyTrainer
 
 
@@ -26,7 +27,7 @@ def require_preprocessed(trainer: StudyTrainer) -> None:
         )
 
 
-def require_fold(trainer: StudyTrainer) -> None:
+def require_fold(trainer: FoldTrainer) -> None:
     """See that the cases of the trainer's fold are preprocessed; what no fold names is told in the log.
 
     Raises:
@@ -59,7 +60,7 @@ def require_fold(trainer: StudyTrainer) -> None:
         )
 
 
-def _remedy(trainer: StudyTrainer) -> str:
+def _remedy(trainer: FoldTrainer) -> str:
     if trainer.study.folds:
         return "set 'fold = \"all\"' in site.toml, and give this command again."
     plans = trainer.plans_manager

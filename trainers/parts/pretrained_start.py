@@ -7,9 +7,9 @@ from pathlib import Path
 from nnunetv2.run import run_training
 
 from nnunet_fed.errors import ConfigurationError
+from nnunet_fed.trainers.parts.one_process import OneProcessTrainer
 from nnunet_fed.trainers.parts.pretrained_weights import PretrainedWeights, read_weights, take_weights
 from nnunet_fed.trainers.parts.sentences import sentences_for_users
-from nnunet_fed.trainers.parts.study_trainer import StudyTrainer
 from nnunet_fed.trainers.parts.training_record import noted_in
 
 OPTION = "-pretrained_weights FILE"
@@ -18,7 +18,7 @@ HOW_TO_COMPARE = "'nnunet_fed digest FILE' prints a file's digest."
 _load_as_nnunet = run_training.maybe_load_checkpoint
 
 
-class PretrainedTrainer(StudyTrainer):
+class PretrainedTrainer(OneProcessTrainer):
     """Takes the weights that ``-pretrained_weights`` names before a method makes anything of the network.
 
     nnU-Net's command would load them once the trainer is initialized: then methods have copied the network already.

@@ -8,19 +8,17 @@ thing that does not fit.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 
 from nnunet_fed.errors import ConfigurationError
 from nnunet_fed.exchange.payload import bytes_of
+from nnunet_fed.prediction.safe_loading import read_checkpoint
 from nnunet_fed.study.federation import canonical_json
 
 SEGMENTATION_HEADS = ".seg_layers."
@@ -44,14 +42,13 @@ def read_weights(path: Path) -> PretrainedWeights:
     """Read the weights in a checkpoint of nnU-Net: any that ``nnUNetv2_train`` has written, federated or not.
 
     The file may come from anywhere: only tensors, plain values and NumPy's numbers are taken from it, and nothing that
-    stands in it is run (``weights_only`` of ``torch.load``). nnU-Net itself would run it.
+    stands in it is run (:func:`nnunet_fed.prediction.safe_loading.read_checkpoint`).
 
     Raises:
         ConfigurationError: the file cannot be read, or is no checkpoint.
     """
     try:
-        with torch.serialization.safe_globals(_numpy()):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content = read_checkpoint(path)
     except OSError as error:
         raise ConfigurationError(
             f"The pretrained weights in {path} cannot be read: {error.strerror or error}. Name a checkpoint of nnU-Net."
@@ -154,14 +151,3 @@ def _without_wrappers(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Te
     while wrapper := next((one for one in _WRAPPERS if all(name.startswith(one) for name in names)), None):
         names = [name.removeprefix(wrapper) for name in names]
     return dict(zip(names, weights.values(), strict=True))
-
-
-def _numpy() -> list[Any]:
-    """What NumPy's numbers and arrays in nnU-Net's log are made of, by the names of NumPy 1 and 2."""
-    makers = [np.float64(0).__reduce__()[0], np.zeros(1).__reduce__()[0]]
-    named = [
-        (maker, f"numpy.{core}.multiarray.{maker.__name__}")
-        for maker, core in itertools.product(makers, ("core", "_core"))
-    ]
-    dtypes = {type(np.dtype(code)) for code in np.typecodes["All"]}
-    return [*named, np.ndarray, np.dtype, *dtypes]

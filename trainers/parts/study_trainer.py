@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import ExitStack, suppress
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,17 +12,14 @@ from typing import Any, ClassVar
 
 import torch
 from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
-from filelock import SoftFileLease
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from pydantic import ValidationError
 from torch._dynamo import OptimizedModule
 
 from nnunet_fed.agreement.fingerprint_files import OWN, put_own_in_place, without_cases
-from nnunet_fed.datasets.folds import SPLITS
 from nnunet_fed.errors import ConfigurationError, FederationError
 from nnunet_fed.exchange.payload import Array
 from nnunet_fed.files import write_json
-from nnunet_fed.leases import in_turn, take
 from nnunet_fed.methods.fedavg import site_weight
 from nnunet_fed.methods.tensors import load_arrays, shared_tensors, to_arrays
 from nnunet_fed.study.federation import Federation, Fold, study_in
@@ -30,13 +27,11 @@ from nnunet_fed.study.method_table import MethodTable
 from nnunet_fed.study.methods.custom_options import Custom
 from nnunet_fed.study.site import Site
 from nnunet_fed.study.toml import explain
-from nnunet_fed.study.trained_fold import trained_fold
 from nnunet_fed.trainers.parts import checkpoint, warm_up
 from nnunet_fed.trainers.parts.base_trainer import BASE_TRAINER, STOCK, base_of, code_digest, compose
 from nnunet_fed.trainers.parts.cascade import predicting_next_stages, require_previous_stage
 from nnunet_fed.trainers.parts.lesion_report import evaluate_lesions
-from nnunet_fed.trainers.parts.own_cases import require_fold, require_preprocessed
-from nnunet_fed.trainers.parts.ranks import from_rank_zero
+from nnunet_fed.trainers.parts.own_cases import require_preprocessed
 from nnunet_fed.trainers.parts.sentences import sentences_for_users
 from nnunet_fed.trainers.parts.site_tracker import SiteTracker
 from nnunet_fed.trainers.parts.training_record import logged_by
@@ -45,8 +40,6 @@ THREADS_VARIABLE = "nnUNet_fed_threads"
 """Number of torch's threads; stock nnU-Net takes every core for each process on the CPU."""
 SKIP_VALIDATION_VARIABLE = "nnUNet_fed_skip_validation"
 Step = Callable[[torch.Tensor, Any], Any]
-LEASE = "training.lock"
-"""In the folder of the fold: which process trains, or validates, there (:mod:`nnunet_fed.leases`)."""
 
 
 def _all_in(transform: Any) -> Iterator[Any]:
@@ -115,8 +108,6 @@ class StudyTrainer(nnUNetTrainer):
         """This site's settings, which are read once in a training: somebody may edit site.toml meanwhile. A function:
         nnU-Net writes all other attributes down, and ``--val`` needs no site.toml."""
         self._training_cases = 0
-        self._takes_folder = True
-        self._lease: SoftFileLease | None = None
         self._resumed: dict[str, Any] | None = None
         with sentences_for_users():
             self.take_study()
@@ -185,21 +176,6 @@ class StudyTrainer(nnUNetTrainer):
                 f"The options of '{cls.__name__}' in the study '{study.name}': {explain(error, cls.Options)}"
             ) from None
 
-    def fold_of_study(self) -> Fold:
-        """The fold of the study that this command trains.
-
-        Raises:
-            ConfigurationError: site.toml is missing or wrong, or this site does not train the command's fold.
-        """
-        return trained_fold(self.fold, self.study, self.own_site()).study
-
-    @property
-    def trains_on_all_cases(self) -> bool:
-        """Whether this site trains on all its cases in a fold with a number, as it did when it began."""
-        if self._resumed is not None:
-            return bool(self._resumed.get("all_cases"))
-        return self.fold != "all" and trained_fold(self.fold, self.study, self.own_site()).all_cases
-
     # ------------------------------------------------------------------------------------------- for the methods
 
     def method_state(self) -> dict[str, Any]:
@@ -211,11 +187,7 @@ class StudyTrainer(nnUNetTrainer):
 
     def training_state(self) -> dict[str, Any]:
         """What a checkpoint holds besides nnU-Net's own."""
-        return {
-            "random": checkpoint.random_states(),
-            "method": self.method_state(),
-            "all_cases": self.trains_on_all_cases,
-        }
+        return {"random": checkpoint.random_states(), "method": self.method_state()}
 
     def load_training_state(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`training_state`; the random states wait until the training has started."""
@@ -263,49 +235,7 @@ class StudyTrainer(nnUNetTrainer):
         """
         return {"training": lambda data, target: self.loss(self.network(data), target)}
 
-    # ------------------------------------------------------------------------------------------- one process
-
-    def _take_folder(self) -> None:
-        """Be the one process that trains into this folder, before anything is read from it or sent; for all ranks.
-
-        Raises:
-            ConfigurationError: another one does.
-        """
-
-        def on_rank_zero() -> None:
-            doing = f"Fold {self.fold} is trained or validated already in {self.output_folder}"
-            self._lease = take(Path(self.output_folder) / LEASE, doing)
-
-        if self._takes_folder:
-            from_rank_zero(on_rank_zero)
-            self._takes_folder = False
-
-    def _leave_folder(self) -> None:
-        """Let another process train here; without it, the end of this process does."""
-        self._takes_folder = True
-        if self._lease is not None:
-            self._lease.release()
-            self._lease = None
-
-    def _require_folder(self) -> None:
-        lost = None if self._lease is None else self._lease.compromise
-        if lost is not None and lost.reason == "owner-changed":
-            raise FederationError(
-                f"Another process trains in {self.output_folder} now: this one was not heard of for so long that it "
-                "counted as ended. This one ends."
-            )
-
     # ------------------------------------------------------------------------------------------- nnU-Net's hooks
-
-    def run_training(self) -> None:
-        """nnU-Net's loop, in one process at a time for a folder."""
-        self._take_folder()
-        super().run_training()
-
-    def on_epoch_start(self) -> None:
-        """See that the folder is still this process's."""
-        self._require_folder()
-        super().on_epoch_start()
 
     def initialize(self) -> None:
         """Build the network from the study's seed, once it is sure that there are preprocessed cases.
@@ -388,23 +318,6 @@ class StudyTrainer(nnUNetTrainer):
             self.tracker = SiteTracker(Path(self.output_folder), self.current_epoch)
             self.logger.loggers.append(self.tracker)
 
-    def do_split(self) -> Any:
-        """nnU-Net's split; all cases for training and for validation where ``site.toml`` says so.
-
-        nnU-Net makes the split if there is none. Two folds may start at once, and one would find half a file.
-        """
-        if self.trains_on_all_cases:
-            self.print_to_log_file(f"This site trains on all its cases in fold {self.fold}, as site.toml says.")
-            fold, self.fold = self.fold, "all"
-            try:
-                return super().do_split()
-            finally:
-                self.fold = fold
-        splits = Path(self.preprocessed_dataset_folder_base) / SPLITS
-        being_made = splits.with_suffix(".lock")
-        with nullcontext() if splits.is_file() and not being_made.exists() else in_turn(being_made):
-            return super().do_split()
-
     def print_plans(self) -> None:
         """nnU-Net's. What it does next is to copy the fingerprint of this site's cases into the results.
 
@@ -420,28 +333,6 @@ class StudyTrainer(nnUNetTrainer):
         """nnU-Net's, once the fingerprint is copied."""
         self._cleanup.close()
         super().plot_network_architecture()
-
-    def get_dataloaders(self) -> Any:
-        """nnU-Net's, once it is sure that there are the fold's cases; raises :class:`ConfigurationError` if not."""
-        require_fold(self)
-        return super().get_dataloaders()
-
-    def get_tr_and_val_datasets(self) -> Any:
-        """nnU-Net's data sets; notes the number of training cases.
-
-        Raises:
-            ConfigurationError: there is no training or no validation case, or the previous stage has not predicted one.
-        """
-        training, validation = super().get_tr_and_val_datasets()
-        for kind, cases in (("training", training), ("validation", validation)):
-            if not cases.identifiers:
-                raise ConfigurationError(
-                    f"Fold {self.fold} has no {kind} case. Correct splits_final.json in "
-                    f"{self.preprocessed_dataset_folder_base}, or train fold 'all', which validates on all cases."
-                )
-        require_previous_stage(self, [*training.identifiers, *validation.identifiers])
-        self._training_cases = len(training.identifiers)
-        return training, validation
 
     def save_checkpoint(self, filename: str) -> None:
         """nnU-Net's checkpoint with our state added; it replaces an older one only once it is complete."""
@@ -465,8 +356,6 @@ class StudyTrainer(nnUNetTrainer):
 
     def load_checkpoint(self, filename_or_checkpoint: Any) -> None:
         """nnU-Net's checkpoint and our state."""
-        with sentences_for_users():
-            self._take_folder()
         with checkpoint.read_whole():
             super().load_checkpoint(filename_or_checkpoint)
         self._resumed = checkpoint.federation_state(Path(filename_or_checkpoint))
@@ -485,7 +374,6 @@ class StudyTrainer(nnUNetTrainer):
             self._stop_tracking()
             return
         with sentences_for_users(), logged_by(self.print_to_log_file):
-            self._take_folder()
             self.validate(save_probabilities)
         self._stop_tracking()
 
