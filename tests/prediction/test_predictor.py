@@ -330,11 +330,23 @@ def test_models_that_are_not_shared_or_not_better(tmp_path: Path) -> None:
 # -------------------------------------------------------------------------------------------------------- bad files
 
 
-def test_other_sites_models_and_the_selector_hold_nothing_that_runs(model: Path) -> None:
-    for name in (GLOBAL_CHECKPOINT, personal_checkpoint("b"), SELECTOR_FILE):
+class Command:
+    """What a file may hold that runs when pickle reads it."""
+
+    def __init__(self, place: Path):
+        self.place = place
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.place,)
+
+
+def test_nothing_runs_that_stands_in_a_model_folder(model: Path, tmp_path: Path) -> None:
+    for name in (FINAL_CHECKPOINT, GLOBAL_CHECKPOINT, personal_checkpoint("b"), SELECTOR_FILE):
         assert "network_weights" in load_tensors(model / "fold_0" / name)
-    with pytest.raises(FederationError, match=r"checkpoint_final.pth cannot be read"):
-        load_tensors(model / "fold_0" / FINAL_CHECKPOINT)
+    torch.save({"network_weights": {}, "logging": Command(tmp_path / "ran")}, tmp_path / "checkpoint.pth")
+    with pytest.raises(FederationError, match=r"checkpoint.pth cannot be read"):
+        load_tensors(tmp_path / "checkpoint.pth")
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("name", [FINAL_CHECKPOINT, GLOBAL_CHECKPOINT, personal_checkpoint("c"), SELECTOR_FILE])

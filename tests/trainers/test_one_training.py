@@ -17,7 +17,7 @@ from nnunet_fed.leases import take
 from nnunet_fed.study.federation import Federation
 from nnunet_fed.study.site import SITE_FILE_VARIABLE
 from nnunet_fed.trainers.nnUNetTrainerFedAvg import nnUNetTrainerFedAvg
-from nnunet_fed.trainers.parts import study_trainer
+from nnunet_fed.trainers.parts import one_process
 from nnunet_fed.trainers.parts.one_process import LEASE
 
 Act = Callable[[Any], None]
@@ -83,7 +83,7 @@ def test_another_rank_takes_nothing_and_is_refused_with_rank_0(
 ) -> None:
     """What :func:`from_rank_zero` does on other ranks, ``test_ranks.py`` tests in processes."""
     trainer = make()
-    monkeypatch.setattr(study_trainer, "from_rank_zero", lambda function: None)
+    monkeypatch.setattr(one_process, "from_rank_zero", lambda function: None)
     trainer._take_folder()
     assert trainer._lease is None
     assert not (Path(trainer.output_folder) / LEASE).exists()
@@ -91,6 +91,6 @@ def test_another_rank_takes_nothing_and_is_refused_with_rank_0(
     def refuse(function: Callable[[], None]) -> None:
         raise ConfigurationError("told by rank 0")
 
-    monkeypatch.setattr(study_trainer, "from_rank_zero", refuse)
+    monkeypatch.setattr(one_process, "from_rank_zero", refuse)
     with pytest.raises(SystemExit, match="^Error: told by rank 0$"):
         make().run_training()
